@@ -1,0 +1,220 @@
+"""What all ingredients share: frozen dataclasses that are looked up by name, written as text and read back."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T", bound="Ingredient")
+
+
+class Ingredient:
+    """A frozen dataclass without state of its own: a norm, a momentum, a direction, a step size, a constraint, a view.
+
+    Every subclass registers itself under its class name, so that :func:`get` finds it as ``"heavy-ball"`` and
+    :func:`parse` rebuilds it from its ``repr``. Classes that are no dataclasses or that set ``_abstract`` are abstract.
+    """
+
+    _classes: ClassVar[dict[str, type[Ingredient]]] = {}
+    _parsed: ClassVar[dict[str, Ingredient]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        known = Ingredient._classes.get(cls.__name__)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"an ingredient named {cls.__name__} exists already in {known.__module__}; choose another name")
+        Ingredient._classes[cls.__name__] = cls
+        Ingredient._parsed.clear()
+
+    def resolve(self: T, options: Mapping[str, Any]) -> T:
+        """The same ingredient with every :class:`Option` replaced by its value in ``options`` (a param group)."""
+        changes = {name: _resolve(value, options) for name, value in _fields(self) if _options(value)}
+        return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
+
+    def options(self) -> frozenset[str]:
+        """The names of the param-group options that this ingredient reads."""
+        return frozenset(option.name for _, value in _fields(self) for option in _options(value))
+
+    def __str__(self) -> str:
+        """The repr without what is left at its default."""
+        shown = [
+            f"{f.name}={_text(value)}"
+            for f, (_, value) in zip(dataclasses.fields(self), _fields(self), strict=True)  # type: ignore[arg-type]
+            if value != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True)
+class Option(Ingredient):
+    """A number kept in the param group rather than in the ingredient, so that a scheduler or a group can change it.
+
+    ``EMA(beta=Option("betas", 0))`` reads ``group["betas"][0]`` at every step.
+    """
+
+    name: str
+    index: int | None = None
+
+    def value(self, options: Mapping[str, Any]) -> Any:
+        """What ``options`` (a param group) holds under this name; a missing name is a ``ValueError``."""
+        if self.name not in options:
+            raise ValueError(f"option {self.name!r} is missing from the param group")
+        found = options[self.name]
+        return found if self.index is None else found[self.index]
+
+    def __str__(self) -> str:
+        return self.name if self.index is None else f"{self.name}[{self.index}]"
+
+
+def _fields(ingredient: Ingredient) -> list[tuple[str, Any]]:
+    if not dataclasses.is_dataclass(ingredient):
+        return []
+    return [(field.name, getattr(ingredient, field.name)) for field in dataclasses.fields(ingredient)]
+
+
+def _options(value: Any) -> list[Option]:
+    if isinstance(value, Option):
+        return [value]
+    if isinstance(value, tuple):
+        return [option for item in value for option in _options(item)]
+    return [option for _, item in _fields(value) for option in _options(item)] if isinstance(value, Ingredient) else []
+
+
+def _resolve(value: Any, options: Mapping[str, Any]) -> Any:
+    if isinstance(value, Option):
+        return value.value(options)
+    if isinstance(value, tuple):
+        return tuple(_resolve(item, options) for item in value)
+    return value.resolve(options) if isinstance(value, Ingredient) else value
+
+
+def _text(value: Any) -> str:
+    return str(value) if isinstance(value, Ingredient) else repr(value)
+
+
+class Stage(Ingredient):
+    """A tensor in, a tensor out, with state in between: what momenta and directions have in common.
+
+    ``reduces`` says what one entry of the result depends on: ``"entry"``, ``"row"``, ``"column"``, ``"all"`` (sums over
+    the whole matrix) or ``"matrix"`` (products). Entry-wise stages are run on many tensors laid end to end, the others
+    on stacks of matrices of one shape.
+    """
+
+    reduces: str = "entry"
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        """The state before the first step for a batch ``x`` of shape ``(..., out, in)``; leading dimensions are kept."""
+        return {}
+
+    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+        """Map ``x`` to the next stage's input.
+
+        Args:
+            x: what the stage before returned, shape ``(..., out, in)``; never modified.
+            g: the gradient (or, inside a ``Chain``, the same as ``x``), for statistics; never modified.
+            state: this stage's tensors, updated in place.
+            step: the number of this step, counted from 1.
+        """
+        raise NotImplementedError
+
+
+def coarsest(levels: Iterable[str]) -> str:
+    """What a composition of stages ``reduces``: the common level of all that are not entry-wise, else ``"matrix"``."""
+    distinct = {level for level in levels if level != "entry"}
+    return distinct.pop() if len(distinct) == 1 else "matrix" if distinct else "entry"
+
+
+def substate(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The part of ``state`` whose names begin with ``prefix``, under the names without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def choices(kind: type[Ingredient]) -> dict[str, type[Ingredient]]:
+    """The concrete ingredients of a kind by their names, such as ``{"heavy-ball": HeavyBall, ...}``."""
+    return {
+        _dashed(name): cls
+        for name, cls in Ingredient._classes.items()
+        if issubclass(cls, kind) and "__dataclass_fields__" in vars(cls) and not vars(cls).get("_abstract", False)
+    }
+
+
+def get(kind: type[T], spec: str | T) -> T:
+    """An ingredient of ``kind`` from itself, its name (``"heavy-ball"``) or its repr (``"HeavyBall(beta=0.9)"``).
+
+    Raises:
+        ValueError: the name is not known; the message holds the nearest one.
+        TypeError: ``spec`` is neither a string nor of that kind.
+    """
+    if isinstance(spec, str):
+        found = parse(spec) if "(" in spec else _by_name(kind, spec)
+    else:
+        found = spec
+    if not isinstance(found, kind):
+        raise TypeError(f"expected a {kind.__name__} or the name of one, got {found!r}")
+    return found
+
+
+def _by_name(kind: type[T], name: str) -> T:
+    known = choices(kind)
+    cls = known.get(_dashed(name).replace("_", "-"))
+    if cls is None:
+        raise ValueError(f"unknown {kind.__name__.lower()} {name!r}; {nearest(name, known)}")
+    return cls()  # type: ignore[return-value]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an error message: the known name most like ``name``, and all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"Known: {', '.join(known)}"
+
+
+def _dashed(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
+
+
+def parse(text: str) -> Ingredient:
+    """Rebuild an ingredient from its ``repr``: calls of ingredient names on literals, nothing else is evaluated."""
+    if text not in Ingredient._parsed:
+        try:
+            Ingredient._parsed[text] = _build(ast.parse(text, mode="eval").body)
+        except SyntaxError as error:
+            raise ValueError(f"cannot read the ingredient {text!r}: {error.msg}") from None
+    return Ingredient._parsed[text]
+
+
+def _build(node: ast.expr) -> Any:
+    match node:
+        case ast.Call(func=ast.Name(id=name)) if name in Ingredient._classes:
+            keywords = {word.arg: _build(word.value) for word in node.keywords if word.arg}
+            return Ingredient._classes[name](*map(_build, node.args), **keywords)
+        case ast.Call(func=ast.Name(id=name)):
+            raise ValueError(f"unknown ingredient {name!r}; {nearest(name, Ingredient._classes)}")
+        case ast.Tuple():
+            return tuple(map(_build, node.elts))
+        case ast.Name(id="inf"):
+            return float("inf")
+        case _:
+            return ast.literal_eval(node)
+
+
+def check_range(owner: object, name: str, value: Any, low: float, high: float, *, closed: bool = False) -> None:
+    """Raise a ``ValueError`` that names ``owner`` unless ``low <= value < high`` (``<= high`` when ``closed``)."""
+    if isinstance(value, Option):
+        return
+    if not (low <= value < high or (closed and value == high)):
+        end = "]" if closed else ")"
+        raise ValueError(f"{type(owner).__name__}: {name} must lie in [{low}, {high}{end}, got {value!r}")
+
+
+def check_choice(owner: object, name: str, value: str, known: Iterable[str]) -> None:
+    """Raise a ``ValueError`` that names ``owner`` and the nearest choice unless ``value`` is among ``known``."""
+    if value not in known:
+        raise ValueError(f"{type(owner).__name__}: unknown {name} {value!r}; {nearest(str(value), known)}")

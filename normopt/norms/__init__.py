@@ -1,0 +1,24 @@
+"""Norms of weight matrices: primal norm, dual norm, duality map, projection and initialization."""
+
+from normopt.ingredient import choices
+from normopt.ingredient import get as _get
+from normopt.norms.base import SCALES, Direction, Norm
+from normopt.norms.schatten import Nuclear, Spectral
+from normopt.norms.slices import Column, Row
+from normopt.norms.vector import Euclidean, Max
+
+__all__ = ["SCALES", "Column", "Direction", "Euclidean", "Max", "Norm", "Nuclear", "Row", "Spectral", "get", "names"]
+
+
+def get(spec: str | Norm) -> Norm:
+    """A norm from itself, its name (``"spectral"``) or its repr (``"Spectral(scale='unit')"``).
+
+    Raises:
+        ValueError: unknown name; the message holds the nearest one.
+    """
+    return _get(Norm, spec)  # type: ignore[type-abstract]
+
+
+def names() -> list[str]:
+    """The names of all registered norms, those of user-defined classes included."""
+    return sorted(choices(Norm))

@@ -1,0 +1,189 @@
+"""What a norm is: a size for weights, its dual for gradients, and the duality map between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from normopt.ingredient import Stage, check_choice
+
+Scale = str | float
+
+#: Scales that mean the same for every norm, as functions of (out, in); "rms" is each norm's own.
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "unit": lambda m, n: 1.0,
+    "max1": lambda m, n: math.sqrt(max(1.0, m / max(n, 1))),
+    "adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    "fan_in": lambda m, n: 1.0 / max(n, 1),
+}
+
+
+class Direction(Stage):
+    """Which direction is steepest: a :class:`Norm`, or an algebra over norms (``normopt.directions``)."""
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """The root mean square of an update's entries for a full-rank gradient of ``shape``; ``nan`` if unknown."""
+        return math.nan
+
+
+@dataclass(frozen=True)
+class Norm(Direction):
+    """A norm of (out x in) matrices, with its dual norm and its duality map.
+
+    All methods take tensors of shape ``(..., out, in)`` whose leading dimensions are a batch of independent matrices;
+    ``norm`` and ``dual_norm`` return shape ``(...)``. Vectors and scalars are taken as a whole by the norms that do not
+    need a matrix.
+
+    With f the scale's factor for the shape, ``norm`` is divided by f, ``dual_norm`` and ``dualize`` are multiplied by
+    it, so that ``<g, dualize(g)> == dual_norm(g)`` and ``norm(dualize(g)) == 1`` hold under every scale.
+
+    Args:
+        scale: how the unit ball depends on the shape (m = out, n = in). ``"unit"``: 1. ``"rms"``: root-mean-square
+            norms in place of Euclidean ones, which makes step sizes independent of width (each norm's docstring has its
+            factor). ``"max1"``: Muon's sqrt(max(1, m/n)). ``"adamw"``: Moonlight's 0.2 sqrt(max(m, n)). ``"fan_in"``:
+            1/n, Scion's for the sign of an output layer. Or a number.
+
+    A new norm is a frozen dataclass with the ``unit_*`` methods, which need not know of scales.
+    """
+
+    scale: Scale = "rms"
+    _abstract: ClassVar[bool] = True
+    #: False for norms that take vectors and scalars too.
+    needs_matrix: ClassVar[bool] = True
+    #: False for norms without ``second_moment`` and ``whiten``.
+    has_memory: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, str):
+            check_choice(self, "scale", self.scale, ("rms", *SCALES))
+        elif not self.scale > 0:
+            raise ValueError(f"{type(self).__name__}: scale must be positive, got {self.scale!r}")
+
+    # What a norm must say of itself, at scale 1 ---------------------------------------------------------------
+
+    def unit_rms(self, m: int, n: int) -> float:
+        """The factor of the scale ``"rms"`` for an (m x n) matrix."""
+        raise NotImplementedError
+
+    def unit_norm(self, w: Tensor) -> Tensor:
+        """``norm`` at scale 1."""
+        raise NotImplementedError
+
+    def unit_dual_norm(self, g: Tensor) -> Tensor:
+        """``dual_norm`` at scale 1."""
+        raise NotImplementedError
+
+    def unit_dualize(self, g: Tensor) -> Tensor:
+        """``dualize`` at scale 1; a new tensor."""
+        raise NotImplementedError
+
+    def unit_project(self, w: Tensor, radius: float) -> Tensor:
+        """``project`` at scale 1."""
+        raise NotImplementedError
+
+    def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: float) -> Tensor:
+        """``whiten`` at scale 1; a new tensor."""
+        raise NotImplementedError
+
+    def unit_update_rms(self, m: int, n: int) -> float:
+        """The root mean square of ``dualize`` at scale 1 for a full-rank (m x n) gradient."""
+        return math.nan
+
+    def second_moment(self, g: Tensor) -> tuple[Tensor, ...]:
+        """The statistics that ``dualize`` divides by, each of degree 2 in ``g``; what ``Smoothed`` averages."""
+        raise NotImplementedError(f"{type(self).__name__} has no second moment")
+
+    # What follows, at any scale -------------------------------------------------------------------------------
+
+    def factor(self, shape: tuple[int, ...]) -> float:
+        """The scale's factor f for tensors of this shape; vectors count as one row."""
+        m, n = (shape[-2], shape[-1]) if len(shape) > 1 else (1, math.prod(shape))
+        if isinstance(self.scale, str):
+            return self.unit_rms(m, n) if self.scale == "rms" else SCALES[self.scale](m, n)
+        return float(self.scale)
+
+    def norm(self, w: Tensor) -> Tensor:
+        """The primal norm of each matrix, shape ``(...)``."""
+        return self.unit_norm(self._matrix(w)) / self.factor(w.shape)
+
+    def dual_norm(self, g: Tensor) -> Tensor:
+        """``max <g, t>`` over ``norm(t) <= 1``, shape ``(...)``."""
+        return self.unit_dual_norm(self._matrix(g)) * self.factor(g.shape)
+
+    def dualize(self, g: Tensor) -> Tensor:
+        """The duality map: a ``t`` with ``norm(t) = 1`` and ``<g, t> = dual_norm(g)``; 0 where ``g`` is 0."""
+        return self._scaled(self.unit_dualize(self._matrix(g)), g.shape)
+
+    def whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: float = 0.0) -> Tensor:
+        """``m`` divided by the root of ``stats`` (plus ``eps``): ``whiten(g, second_moment(g)) == dualize(g)``."""
+        return self._scaled(self.unit_whiten(self._matrix(m), stats, eps), m.shape)
+
+    def project(self, w: Tensor, radius: float = 1.0) -> Tensor:
+        """The point of the ball ``norm <= radius`` nearest to ``w`` in Euclidean distance; a new tensor."""
+        if radius < 0:
+            raise ValueError(f"{type(self).__name__}.project: radius must not be negative, got {radius!r}")
+        return self.unit_project(self._matrix(w), radius * self.factor(w.shape))
+
+    @torch.no_grad()
+    def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Fill ``w`` with the duality map of a Gaussian tensor: random weights of norm 1. Returns ``w``."""
+        noise = torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
+        return w.copy_(self.dualize(noise.normal_(generator=generator)))
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """The root mean square of ``dualize`` for a full-rank gradient of ``shape``."""
+        m, n = (shape[-2], shape[-1]) if len(shape) > 1 else (1, math.prod(shape))
+        return self.unit_update_rms(m, n) * self.factor(shape)
+
+    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+        """As a direction, a norm is its duality map."""
+        return self.dualize(x)
+
+    def _scaled(self, d: Tensor, shape: tuple[int, ...]) -> Tensor:
+        factor = self.factor(shape)
+        return d if factor == 1.0 else d.mul_(factor)
+
+    def _matrix(self, x: Tensor) -> Tensor:
+        if self.needs_matrix and x.ndim < 2:
+            raise ValueError(f"{type(self).__name__} is a norm of matrices (..., out, in), got shape {tuple(x.shape)}")
+        return x
+
+
+def axes(x: Tensor) -> tuple[int, ...]:
+    """The dimensions of one matrix, or all of a vector or scalar."""
+    return (-2, -1) if x.ndim > 1 else tuple(range(x.ndim))
+
+
+def euclidean(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
+    """Euclidean norms along ``dim`` that neither overflow nor underflow: entries are divided by the largest first."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.ndim == 0 or x.numel() == 0:
+        return torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim)
+    largest = x.abs().amax(dim=dim, keepdim=True)
+    sizes = torch.linalg.vector_norm(x / _nonzero(largest), dim=dim, keepdim=True).mul_(largest)
+    return sizes if keepdim else sizes.squeeze(dim)
+
+
+def normalize(g: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """``g`` over its Euclidean norm along ``dim``, 0 where that is 0; a new tensor."""
+    return (g / _nonzero(euclidean(g, dim, keepdim=True))).to(g.dtype)
+
+
+def divide_by_root(m: Tensor, stats: Tensor, eps: float) -> Tensor:
+    """``m / (sqrt(stats) + eps)``, and ``m`` itself where that is a division by 0; a new tensor."""
+    root = stats.sqrt().add_(eps) if eps else _nonzero(stats.sqrt())
+    return m / root
+
+
+def clip_norm(w: Tensor, dim: int | tuple[int, ...], radius: float) -> Tensor:
+    """``w`` shortened along ``dim`` to at most ``radius``; a new tensor."""
+    return (w * (radius / _nonzero(euclidean(w, dim, keepdim=True))).clamp_(max=1.0)).to(w.dtype)
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return torch.where(x == 0, 1.0, x)

@@ -1,0 +1,159 @@
+"""Norms of the singular values: the largest (spectral) and their sum (nuclear), each other's duals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from normopt.ingredient import check_choice
+from normopt.norms.base import Norm
+from normopt.polar import METHODS, Schedule, exact, normalized, polar
+
+
+@dataclass(frozen=True)
+class _Schatten(Norm):
+    _abstract: ClassVar[bool] = True
+    reduces: ClassVar[str] = "matrix"  # type: ignore[misc]
+
+    def unit_rms(self, m: int, n: int) -> float:
+        """sqrt(out/in), the RMS -> RMS norm."""
+        return math.sqrt(m / max(n, 1))
+
+
+@dataclass(frozen=True)
+class Spectral(_Schatten):
+    """The largest singular value: the l2 -> l2 operator norm (Bernstein & Newhouse, Prop. 5).
+
+    Dual norm: the nuclear norm. Duality map: the polar factor ``U V^T``, by the chosen method (see
+    :func:`normopt.polar.polar`; only ``"exact"`` satisfies the identities to rounding). Second moment: ``(G G^T, G^T G)``
+    with ``whiten(M, (L, R)) = L^(-1/4) M R^(-1/4)`` (Shampoo, arXiv 1802.09568). ``norm``, ``dual_norm`` and ``project``
+    use singular values. Scale ``"rms"``: sqrt(out/in), the RMS -> RMS norm.
+
+    Args:
+        scale: see :class:`~normopt.norms.Norm`.
+        method: ``"newton-schulz"``, ``"polar-express"``, ``"exact"`` or a :class:`~normopt.polar.Schedule`.
+        steps: iterations; ``None`` is the method's own number.
+        dtype: the name of the dtype of the iteration, such as ``"bfloat16"``, or a ``torch.dtype``; ``None`` is the
+            tensor's own.
+    """
+
+    method: str | Schedule = "polar-express"
+    steps: int | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        if isinstance(self.method, str):
+            check_choice(self, "method", self.method, METHODS)
+        if self.steps is not None and (self.method == "exact" or self.steps < 1):
+            raise ValueError(f"Spectral: steps must be a positive number of iterations (none for 'exact'), got {self.steps}")
+
+    def unit_norm(self, w: Tensor) -> Tensor:
+        return singular_values(w).amax(dim=-1) if w.numel() else w.sum(dim=(-2, -1))
+
+    def unit_dual_norm(self, g: Tensor) -> Tensor:
+        return singular_values(g).sum(dim=-1)
+
+    def unit_dualize(self, g: Tensor) -> Tensor:
+        return polar(g, self.method, self.steps, getattr(torch, self.dtype) if self.dtype else None)
+
+    def unit_project(self, w: Tensor, radius: float) -> Tensor:
+        return map_singular_values(w, lambda s: s.clamp(max=radius))
+
+    def unit_update_rms(self, m: int, n: int) -> float:
+        return 1.0 / math.sqrt(max(m, n, 1))
+
+    def second_moment(self, g: Tensor) -> tuple[Tensor, ...]:
+        """``(G G^T, G^T G)``, shapes ``(..., out, out)`` and ``(..., in, in)``."""
+        return g @ g.mT, g.mT @ g
+
+    def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: float) -> Tensor:
+        left, right = stats
+        return inverse_root(left, 4, eps) @ m @ inverse_root(right, 4, eps)
+
+    @torch.no_grad()
+    def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A random semi-orthogonal matrix times the scale's factor, by the exact method. Returns ``w``."""
+        noise = torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
+        return w.copy_(exact(noise.normal_(generator=generator)) * self.factor(w.shape))
+
+
+@dataclass(frozen=True)
+class Nuclear(_Schatten):
+    """The sum of the singular values, the dual of the spectral norm.
+
+    Dual norm: the largest singular value. Duality map: ``u_1 v_1^T``, the leading singular pair, from a singular value
+    decomposition. No second moment. Scale ``"rms"``: sqrt(out/in).
+    """
+
+    has_memory: ClassVar[bool] = False
+
+    def unit_norm(self, w: Tensor) -> Tensor:
+        return singular_values(w).sum(dim=-1)
+
+    def unit_dual_norm(self, g: Tensor) -> Tensor:
+        return singular_values(g).amax(dim=-1) if g.numel() else g.sum(dim=(-2, -1))
+
+    def unit_dualize(self, g: Tensor) -> Tensor:
+        if g.numel() == 0:
+            return g.clone()
+        u, s, vh = torch.linalg.svd(normalized(g), full_matrices=False)
+        return (u[..., :1] @ vh[..., :1, :] * (s[..., :1, None] > 0)).to(g.dtype)
+
+    def unit_project(self, w: Tensor, radius: float) -> Tensor:
+        return map_singular_values(w, lambda s: _project_simplex(s, radius))
+
+    def unit_update_rms(self, m: int, n: int) -> float:
+        return 1.0 / math.sqrt(max(m * n, 1))
+
+    @torch.no_grad()
+    def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A Gaussian matrix over its norm (the duality map would have rank one). Returns ``w``."""
+        noise = torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32)).normal_(generator=generator)
+        return w.copy_(noise / self.norm(noise)[..., None, None]) if w.numel() else w
+
+
+def _dtype_name(dtype: object) -> str | None:
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if name is None:
+        return None
+    if not isinstance(name, str) or not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"Spectral: dtype must be the name of a torch dtype such as 'bfloat16', got {dtype!r}")
+    return name
+
+
+def singular_values(x: Tensor) -> Tensor:
+    """The singular values of each matrix, shape ``(..., min(m, n))``, computed in float32 or better."""
+    return torch.linalg.svdvals(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+def map_singular_values(x: Tensor, f: object) -> Tensor:
+    """``U diag(f(s)) V^T`` for each ``x = U diag(s) V^T``."""
+    if x.numel() == 0:
+        return x.clone()
+    u, s, vh = torch.linalg.svd(x.to(torch.promote_types(x.dtype, torch.float32)), full_matrices=False)
+    return ((u * f(s).unsqueeze(-2)) @ vh).to(x.dtype)  # type: ignore[operator]
+
+
+def _project_simplex(s: Tensor, radius: float) -> Tensor:
+    """Nearest point of ``{t >= 0, sum t <= radius}`` to ``s >= 0``, sorted downwards: subtract a constant, clip at 0."""
+    counts = torch.arange(1, s.shape[-1] + 1, dtype=s.dtype, device=s.device)
+    shifts = (s.cumsum(dim=-1) - radius) / counts
+    active = (s > shifts).sum(dim=-1, keepdim=True).clamp_(min=1)
+    shift = shifts.gather(-1, active - 1).clamp_(min=0)
+    return (s - shift).clamp_(min=0)
+
+
+def inverse_root(stats: Tensor, order: int, eps: float) -> Tensor:
+    """``(stats + eps)^(-1/order)`` of symmetric positive semidefinite matrices, a pseudo-inverse where ``eps`` is 0."""
+    eigenvalues, vectors = torch.linalg.eigh(stats)
+    eigenvalues = eigenvalues + eps
+    smallest = eigenvalues.amax(dim=-1, keepdim=True) * stats.shape[-1] * torch.finfo(stats.dtype).eps
+    kept = eigenvalues > (smallest if eps == 0 else 0.0)
+    powers = torch.where(kept, eigenvalues.clamp(min=torch.finfo(stats.dtype).tiny) ** (-1.0 / order), 0.0)
+    return (vectors * powers.unsqueeze(-2)) @ vectors.mT
