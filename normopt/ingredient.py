@@ -108,6 +108,8 @@ class Stage(Ingredient):
     """
 
     reduces: str = "entry"
+    #: Whether vectors and scalars are refused.
+    needs_matrix: bool = False
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         """The state before the first step for a batch ``x`` of shape ``(..., out, in)``; leading dimensions are kept."""

@@ -54,7 +54,7 @@ class Norm(Direction):
     scale: Scale = "rms"
     _abstract: ClassVar[bool] = True
     #: False for norms that take vectors and scalars too.
-    needs_matrix: ClassVar[bool] = True
+    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
     #: False for norms without ``second_moment`` and ``whiten``.
     has_memory: ClassVar[bool] = True
 

@@ -1,0 +1,114 @@
+"""Parameters that move together: one tensor for all their gradients, and one for each piece of their state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normopt.rule import Rule
+
+#: The most entries that one batch holds, unless a single parameter has more. It bounds the temporary memory of a step to
+#: a few times this many numbers.
+MAX_ENTRIES = 1 << 22
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+class Batch:
+    """Parameters of one param group with the same dtype, device, age and, unless the rule works entry by entry, shape.
+
+    Entry-wise rules see all parameters laid end to end, shape ``(entries,)``; the others a stack of matrices, shape
+    ``(matrices, out, in)``. State lives in tensors of the batch; ``optimizer.state[p]`` holds views of them, so that each
+    step runs on whole batches without collecting anything but gradients.
+    """
+
+    def __init__(self, group: dict[str, Any], params: list[Tensor], rule: Rule, state: State) -> None:
+        self.group, self.params, self.rule = group, params, rule
+        self.flat = rule.elementwise
+        self.dtype = torch.promote_types(params[0].dtype, torch.float32)
+        self.steps = torch.tensor([age(state, p) for p in params])
+        self.state = rule.init_state(self.gradient(), self.weights() if rule.step_size.reads_weight else None)
+        self._views = [{"step": step} for step in self.steps.unbind()]
+        for name, tensor in self.state.items():
+            for views, view in zip(self._views, self._state_views(tensor), strict=True):
+                views[name] = view
+        self._adopt(state)
+
+    def _adopt(self, state: State) -> None:
+        """Copy the parameters' state into this batch, and let ``state`` hold views of it from now on."""
+        for p, views in zip(self.params, self._views, strict=True):
+            for name, view in views.items():
+                if name in state[p]:
+                    view.copy_(state[p][name])
+                state[p][name] = view
+
+    def is_current(self, state: State) -> bool:
+        """Whether the parameters' state still consists of this batch's views."""
+        return all(
+            state[p].get(name) is view
+            for p, views in zip(self.params, self._views, strict=True)
+            for name, view in views.items()
+        )
+
+    def gather(self, tensors: Iterable[Tensor]) -> Tensor:
+        """One tensor from one like each parameter; it may share memory with them, so it must not be modified."""
+        if self.flat:
+            parts = [tensor.reshape(-1) for tensor in tensors]
+        else:
+            parts = [self.rule.view.apply(tensor) for tensor in tensors]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.to(self.dtype)
+
+    def scatter(self, x: Tensor) -> list[Tensor]:
+        """The inverse of ``gather``: views of ``x``, one like each parameter."""
+        return [self._like(piece, p) for piece, p in zip(self._pieces(x), self.params, strict=True)]
+
+    def gradient(self) -> Tensor:
+        """The gradients, negated where the group maximizes."""
+        g = self.gather(p.grad for p in self.params)  # type: ignore[misc]
+        return g.neg() if self.group["maximize"] else g
+
+    def weights(self) -> Tensor:
+        """The weights, in float32 or better."""
+        return self.gather(self.params)
+
+    def advance(self) -> float:
+        """Count one more step; returns its number, from 1."""
+        return self.steps.add_(1)[0].item()
+
+    def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
+        sizes = [p.numel() if self.flat else self.rule.view.shape(p.shape)[0] for p in self.params]
+        return x.split(sizes)
+
+    def _like(self, piece: Tensor, p: Tensor) -> Tensor:
+        return piece.view(p.shape) if self.flat else self.rule.view.invert(piece, p.shape)
+
+    def _state_views(self, x: Tensor) -> Iterator[Tensor]:
+        """Each parameter's part of a state tensor, in the parameter's own shape where the state has one."""
+        for piece, p in zip(self._pieces(x), self.params, strict=True):
+            whole = self.flat or tuple(piece.shape) == self.rule.view.shape(p.shape)
+            yield self._like(piece, p) if whole else piece
+
+
+def age(state: State, p: Tensor) -> float:
+    """How many steps ``p`` has taken."""
+    return float(state[p]["step"]) if "step" in state.get(p, ()) else 0.0
+
+
+def partition(group: dict[str, Any], params: list[Tensor], rule: Rule, state: State) -> Iterator[Batch]:
+    """Batches of the parameters that can move together, none larger than ``MAX_ENTRIES`` unless it is one parameter."""
+    kinds: dict[tuple[Any, ...], list[Tensor]] = {}
+    for p in params:
+        shape = () if rule.elementwise else rule.view.shape(p.shape)[1:]
+        kinds.setdefault((shape, p.dtype, p.device, age(state, p)), []).append(p)
+    for members in kinds.values():
+        entries, part = 0, list[Tensor]()
+        for p in members:
+            if part and entries + p.numel() > MAX_ENTRIES:
+                yield Batch(group, part, rule, state)
+                entries, part = 0, []
+            entries, part = entries + p.numel(), [*part, p]
+        yield Batch(group, part, rule, state)

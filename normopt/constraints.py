@@ -1,0 +1,88 @@
+"""Where may the weights live? Decay, and bounds that hold after every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from normopt.ingredient import Ingredient, check_range
+
+Rate = float | Tensor
+
+
+class Constraint(Ingredient):
+    """What happens to the weights beside the update. Override any of four methods; the others cost nothing.
+
+    In order: ``gradient`` (before momentum and memory), ``update``, ``shrink``, then the step ``w <- shrink w - rate d``,
+    then ``weight``. Tensors have the batch's layout ``(..., out, in)`` and are never modified in place.
+    """
+
+    def gradient(self, g: Tensor, w: Tensor) -> Tensor:
+        """The gradient that the optimizer works with."""
+        return g
+
+    def update(self, d: Tensor, w: Tensor, g: Tensor, rate: Rate) -> Tensor:
+        """The update ``d``, to be multiplied by ``-rate``; ``g`` is the raw gradient."""
+        return d
+
+    def shrink(self, rate: Rate) -> Rate:
+        """What the weights are multiplied by before the update is added."""
+        return 1.0
+
+    def weight(self, w: Tensor, rate: Rate) -> Tensor:
+        """The new weights after the update."""
+        return w
+
+    def overrides(self, *methods: str) -> bool:
+        """Whether this constraint does anything in one of ``methods``."""
+        return any(getattr(type(self), method) is not getattr(Constraint, method) for method in methods)
+
+
+@dataclass(frozen=True)
+class WeightDecay(Constraint):
+    """Decoupled weight decay: ``w <- (1 - rate * weight_decay) w`` before the update (AdamW, arXiv 1711.05101).
+
+    Args:
+        weight_decay: not negative.
+    """
+
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
+
+    def shrink(self, rate: Rate) -> Rate:
+        return 1 - rate * self.weight_decay
+
+
+@dataclass(frozen=True)
+class L2(Constraint):
+    """L2 regularization: ``g <- g + weight_decay w`` before momentum and memory (torch.optim.SGD and Adam).
+
+    Args:
+        weight_decay: not negative.
+    """
+
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
+
+    def gradient(self, g: Tensor, w: Tensor) -> Tensor:
+        return g.add(w, alpha=self.weight_decay) if self.weight_decay else g
+
+
+@dataclass(frozen=True)
+class FrankWolfe(Constraint):
+    """``w <- (1 - rate) w - rate * length * d``: a convex combination of the weights and a vertex of the ball.
+
+    With a norm's duality map as ``d`` and ``Constant(radius)`` as step size, weights that start in the ball of that radius
+    never leave it, for any gradient (constrained Scion, arXiv 2502.07529). It is decoupled weight decay of
+    ``1 / radius`` at learning rate ``lr * radius``. The learning rate must not exceed 1.
+    """
+
+    def shrink(self, rate: Rate) -> Rate:
+        if isinstance(rate, float) and rate > 1:
+            raise ValueError(f"FrankWolfe: the learning rate must not exceed 1, got {rate!r}")
+        return 1 - rate

@@ -1,0 +1,172 @@
+"""Which direction is steepest? The algebra over norms: memory, composition and borrowed lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normopt.ingredient import Stage, check_choice, check_range, coarsest, substate
+from normopt.norms.base import Direction, Norm, axes, euclidean, normalize
+
+ACCUMULATE = ("ema", "sum")
+
+
+@dataclass(frozen=True)
+class Smoothed(Direction):
+    """A norm with memory: ``norm.whiten`` with the second moments of all gradients so far instead of this one's.
+
+    ``s <- beta s + (1 - beta) second_moment(g)``, then ``whiten(x, s / (1 - beta^step), eps)``. ``Smoothed(Max())`` is
+    Adam's denominator, ``Smoothed(Spectral())`` Shampoo's, ``Smoothed(Euclidean())`` NovoGrad's. With ``beta=0`` and
+    ``eps=0`` it is the norm's duality map.
+
+    Args:
+        norm: the norm; it needs a second moment.
+        beta: weight of the past, in [0, 1); not used by ``accumulate="sum"``.
+        eps: added to the root of the second moment, after the bias correction.
+        bias_correction: divide by ``1 - beta^step``.
+        accumulate: ``"ema"``, or ``"sum"`` over all steps (Adagrad, the Shampoo of arXiv 1802.09568).
+        maximum: divide by the largest second moment so far, before the bias correction (AMSGrad as in torch.optim).
+
+    Raises:
+        ValueError: the norm has no second moment, or a number is out of range.
+    """
+
+    norm: Norm
+    beta: float = 0.999
+    eps: float = 1e-8
+    bias_correction: bool = True
+    accumulate: str = "ema"
+    maximum: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self, "beta", self.beta, 0, 1)
+        check_range(self, "eps", self.eps, 0, float("inf"))
+        check_choice(self, "accumulate", self.accumulate, ACCUMULATE)
+        if not self.norm.has_memory:
+            raise ValueError(f"Smoothed: {self.norm} has no second moment to remember")
+
+    @property
+    def reduces(self) -> str:  # type: ignore[override]
+        """That of the norm."""
+        return self.norm.reduces
+
+    @property
+    def needs_matrix(self) -> bool:  # type: ignore[override]
+        """That of the norm."""
+        return self.norm.needs_matrix
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        state = {f"second_moment{i or ''}": torch.zeros_like(s) for i, s in enumerate(self.norm.second_moment(x))}
+        if self.maximum:
+            state |= {f"max_{name}": tensor.clone() for name, tensor in state.items()}
+        return state
+
+    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+        stats = [self._remember(s, state, i) for i, s in enumerate(self.norm.second_moment(g))]
+        averaged = self.bias_correction and self.accumulate == "ema"
+        # whiten(x, s / c, eps) = sqrt(c) whiten(x, s, sqrt(c) eps): the correction costs nothing.
+        root = (1 - self.beta**step) ** 0.5 if averaged else 1.0
+        return self.norm.whiten(x, tuple(stats), self.eps * root).mul_(root)
+
+    def _remember(self, new: Tensor, state: dict[str, Tensor], i: int) -> Tensor:
+        stats = state[f"second_moment{i or ''}"]
+        stats.add_(new) if self.accumulate == "sum" else stats.lerp_(new, 1 - self.beta)
+        if not self.maximum:
+            return stats
+        largest = state[f"max_second_moment{i or ''}"]
+        return torch.maximum(largest, stats, out=largest)
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """That of the norm: the size of a step whose gradient is as large as those before it."""
+        return self.norm.rms(shape)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Chain(Direction):
+    """Stages one after the other: ``Chain(Row(), Spectral())`` normalizes rows, then takes the polar factor.
+
+    The first stage sees the gradient beside the momentum; for each later stage both are what the stage before returned.
+    A :class:`~normopt.momentum.Momentum` is a stage too: ``Chain(Euclidean(), EMA(0.9))`` averages normalized gradients.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __init__(self, *stages: Stage) -> None:
+        if not stages or not all(isinstance(stage, Stage) for stage in stages):
+            raise ValueError(f"Chain: needs one or more norms, directions or momenta, got {stages!r}")
+        object.__setattr__(self, "stages", stages)
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.stages))})"
+
+    def __str__(self) -> str:
+        return f"Chain({', '.join(map(str, self.stages))})"
+
+    def resolve(self, options: Mapping[str, Any]) -> Chain:
+        return Chain(*(stage.resolve(options) for stage in self.stages))
+
+    @property
+    def reduces(self) -> str:  # type: ignore[override]
+        """The common level of all stages."""
+        return coarsest(stage.reduces for stage in self.stages)
+
+    @property
+    def needs_matrix(self) -> bool:  # type: ignore[override]
+        """Whether any stage does."""
+        return any(stage.needs_matrix for stage in self.stages)
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return {f"{i}.{k}": v for i, stage in enumerate(self.stages) for k, v in stage.init_state(x).items()}
+
+    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+        for i, stage in enumerate(self.stages):
+            x = g = stage(x, g, substate(state, f"{i}."), step)
+        return x
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """That of the last direction."""
+        directions = [stage for stage in self.stages if isinstance(stage, Direction)]
+        return directions[-1].rms(shape) if directions else float("nan")
+
+
+@dataclass(frozen=True)
+class Grafted(Direction):
+    """The direction of one, the length of another: ``direction(x) ||magnitude(x)|| / ||direction(x)||`` (Frobenius).
+
+    Args:
+        direction: where to go; its length is dropped.
+        magnitude: how far: the Frobenius norm of its result for each matrix.
+
+    Source: Agarwal et al., "Disentangling adaptive gradient methods", arXiv 2002.11803.
+    """
+
+    direction: Stage
+    magnitude: Stage
+
+    @property
+    def reduces(self) -> str:  # type: ignore[override]
+        """The common level of both and of the Frobenius norm."""
+        return coarsest(("all", self.direction.reduces, self.magnitude.reduces))
+
+    @property
+    def needs_matrix(self) -> bool:  # type: ignore[override]
+        """Whether either does."""
+        return self.direction.needs_matrix or self.magnitude.needs_matrix
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {f"{name}.{k}": v for name, part in parts.items() for k, v in part.init_state(x).items()}
+
+    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+        d = self.direction(x, g, substate(state, "direction."), step)
+        length = self.magnitude(x, g, substate(state, "magnitude."), step)
+        return normalize(d, axes(d)).mul_(euclidean(length, axes(length), keepdim=True))
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """That of the magnitude."""
+        return self.magnitude.rms(shape) if isinstance(self.magnitude, Direction) else float("nan")

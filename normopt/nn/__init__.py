@@ -1,0 +1,5 @@
+"""Models to train: `GPT`, the transformer that the benchmarks stand on."""
+
+from normopt.nn.gpt import GPT
+
+__all__ = ["GPT"]

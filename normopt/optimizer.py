@@ -1,0 +1,305 @@
+"""SteepestDescent: the only optimizer loop. Everything else in the library is an ingredient of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import mul
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from normopt.batch import Batch, partition
+from normopt.constraints import Constraint
+from normopt.ingredient import Stage, nearest, parse
+from normopt.momentum import Momentum
+from normopt.roles import GEOMETRIES, ROLES, Geometry, entry, param_groups
+from normopt.rule import INGREDIENTS, Rule
+from normopt.stepsize import Shared, StepSize
+
+#: Param-group entries that are no options of an ingredient: ours, and those that torch's schedulers and users write.
+_GROUP_KEYS = {"params", "param_names", "lr", "maximize", "role", "reasons", "rule", "name", "initial_lr", "lr_scale"}
+_GROUP_KEYS |= {f"{bound}_{name}" for bound in ("base", "max", "min") for name in ("lr", "momentum")}
+
+
+@dataclass
+class _Move:
+    """What one batch is about to do."""
+
+    batch: Batch
+    gradient: Tensor
+    averaged: Tensor
+    direction: Tensor
+    weights: Tensor | None
+    sums: dict[str, Tensor]
+
+
+class SteepestDescent(Optimizer):
+    """Steepest descent under a norm: ``w <- shrink(w) - lr * length * direction(momentum(g))``, then the constraint.
+
+    Each param group answers four questions for its parameters: which gradient we trust (``momentum``), which direction is
+    steepest (``norm``), how far we go (``step_size``) and where the weights may live (``constraint``). Each ingredient is
+    an object, or its name, or its repr. With the defaults the update is ``w <- w - lr * dualize(g)`` (Bernstein &
+    Newhouse, arXiv 2409.20325).
+
+    Args:
+        params: parameters, named parameters or param groups as in torch.optim, or a whole model. Of a model, every
+            parameter gets the ingredients that ``geometry`` gives to its role; of a param group, those that it names
+            (``{"params": ..., "norm": "max", "lr": 1e-3}``).
+        lr: learning rate, a number or a tensor with one entry.
+        norm: a norm or another direction, such as ``"spectral"``, ``Column(scale="unit")``, ``Smoothed(Max())``.
+        momentum: ``None``, a number (the beta of an :class:`~normopt.momentum.EMA`, kept in ``group["momentum"]`` where
+            schedulers can cycle it), or a momentum such as ``"nesterov"``.
+        step_size: such as ``"constant"``, or ``"dual"``: lr times the dual norm summed over all layers.
+        constraint: ``None``, a constraint such as ``WeightDecay(0.1)``, or several.
+        options: numbers that ingredients read by name from the param group, see :class:`~normopt.ingredient.Option`;
+            every group can have its own.
+        geometry: with a model, a table role -> norm or dict of param-group options, or the name of one. It is laid over
+            the optimizer's own table.
+        overrides: with a model, glob pattern over parameter names -> role, norm or dict, see :func:`normopt.roles`.
+        maximize: go up instead of down.
+
+    Raises:
+        ValueError: an unknown name, a number out of range, a norm that does not fit a parameter's shape; and in ``step``,
+            before anything has changed, a sparse or complex gradient. The message names parameter or argument.
+        TypeError: a param group with an entry that none of its ingredients reads.
+    """
+
+    #: What each role of a whole model gets; ``{}`` is the optimizer's own rule.
+    geometry: ClassVar[Geometry] = {"*": {}}
+    #: Every subclass by its lower-case name, for :func:`normopt.create`.
+    registry: ClassVar[dict[str, type[SteepestDescent]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        SteepestDescent.registry[cls.__name__.lower()] = cls
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        norm: str | Stage = "spectral",
+        momentum: float | str | Momentum | None = None,
+        step_size: str | StepSize = "constant",
+        constraint: str | Constraint | Iterable[Constraint] | None = None,
+        *,
+        options: Mapping[str, Any] | None = None,
+        geometry: str | Geometry | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        maximize: bool = False,
+    ) -> None:
+        rule = Rule().updated({"norm": norm, "momentum": momentum, "step_size": step_size, "constraint": constraint})
+        numbers = {**({"momentum": momentum} if isinstance(momentum, (int, float)) else {}), **(options or {})}
+        for name in numbers.keys() - rule.options():
+            raise TypeError(f"options: no ingredient of {rule} reads {name!r}; {nearest(name, rule.options())}")
+        if isinstance(params, nn.Module):
+            params = param_groups(params, _overlaid(self.geometry, geometry), overrides)
+        elif geometry is not None or overrides is not None:
+            raise ValueError("geometry and overrides need a whole model: pass the module instead of its parameters")
+        self._batches_of: dict[int, list[Batch]] = {}
+        super().__init__(params, {"lr": lr, "maximize": maximize, "rule": repr(rule), **numbers})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._batches_of = {}
+
+    # Param groups ---------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group as in torch.optim; it may name its own ingredients, and ``lr_ratio`` in place of ``lr``."""
+        group = dict(param_group)
+        rule = self._rule_of(group)
+        group["rule"] = repr(rule)
+        if "lr_ratio" in group:
+            group["lr"] = self.defaults["lr"] * group.pop("lr_ratio")
+        _check_options({**self.defaults, **group}, rule, self.defaults)
+        super().add_param_group(group)
+        group = self.param_groups[-1]
+        try:
+            _check_parameters(group, rule)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+        for name, value in rule.step_size.init_shared().items():
+            known = [other[name] for other in self.param_groups if name in other]
+            group[name] = known[0] if known else torch.tensor(value, device=group["params"][0].device)
+
+    def _rule_of(self, group: dict[str, Any]) -> Rule:
+        """The optimizer's own rule with the ingredients that the group names, which are taken out of it."""
+        default = _rule(self.defaults)
+        if "rule" in group:
+            return _rule(group)
+        given = {name: group.pop(name) for name in INGREDIENTS & group.keys()}
+        if isinstance(given.get("momentum"), (int, float)):
+            group["momentum"] = given["momentum"]
+            if "momentum" in default.options():
+                del given["momentum"]
+        return default.updated(given)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned, of an optimizer with the same ingredients.
+
+        State keeps the dtype that it was saved with (torch would cast it to the parameter's).
+
+        Raises:
+            ValueError: other param groups or other ingredients; nothing has been loaded.
+        """
+        for i, (mine, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+            if mine["rule"] != saved.get("rule"):
+                raise ValueError(f"param group {i} does not match the saved one: {_difference(mine, saved)}")
+        super().load_state_dict(state_dict)
+        for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for p, key in zip(mine["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
+                        self.state[p][name] = value.to(self.state[p][name].device, copy=True)
+
+    # One step -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step. ``closure``, if given, computes the loss and the gradients; its value is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            _check_gradients(group)
+        batches = [batch for group in self.param_groups for batch in self._batches(group)]
+        moves = map(self._descend, batches)
+        joint = any(batch.rule.step_size.joint for batch in batches)
+        for move, shared in self._concluded(list(moves)) if joint else ((move, _shared(move.batch)) for move in moves):
+            _apply(move, shared)
+        return loss
+
+    def _batches(self, group: dict[str, Any]) -> list[Batch]:
+        """The group's parameters that have gradients, in batches; those of the last step where nothing has changed."""
+        params = [p for p in group["params"] if p.grad is not None]
+        rule = _rule(group).resolve(group)
+        batches = self._batches_of.get(id(group), [])
+        if not _same(batches, group, params, self.state):
+            batches = list(partition(group, params, rule, self.state))
+            self._batches_of[id(group)] = batches
+        for batch in batches:
+            batch.rule = rule
+        return batches
+
+    def _descend(self, batch: Batch) -> _Move:
+        """From the gradient to the direction."""
+        rule, state, shared = batch.rule, batch.state, _shared(batch)
+        step = batch.advance()
+        needs_weights = rule.step_size.reads_weight or any(c.overrides("gradient", "update") for c in rule.constraint)
+        w = batch.weights() if needs_weights else None
+        g = batch.gradient()
+        for constraint in rule.constraint:
+            if constraint.overrides("gradient"):
+                g = constraint.gradient(g, w)  # type: ignore[arg-type]
+        g = rule.step_size.weigh(g, w, shared)
+        m = rule.momentum(g, g, state, step)
+        d = rule.norm(m, g, state, step)
+        rate = rule.step_size.rate(batch.group["lr"], shared)
+        return _Move(batch, g, m, d, w, rule.step_size.measure(m, g, d, w, state, rate))
+
+    def _concluded(self, moves: list[_Move]) -> Iterator[tuple[_Move, Shared]]:
+        """Every move with what the step sizes conclude from all of them; equal kinds of step size share their sums."""
+        for kind in {type(move.batch.rule.step_size) for move in moves}:
+            alike = [move for move in moves if type(move.batch.rule.step_size) is kind]
+            sums = {name: torch.stack([move.sums[name] for move in alike]).sum() for name in alike[0].sums}
+            for move in alike:
+                shared = move.batch.rule.step_size.conclude(sums, _shared(move.batch))
+                move.batch.group.update({name: shared[name] for name in _shared(move.batch)})
+                yield move, shared
+
+
+def _apply(move: _Move, shared: Shared) -> None:
+    """From the direction to the new weights."""
+    batch, d, w = move.batch, move.direction, move.weights
+    rule, params = batch.rule, batch.params
+    rate = rule.step_size.rate(batch.group["lr"], shared)
+    for constraint in rule.constraint:
+        if constraint.overrides("update"):
+            d = constraint.update(d, w, move.gradient, rate)  # type: ignore[arg-type]
+    size = -rate * rule.step_size.length(move.averaged, d, w, shared)
+    shrink = reduce(mul, (constraint.shrink(rate) for constraint in rule.constraint), 1.0)
+    bounds = [constraint for constraint in rule.constraint if constraint.overrides("weight")]
+    if bounds or batch.dtype != params[0].dtype:
+        new = batch.weights() * shrink + d * size
+        for constraint in bounds:
+            new = constraint.weight(new, rate)
+        torch._foreach_copy_(params, batch.scatter(new))
+        return
+    if isinstance(shrink, Tensor) or shrink != 1.0:
+        torch._foreach_mul_(params, shrink)
+    if isinstance(size, Tensor):
+        torch._foreach_add_(params, batch.scatter(d * size))
+    else:
+        torch._foreach_add_(params, batch.scatter(d), alpha=size)
+
+
+def _rule(group: Mapping[str, Any]) -> Rule:
+    rule = parse(group["rule"])
+    assert isinstance(rule, Rule)
+    return rule
+
+
+def _shared(batch: Batch) -> Shared:
+    return {name: batch.group[name] for name in batch.rule.step_size.init_shared()}
+
+
+def _same(batches: list[Batch], group: dict[str, Any], params: list[Tensor], state: Any) -> bool:
+    """Whether ``batches`` are made of exactly ``params`` of ``group``, with their state untouched since."""
+    held = [p for batch in batches for p in batch.params]
+    return (
+        len(held) == len(params)
+        and {*map(id, held)} == {*map(id, params)}
+        and all(batch.group is group and batch.is_current(state) for batch in batches)
+    )
+
+
+def _check_options(options: Mapping[str, Any], rule: Rule, defaults: Mapping[str, Any]) -> None:
+    """Every number in range, every option that the rule reads present, and none that nothing reads."""
+    lr = options["lr"]
+    if isinstance(lr, bool) or (isinstance(lr, Tensor) and lr.numel() != 1) or not float(lr) >= 0:
+        raise ValueError(f"lr must be a number that is not negative, got {lr!r}")
+    for name in options.keys() - rule.options() - _GROUP_KEYS - defaults.keys():
+        raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {nearest(name, rule.options())}")
+    rule.resolve(options)
+
+
+def _check_parameters(group: dict[str, Any], rule: Rule) -> None:
+    for i, p in enumerate(group["params"]):
+        if not p.is_floating_point():
+            raise ValueError(f"{_name(group, i)} has dtype {p.dtype}; only real floating-point parameters can be trained")
+        rule.check_fits(_name(group, i), tuple(p.shape))
+
+
+def _check_gradients(group: dict[str, Any]) -> None:
+    for i, p in enumerate(group["params"]):
+        if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
+            kind = "complex" if p.grad.is_complex() else "sparse"
+            raise ValueError(f"{_name(group, i)} has a {kind} gradient; only dense real gradients can be used")
+
+
+def _name(group: Mapping[str, Any], i: int) -> str:
+    names = group.get("param_names")
+    return f"parameter {names[i]!r}" if names else f"parameter {i} of its group"
+
+
+def _difference(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """Which ingredients two param groups do not share, for an error message."""
+    if "rule" not in saved:
+        return f"it was saved by another library and has no ingredients; this one has {_rule(mine)}"
+    a, b = _rule(mine), _rule(saved)
+    names = [name for name in sorted(INGREDIENTS) if getattr(a, name) != getattr(b, name)]
+    return "; ".join(f"{name} is {getattr(a, name)!r} here and {getattr(b, name)!r} in the saved state" for name in names)
+
+
+def _overlaid(own: Geometry, given: str | Geometry | None) -> Geometry:
+    """The user's geometry laid over the optimizer's own: role by role, entry by entry."""
+    if isinstance(given, str) and given not in GEOMETRIES:
+        raise ValueError(f"unknown geometry {given!r}; {nearest(given, GEOMETRIES)}")
+    table = GEOMETRIES[given] if isinstance(given, str) else given or {}
+    return {role: {**entry(own, role), **entry(table, role)} for role in ("*", *ROLES, *own, *table)}

@@ -1,0 +1,88 @@
+"""What an optimizer is about to do, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from normopt.ingredient import parse
+from normopt.optimizer import SteepestDescent
+from normopt.rule import Rule
+
+COLUMNS = (
+    "parameter",
+    "shape",
+    "role",
+    "matrix view",
+    "norm",
+    "momentum",
+    "step size",
+    "constraint",
+    "lr",
+    "effective lr",
+    "reason",
+    "state bytes",
+)
+
+
+def describe(optimizer: SteepestDescent) -> str:
+    """A table with one row for each parameter: what it is taken for, what moves it, how far, and what that costs.
+
+    Columns: parameter, shape, role, matrix view (matrices x out x in), norm, momentum, step size, constraint, lr,
+    effective lr (the root mean square of the update's entries for a full-rank gradient of the usual size, before
+    constraints; times the dual norm where the step size says so), reason for the role, state bytes (0 before the first
+    step). Drawn by tabulate where it is installed.
+    """
+    rows = [row for group in optimizer.param_groups for row in _rows(optimizer, group)]
+    try:
+        from tabulate import tabulate
+    except ImportError:
+        return _plain([COLUMNS, *rows])
+    return str(tabulate(rows, headers=COLUMNS, disable_numparse=True))
+
+
+def _rows(optimizer: SteepestDescent, group: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    written = parse(group["rule"])
+    rule = written.resolve(group)
+    assert isinstance(written, Rule) and isinstance(rule, Rule)
+    names = group.get("param_names", [f"#{i}" for i in range(len(group["params"]))])
+    reasons = group.get("reasons", [""] * len(names))
+    return [
+        (
+            name,
+            _shape(tuple(p.shape)),
+            group.get("role", ""),
+            _shape(rule.view.shape(tuple(p.shape))),
+            str(rule.norm),
+            str(rule.momentum),
+            str(rule.step_size),
+            ", ".join(map(str, rule.constraint)),
+            f"{float(group['lr']):.3g}",
+            _effective_lr(rule, group, tuple(p.shape)),
+            reason,
+            str(state_bytes(optimizer.state.get(p, {}))),
+        )
+        for name, p, reason in zip(names, group["params"], reasons, strict=True)
+    ]
+
+
+def _effective_lr(rule: Rule, group: Mapping[str, Any], shape: tuple[int, ...]) -> str:
+    rms = rule.norm.rms(rule.view.shape(shape))
+    size = float(group["lr"]) * rms * getattr(rule.step_size, "radius", 1.0)
+    return f"{size:.3g}" + (" x dual norm" if type(rule.step_size).__name__ in ("Dual", "Sharp") else "")
+
+
+def state_bytes(state: Mapping[str, Any]) -> int:
+    """The bytes of all tensors in one parameter's state."""
+    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _plain(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,265 @@
+"""Which tensor plays which role, how it is seen as a matrix, and which norm that role gets."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from normopt.ingredient import nearest
+from normopt.norms import Column, Euclidean, Max, Norm, Row, Spectral
+from normopt.view import View
+
+#: The roles that are inferred. Users may name their own in overrides and geometries.
+ROLES = ("embedding", "linear", "unembedding", "conv", "vector", "scalar", "other")
+
+_LINEAR = (nn.Linear, nn.Bilinear)
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True)
+class Role:
+    """The part that a parameter plays: a name, how it is seen as a matrix, and why.
+
+    Args:
+        name: one of ``ROLES``, or the user's own.
+        view: how the parameter is seen as (out x in) matrices.
+        reason: why it has this role, for people to read.
+        options: param-group options from an override, such as ``{"lr": 1e-3}`` or ``{"norm": "max"}``.
+    """
+
+    name: str
+    view: View = View()
+    reason: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[str, Role]:
+    """The role of every parameter of ``model`` that requires a gradient, by name, in the model's order.
+
+    Roles come from module types, from tying and from position, never from the number of dimensions alone:
+
+    * ``nn.Embedding``: ``embedding``, seen transposed (one column a token). A weight shared with the output layer keeps
+      this role.
+    * ``nn.Linear``: ``linear``, except the output layer, ``unembedding``: the last ``nn.Linear`` with as many outputs as
+      an embedding has tokens; in models without embeddings the last ``nn.Linear``, unless it is the only one.
+    * convolutions: ``conv``, seen as (out, in * k * k); transposed ones as (out * k * k, in).
+    * ``nn.MultiheadAttention`` and recurrent layers: ``linear``, their fused matrices split into the 3 or 4 they hold.
+    * anything with one dimension: ``vector``; with none: ``scalar``.
+    * matrices of other modules: ``other``, with a warning: say what they are in ``overrides``, or let the module say how
+      its parts are seen, ``normopt_roles = {"weight": "linear"}`` and ``normopt_views = {"weight": {"split": 3}}``
+      (names relative to the module).
+
+    Args:
+        model: any module.
+        overrides: glob pattern over parameter names -> role name, norm or dict of param-group options (``"role"``,
+            ``"view"``, ``"norm"``, ``"lr"`` ...). Later patterns win.
+
+    Raises:
+        ValueError: a pattern matches no parameter.
+    """
+    found = _inferred(model)
+    for pattern, override in (overrides or {}).items():
+        names = fnmatch.filter(found, pattern)
+        if not names:
+            raise ValueError(f"overrides: the pattern {pattern!r} matches no parameter; {nearest(pattern, found)}")
+        for name in names:
+            found[name] = _overridden(found[name], pattern, override)
+    unknown = [name for name, role in found.items() if role.name == "other" and "norm" not in role.options]
+    if unknown:
+        warnings.warn(
+            f"no role known for {', '.join(unknown)}: the module type says nothing about how they are used. They get the "
+            "geometry's elementwise treatment; name their role in overrides to change or confirm that.",
+            stacklevel=2,
+        )
+    return found
+
+
+def _overridden(role: Role, pattern: str, override: Any) -> Role:
+    if isinstance(override, str) and override not in ROLES:
+        raise ValueError(f"overrides[{pattern!r}]: unknown role {override!r}; {nearest(override, ROLES)}")
+    if isinstance(override, str):
+        override = {"role": override}
+    elif isinstance(override, Norm):
+        override = {"norm": override}
+    options = dict(override)
+    name, view = options.pop("role", role.name), options.pop("view", role.view)
+    view = View(**view) if isinstance(view, Mapping) else view
+    return replace(role, name=name, view=view, options={**role.options, **options}, reason=f"override {pattern!r}")
+
+
+def _inferred(model: nn.Module) -> dict[str, Role]:
+    head = _head(model)
+    declared_roles, declared_views = _declared(model, "normopt_roles"), _declared(model, "normopt_views")
+    found: dict[str, Role] = {}
+    names: dict[Tensor, str] = {}
+    for name, module, key, parameter in _parameters(model):
+        role = _role(module, key, parameter, is_head=module is head)
+        if name in declared_roles:
+            role = replace(role, name=declared_roles[name], reason=f"declared by {type(module).__name__}")
+        if name in declared_views:
+            role = replace(role, view=View(**declared_views[name]))
+        first = names.setdefault(parameter, name)
+        found[first] = role if first == name else _tied(found[first], role, name)
+    return found
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Every trained parameter under every name that it has."""
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.requires_grad:
+                yield (f"{prefix}.{key}" if prefix else key), module, key, parameter
+
+
+def _declared(model: nn.Module, attribute: str) -> dict[str, Any]:
+    return {
+        f"{prefix}.{path}" if prefix else path: value
+        for prefix, module in model.named_modules()
+        for path, value in getattr(module, attribute, {}).items()
+    }
+
+
+def _tied(first: Role, second: Role, name: str) -> Role:
+    """A shared weight keeps the embedding's role and view, whichever name comes first."""
+    kept = second if second.name == "embedding" else first
+    return replace(kept, reason=f"{kept.reason}; tied with {name}")
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    vocabularies = {module.num_embeddings for module in model.modules() if isinstance(module, _EMBEDDING)}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if vocabularies:
+        linears = [module for module in linears if module.out_features in vocabularies]
+        return linears[-1] if linears else None
+    return linears[-1] if len(linears) > 1 or (linears and _has(model, _CONV)) else None
+
+
+def _has(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
+def _role(module: nn.Module, key: str, parameter: Tensor, *, is_head: bool) -> Role:
+    kind = type(module).__name__
+    if parameter.ndim < 2:
+        return Role("vector" if parameter.ndim else "scalar", View(), f"{kind}.{key}: {parameter.ndim} dimensions")
+    if isinstance(module, _EMBEDDING):
+        return Role("embedding", View(transpose=True), f"{kind}: one column a token")
+    if is_head:
+        return Role("unembedding", View(), f"{kind}: the output layer, {parameter.shape[0]} outputs")
+    if isinstance(module, _LINEAR) and parameter.ndim == 2:
+        return Role("linear", View(), f"{kind}: a hidden layer")
+    if isinstance(module, _CONV):
+        return Role("conv", View(flatten=True), f"{kind}: seen as (out, in * kernel)")
+    if isinstance(module, _CONV_TRANSPOSE):
+        return Role("conv", View(flatten=True, transpose=True), f"{kind}: seen as (out * kernel, in)")
+    return _fused(module, key, kind) or Role("other", View(), f"{kind}.{key}: a module type without a known role")
+
+
+def _fused(module: nn.Module, key: str, kind: str) -> Role | None:
+    """Matrices that torch and transformers keep in other modules than nn.Linear."""
+    if isinstance(module, nn.MultiheadAttention) and key.endswith("proj_weight"):
+        return Role("linear", View(split=3 if key == "in_proj_weight" else 1), f"{kind}: query, key and value")
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and key.startswith("weight"):
+        gates = 4 if "LSTM" in kind else 3 if "GRU" in kind else 1
+        return Role("linear", View(split=1 if "_hr" in key else gates), f"{kind}: {gates} stacked gates")
+    if kind == "Conv1D" and hasattr(module, "nf") and key == "weight":
+        return Role("linear", View(transpose=True), f"{kind}: a linear layer that stores (in, out)")
+    return None
+
+
+#: A geometry is a table role -> norm, or role -> dict of param-group options ("norm", "momentum", "constraint", numbers,
+#: and "lr_ratio", which multiplies the optimizer's learning rate). ``"*"`` stands for all roles that are not named, and
+#: ``{}`` for the optimizer's own ingredients.
+Geometry = Mapping[str, Any]
+
+#: The geometries by name. ``adam``: the max norm everywhere. ``muon``: spectral for hidden matrices, max elsewhere (with
+#: Adam's memory when the optimizer is ``normopt.zoo.Muon``). ``scion``: arXiv 2502.07529, table 3, for one-hot input.
+#: ``modula``: arXiv 2410.21265, where the readout is a linear layer too. ``anthology``: the norms that arXiv 2409.20325,
+#: section 4, recommends, with the RMS -> linf norm for the readout.
+GEOMETRIES: dict[str, Geometry] = {
+    "adam": {"*": Max()},
+    "muon": {"linear": Spectral(), "conv": Spectral(), "*": Max()},
+    "scion": {
+        "embedding": Column(),
+        "linear": Spectral(),
+        "conv": Spectral(),
+        "unembedding": Max(scale="fan_in"),
+        "vector": Euclidean(),
+        "scalar": Euclidean(),
+        "*": Max(),
+    },
+    "modula": {
+        "embedding": Column(),
+        "linear": Spectral(),
+        "conv": Spectral(),
+        "unembedding": Spectral(),
+        "vector": Euclidean(),
+        "scalar": Euclidean(),
+        "*": Max(),
+    },
+    "anthology": {
+        "embedding": Column(),
+        "linear": Spectral(),
+        "conv": Spectral(),
+        "unembedding": Row(),
+        "vector": Euclidean(),
+        "scalar": Euclidean(),
+        "*": Max(),
+    },
+}
+
+
+def param_groups(
+    model: nn.Module, geometry: str | Geometry = "muon", overrides: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """One torch param group for each role of ``model`` (and each view and override), ready for ``SteepestDescent``.
+
+    Args:
+        model: any module; parameters that do not require a gradient are left out.
+        geometry: a name of ``GEOMETRIES`` or a table role -> norm, name of a norm or dict of param-group options;
+            ``"*"`` covers the roles that are not named.
+        overrides: see :func:`roles`.
+
+    Returns:
+        Dicts with ``params`` (name, parameter), ``role``, ``view``, ``reasons`` and what the geometry says of the role.
+
+    Raises:
+        ValueError: an unknown geometry, a role that it does not cover, or a pattern that matches nothing.
+    """
+    if isinstance(geometry, str) and geometry not in GEOMETRIES:
+        raise ValueError(f"unknown geometry {geometry!r}; {nearest(geometry, GEOMETRIES)}")
+    table = GEOMETRIES[geometry] if isinstance(geometry, str) else geometry
+    parameters = dict(model.named_parameters())
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    members: dict[tuple[Any, ...], list[tuple[str, Role]]] = defaultdict(list)
+    for name, role in roles(model, overrides).items():
+        if role.name not in table and "*" not in table:
+            raise ValueError(f"the geometry says nothing of the role {role.name!r} (parameter {name!r}); add it or '*'")
+        options = {**entry(table, role.name), **role.options}
+        key = (role.name, role.view, repr(sorted(options.items(), key=lambda item: item[0])))
+        groups.setdefault(key, options)
+        members[key].append((name, role))
+    return [
+        {
+            "params": [(name, parameters[name]) for name, _ in members[key]],
+            "role": key[0],
+            "view": key[1],
+            "reasons": [role.reason for _, role in members[key]],
+            **options,
+        }
+        for key, options in groups.items()
+    ]
+
+
+def entry(table: Geometry, role: str) -> dict[str, Any]:
+    """The param-group options that a geometry gives to a role."""
+    found = table.get(role, table.get("*", {}))
+    return dict(found) if isinstance(found, Mapping) else {"norm": found}

@@ -1,0 +1,80 @@
+"""A rule: the answers to the four questions, and how the parameter is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from normopt.constraints import Constraint
+from normopt.ingredient import Ingredient, Option, get
+from normopt.momentum import EMA, Momentum, NoMomentum
+from normopt.norms import Direction, Spectral
+from normopt.stepsize import Constant, StepSize
+from normopt.view import View
+
+
+@dataclass(frozen=True)
+class Rule(Ingredient):
+    """Everything that tells how a parameter moves. Its repr is what a param group and a checkpoint hold.
+
+    Args:
+        norm: which direction is steepest.
+        momentum: which gradient we trust.
+        step_size: how far we go.
+        constraint: where the weights may live; several are applied in order.
+        view: how a parameter is seen as (out x in) matrices.
+    """
+
+    norm: Direction = Spectral()
+    momentum: Momentum = NoMomentum()
+    step_size: StepSize = Constant()
+    constraint: tuple[Constraint, ...] = ()
+    view: View = View()
+
+    def updated(self, given: Mapping[str, Any]) -> Rule:
+        """This rule with the ingredients that ``given`` names, each a string, a number, ``None`` or an object."""
+        kinds = {"norm": Direction, "momentum": _momentum, "step_size": StepSize, "constraint": _constraints, "view": View}
+        changes: dict[str, Any] = {}
+        for name in INGREDIENTS & given.keys():
+            kind, value = kinds[name], given[name]
+            changes[name] = get(kind, value) if isinstance(kind, type) else kind(value)
+        return replace(self, **changes)
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether every entry moves by itself, so that tensors of any shape can be laid end to end."""
+        return {self.norm.reduces, self.momentum.reduces, self.step_size.reduces} == {"entry"}
+
+    def init_state(self, x: Tensor, w: Tensor | None) -> dict[str, Tensor]:
+        """The state of all ingredients for a batch ``x`` of weights ``w``, zero steps old."""
+        return self.momentum.init_state(x) | self.norm.init_state(x) | self.step_size.init_state(x, w)
+
+    def check_fits(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise a ``ValueError`` unless a parameter of this shape can be seen and measured as the rule says."""
+        if self.norm.needs_matrix and len(shape) < 2:
+            raise ValueError(
+                f"{name} has shape {shape}, but {self.norm} is a norm of matrices. Give vectors and scalars a norm of their "
+                "own (a param group with norm='max' or 'euclidean'), or pass the whole model instead of its parameters."
+            )
+        self.view.shape(shape)
+
+
+INGREDIENTS = {field.name for field in fields(Rule)}
+
+
+def _momentum(value: Any) -> Momentum:
+    if value is None:
+        return NoMomentum()
+    if isinstance(value, (int, float)):
+        return EMA(beta=Option("momentum"))  # type: ignore[arg-type]
+    return get(Momentum, value)  # type: ignore[type-abstract]
+
+
+def _constraints(value: Any) -> tuple[Constraint, ...]:
+    if value is None:
+        return ()
+    several = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    return tuple(get(Constraint, item) for item in several)  # type: ignore[type-abstract]

@@ -1,0 +1,64 @@
+"""How a parameter is seen as one or more (out x in) matrices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from normopt.ingredient import Ingredient
+
+
+@dataclass(frozen=True)
+class View(Ingredient):
+    """How a parameter is seen as a stack of ``(out, in)`` matrices.
+
+    Vectors and scalars are one row. Without arguments, matrices are taken as they are and leading dimensions are a stack
+    of matrices (experts).
+
+    Args:
+        flatten: join all dimensions but the first: a convolution ``(out, in, k, k)`` becomes ``(out, in * k * k)``.
+        transpose: swap the last two: an embedding stores ``(vocabulary, dim)``, one row a token, where the operator has
+            one column a token.
+        split: cut ``out`` into this many matrices, each with its own norm: a fused QKV is ``split=3``, heads are
+            ``split=n_heads``.
+    """
+
+    flatten: bool = False
+    transpose: bool = False
+    split: int = 1
+
+    def __post_init__(self) -> None:
+        if self.split < 1:
+            raise ValueError(f"View: split must be at least 1, got {self.split!r}")
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """The ``(matrices, out, in)`` that a parameter of ``shape`` is seen as.
+
+        Raises:
+            ValueError: ``out`` cannot be cut into ``split`` equal parts.
+        """
+        if len(shape) < 2:
+            return (1, 1, math.prod(shape))
+        lead, m, n = (1, shape[0], math.prod(shape[1:])) if self.flatten else (math.prod(shape[:-2]), *shape[-2:])
+        m, n = (n, m) if self.transpose else (m, n)
+        if m % self.split:
+            raise ValueError(f"View: {m} rows of shape {tuple(shape)} cannot be cut into split={self.split} equal matrices")
+        return (lead * self.split, m // self.split, n)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x`` as a stack of matrices ``(matrices, out, in)``; shares memory where strides allow."""
+        shape = self.shape(x.shape)
+        if x.ndim < 2:
+            return x.reshape(shape)
+        x = x.flatten(1) if self.flatten else x
+        return (x.mT if self.transpose else x).reshape(shape)
+
+    def invert(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A contiguous stack of matrices ``x`` as the parameter of ``shape`` that it was made from; shares memory."""
+        if len(shape) < 2:
+            return x.view(shape)
+        lead = () if self.flatten else tuple(shape[:-2])
+        whole = x.view(*lead, -1, x.shape[-1])
+        return (whole.mT if self.transpose else whole).view(shape)

@@ -1,0 +1,36 @@
+"""The published optimizers, each a named choice of ingredients."""
+
+from fnmatch import fnmatch
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import ParamsT
+
+from normopt.ingredient import nearest
+from normopt.optimizer import SteepestDescent
+from normopt.zoo.elementwise import Adam, AdamW, SignSGD, Signum
+from normopt.zoo.euclidean import SGD
+from normopt.zoo.spectral import Muon, Scion
+
+__all__ = ["SGD", "Adam", "AdamW", "Muon", "Scion", "SignSGD", "Signum", "create", "list_optimizers"]
+
+
+def list_optimizers(pattern: str = "*") -> list[str]:
+    """The names that :func:`create` takes, those of user-defined subclasses included; ``pattern`` is a glob."""
+    return sorted(name for name in SteepestDescent.registry if fnmatch(name, pattern))
+
+
+def create(name: str, model: nn.Module | ParamsT, **options: Any) -> SteepestDescent:
+    """The optimizer of that name for a whole model (or parameters): ``create("muon", model, lr=0.02)``.
+
+    Args:
+        name: one of :func:`list_optimizers`, in any case.
+        model: a module, of which every tensor is treated by its role, or parameters.
+        options: arguments of the optimizer's class.
+
+    Raises:
+        ValueError: unknown name; the message holds the nearest one.
+    """
+    if name.lower() not in SteepestDescent.registry:
+        raise ValueError(f"unknown optimizer {name!r}; {nearest(name.lower(), SteepestDescent.registry)}")
+    return SteepestDescent.registry[name.lower()](model, **options)

@@ -1,0 +1,130 @@
+"""Optimizers of the largest-entry norm: sign descent, and its relatives with memory, Adam and AdamW."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from normopt.constraints import L2, WeightDecay
+from normopt.directions import Smoothed
+from normopt.ingredient import Option
+from normopt.momentum import EMA
+from normopt.norms import Max
+from normopt.optimizer import SteepestDescent
+from normopt.roles import Geometry
+from normopt.zoo.common import NO_DECAY, Common, Unpack
+
+
+class SignSGD(SteepestDescent):
+    """Sign descent: ``w <- (1 - lr weight_decay) w - lr sign(g)`` (arXiv 1802.04434).
+
+    Args:
+        params: parameters, param groups or a model.
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    """
+
+    geometry: ClassVar[Geometry] = NO_DECAY
+
+    def __init__(
+        self, params: ParamsT | nn.Module, lr: float | Tensor = 1e-3, weight_decay: float = 0.0, **common: Unpack[Common]
+    ) -> None:
+        decay = WeightDecay(Option("weight_decay"))
+        super().__init__(params, lr, Max(), constraint=decay, options={"weight_decay": weight_decay}, **common)
+
+
+class Signum(SteepestDescent):
+    """Sign descent with momentum: ``m <- momentum m + (1 - momentum) g``, ``w <- w - lr sign(m)`` (arXiv 1802.04434).
+
+    Args:
+        params: parameters, param groups or a model.
+        lr: learning rate.
+        momentum: weight of the past.
+        weight_decay: decoupled weight decay.
+        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    """
+
+    geometry: ClassVar[Geometry] = NO_DECAY
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            Max(),
+            EMA(Option("momentum")),
+            constraint=WeightDecay(Option("weight_decay")),
+            options={"momentum": momentum, "weight_decay": weight_decay},
+            **common,
+        )
+
+
+class Adam(SteepestDescent):
+    """The largest-entry norm with memory: ``m / (sqrt(v) + eps)``, both averages bias-corrected (arXiv 1412.6980).
+
+    ``m <- beta1 m + (1 - beta1) g``, ``v <- beta2 v + (1 - beta2) g^2``. With both betas and eps 0 it is sign descent.
+    Arguments and defaults are those of torch.optim.Adam.
+
+    Args:
+        params: parameters, param groups or a model.
+        lr: learning rate.
+        betas: weights of the past in the averages of the gradient and of its square.
+        eps: added to the root of the second moment.
+        weight_decay: L2 regularization, added to the gradient; decoupled with ``decoupled_weight_decay``.
+        amsgrad: divide by the largest second moment so far.
+        decoupled_weight_decay: shrink the weights instead (:class:`AdamW`).
+        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    """
+
+    geometry: ClassVar[Geometry] = NO_DECAY
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        decoupled_weight_decay: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            Smoothed(Max(), Option("betas", 1), Option("eps"), maximum=Option("amsgrad")),
+            EMA(Option("betas", 0), bias_correction=True),
+            constraint=(WeightDecay if decoupled_weight_decay else L2)(Option("weight_decay")),
+            options={"betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad},
+            **common,
+        )
+
+
+class AdamW(Adam):
+    """:class:`Adam` with decoupled weight decay, ``w <- (1 - lr weight_decay) w - lr m / (sqrt(v) + eps)``.
+
+    Arguments and defaults are those of torch.optim.AdamW (arXiv 1711.05101). With a whole model, vectors and scalars are
+    not decayed.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **common)

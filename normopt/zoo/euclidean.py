@@ -1,0 +1,58 @@
+"""Optimizers of the Euclidean norm."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from normopt.constraints import L2
+from normopt.ingredient import Option
+from normopt.momentum import HeavyBall
+from normopt.norms import Euclidean
+from normopt.optimizer import SteepestDescent
+from normopt.roles import Geometry
+from normopt.stepsize import Sharp
+from normopt.zoo.common import NO_DECAY, Common, Unpack
+
+
+class SGD(SteepestDescent):
+    """Gradient descent with a heavy ball: steepest descent under the Euclidean norm, by the dual norm's length.
+
+    ``g <- g + weight_decay w``, ``b <- momentum b + (1 - dampening) g``, ``w <- w - lr b``. Arguments and defaults are
+    those of torch.optim.SGD.
+
+    Args:
+        params: parameters, param groups or a model.
+        lr: learning rate.
+        momentum: weight of the past; 0 keeps no state.
+        dampening: how much of each later gradient is left out.
+        weight_decay: L2 regularization, added to the gradient.
+        nesterov: step along ``g + momentum b``.
+        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    """
+
+    geometry: ClassVar[Geometry] = NO_DECAY
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        numbers = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "weight_decay": weight_decay}
+        super().__init__(
+            params,
+            lr,
+            Euclidean(scale="unit"),
+            HeavyBall(Option("momentum"), Option("dampening"), Option("nesterov")),
+            Sharp(),
+            L2(Option("weight_decay")),
+            options=numbers,
+            **common,
+        )

@@ -1,0 +1,151 @@
+"""Optimizers of the spectral norm: Muon, and Scion with its norm for each role."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from normopt.constraints import FrankWolfe, WeightDecay
+from normopt.directions import Smoothed
+from normopt.ingredient import Option, nearest
+from normopt.momentum import EMA
+from normopt.norms import Max, Norm, Spectral
+from normopt.optimizer import SteepestDescent
+from normopt.polar import Schedule
+from normopt.roles import GEOMETRIES, Geometry
+from normopt.stepsize import Constant
+from normopt.zoo.common import Common, Unpack
+
+#: torch.optim.Muon's names for the scale of an update, and ours.
+ADJUST_LR = {None: "max1", "original": "max1", "match_rms_adamw": "adamw", "spectral_unclamped": "rms"}
+
+
+class Muon(SteepestDescent):
+    """Momentum, then the polar factor: steepest descent under the spectral norm (Jordan et al. 2024).
+
+    ``m <- momentum m + (1 - momentum) g``; ``u = momentum m + (1 - momentum) g`` with Nesterov, else ``m``;
+    ``w <- (1 - lr weight_decay) w - lr scale polar(u)``. Arguments and defaults are those of torch.optim.Muon.
+
+    Given a whole model, hidden matrices (linear layers and convolutions) move by this rule, everything else by AdamW, in
+    one optimizer with one learning-rate schedule and one checkpoint.
+
+    Args:
+        params: matrices, param groups or a model.
+        lr: learning rate.
+        weight_decay: decoupled weight decay of the matrices.
+        momentum: weight of the past.
+        nesterov: average once more with the gradient.
+        ns_coefficients: ``(a, b, c)`` of the Newton-Schulz iteration; needs ``orthogonalize="newton-schulz"``.
+        ns_steps: its number of steps; ``None`` is the method's own (5 for ``"newton-schulz"``).
+        adjust_lr_fn: scale of an (m x n) update. ``None`` or ``"original"``: sqrt(max(1, m/n)). ``"match_rms_adamw"``:
+            0.2 sqrt(max(m, n)). ``"spectral_unclamped"``: sqrt(m/n), the RMS -> RMS norm.
+        orthogonalize: the method of :func:`normopt.polar.polar`.
+        orthogonalize_dtype: the dtype of its iteration.
+        aux_lr: learning rate of AdamW for everything that is no hidden matrix; by default ``lr`` under
+            ``"match_rms_adamw"`` and ``lr / 2`` otherwise (tuned for a GPT of width 96; much wider models want less).
+        aux_betas: AdamW's betas.
+        aux_eps: AdamW's eps.
+        aux_weight_decay: AdamW's weight decay.
+        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+
+    torch's ``eps`` is not needed: gradients of any length are normalized in float32.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] | None = None,
+        ns_steps: int | None = None,
+        adjust_lr_fn: str | None = None,
+        *,
+        orthogonalize: str | Schedule = "newton-schulz",
+        orthogonalize_dtype: torch.dtype | str | None = torch.bfloat16,
+        aux_lr: float | None = None,
+        aux_betas: tuple[float, float] = (0.9, 0.95),
+        aux_eps: float = 1e-8,
+        aux_weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        if adjust_lr_fn not in ADJUST_LR:
+            raise ValueError(f"Muon: unknown adjust_lr_fn {adjust_lr_fn!r}; {nearest(adjust_lr_fn, filter(None, ADJUST_LR))}")
+        if ns_coefficients is not None and orthogonalize != "newton-schulz":
+            raise ValueError("Muon: ns_coefficients need orthogonalize='newton-schulz'")
+        method = Schedule((tuple(ns_coefficients),)) if ns_coefficients else orthogonalize
+        ratio = 1.0 if adjust_lr_fn == "match_rms_adamw" else 0.5
+        aux = _adamw(aux_betas, aux_eps, aux_weight_decay, {"lr_ratio": ratio} if aux_lr is None else {"lr": aux_lr})
+        self.geometry: Geometry = {"linear": {}, "conv": {}, "*": aux}  # type: ignore[misc]
+        super().__init__(
+            params,
+            lr,
+            Spectral(ADJUST_LR[adjust_lr_fn], method, ns_steps, orthogonalize_dtype),
+            EMA(Option("momentum"), Option("nesterov")),
+            constraint=WeightDecay(Option("weight_decay")),
+            options={"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay},
+            **common,
+        )
+
+
+def _adamw(betas: tuple[float, float], eps: float, weight_decay: float, lr: dict[str, float]) -> dict[str, Any]:
+    """AdamW as the options of a param group."""
+    return {
+        "norm": Smoothed(Max(), Option("betas", 1), Option("eps")),
+        "momentum": EMA(Option("betas", 0), bias_correction=True),
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        **lr,
+    }
+
+
+class Scion(SteepestDescent):
+    """Averaged gradients under a norm for each role, inside a ball or not (arXiv 2502.07529).
+
+    ``m <- momentum m + (1 - momentum) g``; ``w <- w - lr radius dualize(m)``; ``constrained``: ``(1 - lr) w`` in its
+    place, a Frank-Wolfe step that never leaves the ball of ``radius``. Given a whole model, embeddings are measured by
+    columns, hidden matrices by the RMS -> RMS spectral norm, the head by its largest entry times its inputs, vectors by
+    their root mean square; given parameters, ``norm`` holds for all, or each param group names its own.
+
+    Args:
+        params: parameters, param groups (``norm`` and ``radius`` per group) or a model.
+        lr: learning rate; when constrained, at most 1.
+        momentum: weight of the past (1 minus the argument of the authors' code).
+        radius: radius of the ball, or the factor of lr when there is none.
+        constrained: keep weights in the ball.
+        norm: the norm of parameters that no group and no role says anything about.
+        orthogonalize: the method of :func:`normopt.polar.polar` for the spectral norm.
+        orthogonalize_dtype: the dtype of its iteration.
+        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        radius: float = 1.0,
+        constrained: bool = False,
+        norm: str | Norm | None = None,
+        *,
+        orthogonalize: str | Schedule = "polar-express",
+        orthogonalize_dtype: torch.dtype | str | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        spectral = Spectral("rms", orthogonalize, None, orthogonalize_dtype)
+        self.geometry: Geometry = {**GEOMETRIES["scion"], "linear": spectral, "conv": spectral}  # type: ignore[misc]
+        super().__init__(
+            params,
+            lr,
+            spectral if norm is None else norm,
+            EMA(Option("momentum")),
+            Constant(Option("radius")),
+            FrankWolfe() if constrained else None,
+            options={"momentum": momentum, "radius": radius},
+            **common,
+        )
