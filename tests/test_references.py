@@ -1,0 +1,124 @@
+"""Every optimizer of the zoo beside its reference, on the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from normopt import zoo
+
+SHAPES = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8), "vector": (7,)}
+MATRICES = [shape for shape in SHAPES.values() if len(shape) == 2]
+STEPS = 30
+Make = Callable[[list[Tensor]], Optimizer]
+
+
+def gradients(weights: list[Tensor], seed: int) -> Iterator[list[Tensor]]:
+    """Noisy gradients of 0.5 ||w - target||^2 at the reference's weights, the same for both optimizers."""
+    noise = torch.Generator().manual_seed(seed)
+    targets = [torch.randn(w.shape, generator=noise) for w in weights]
+    while True:
+        yield [w.detach() - t + 0.5 * torch.randn(w.shape, generator=noise) for w, t in zip(weights, targets, strict=True)]
+
+
+def assert_same_path(
+    ours: Make, reference: Make, shapes: list[tuple[int, ...]], tolerance: float, steps: int = STEPS, seed: int = 0
+) -> None:
+    """Run both on the same gradients: at no step may they differ by more than ``tolerance`` times the distance travelled."""
+    start = torch.Generator().manual_seed(seed + 1)
+    initial = [torch.randn(shape, generator=start) for shape in shapes]
+    a, b = ([torch.nn.Parameter(w.clone()) for w in initial] for _ in range(2))
+    first, second = ours(a), reference(b)
+    travelled, worst = torch.zeros(len(initial)), torch.zeros(len(initial))
+    stream = gradients(b, seed)
+    for _ in range(steps):
+        for i, g in enumerate(next(stream)):
+            a[i].grad, b[i].grad = g.clone(), g.clone()
+        before = [w.detach().clone() for w in b]
+        first.step()
+        second.step()
+        travelled += largest(b, before)
+        worst = worst.maximum(largest(a, b))
+    assert (travelled > 0).all(), "the reference did not move"
+    assert (worst <= tolerance * travelled).all(), f"differs by {worst / travelled} of the distance travelled"
+
+
+def largest(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """The largest difference of each pair."""
+    return torch.stack([(x - y).detach().abs().max() for x, y in zip(a, b, strict=True)])
+
+
+def case(name: str, reference: Any = None, **options: Any) -> Any:
+    """The same arguments for the class of that name in the zoo and in torch.optim (or in ``reference``)."""
+    options = dict(options)
+    ours = getattr(zoo, name)
+    theirs = reference or getattr(torch.optim, name)
+    label = "-".join([name, *(f"{k}={v}" for k, v in options.items())])
+    return pytest.param(lambda p: ours(p, **options), lambda p: theirs(p, **options), id=label)
+
+
+TORCH = [
+    case("SGD", lr=0.05),
+    case("SGD", lr=0.05, momentum=0.9),
+    case("SGD", lr=0.05, momentum=0.9, weight_decay=0.1, dampening=0.1),
+    case("SGD", lr=0.05, momentum=0.9, nesterov=True),
+    case("SGD", lr=0.05, momentum=0.9, nesterov=True, maximize=True),
+    case("Adam", lr=0.02),
+    case("Adam", lr=0.02, weight_decay=0.1),
+    case("Adam", lr=0.02, weight_decay=0.1, decoupled_weight_decay=True),
+    case("Adam", lr=0.02, amsgrad=True, betas=(0.8, 0.9)),
+    case("Adam", lr=0.02, eps=0.1, maximize=True),
+    case("AdamW", lr=0.02),
+    case("AdamW", lr=0.02, weight_decay=0.5, betas=(0.9, 0.95), eps=1e-6),
+    case("AdamW", lr=0.02, amsgrad=True, betas=(0.8, 0.9)),
+]
+
+
+@pytest.mark.parametrize(("ours", "reference"), TORCH)
+def test_torch_optim(ours: Make, reference: Make) -> None:
+    assert_same_path(ours, reference, list(SHAPES.values()), 2e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sign_descent_is_pytorch_optimizers_signsgd(momentum: float) -> None:
+    from pytorch_optimizer import SignSGD
+
+    def ours(p: list[Tensor]) -> Optimizer:
+        if momentum:
+            return zoo.Signum(p, lr=0.02, momentum=momentum, weight_decay=0.1)
+        return zoo.SignSGD(p, lr=0.02, weight_decay=0.1)
+
+    assert_same_path(
+        ours, lambda p: SignSGD(p, lr=0.02, momentum=momentum, weight_decay=0.1), list(SHAPES.values()), 2e-5
+    )
+
+
+MUON = [
+    {"lr": 0.02},
+    {"lr": 0.02, "nesterov": False, "momentum": 0.8, "weight_decay": 0.5},
+    {"lr": 0.02, "adjust_lr_fn": "match_rms_adamw"},
+    {"lr": 0.02, "adjust_lr_fn": "original", "ns_steps": 3},
+    {"lr": 0.02, "ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 8},
+]
+
+
+@pytest.mark.parametrize("options", MUON, ids=str)
+def test_muon_is_torchs_in_bfloat16(options: dict[str, Any]) -> None:
+    assert_same_path(lambda p: zoo.Muon(p, **options), lambda p: torch.optim.Muon(p, **options), MATRICES, 2e-2)
+
+
+@pytest.mark.parametrize("options", MUON, ids=str)
+def test_muon_is_torchs_in_float32(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.optim.Muon casts to bfloat16; with that cast taken out, the two agree to float32 rounding."""
+    monkeypatch.setattr(Tensor, "bfloat16", Tensor.clone)
+    assert_same_path(
+        lambda p: zoo.Muon(p, orthogonalize_dtype=torch.float32, **options),
+        lambda p: torch.optim.Muon(p, **options),
+        MATRICES,
+        2e-5,
+    )
