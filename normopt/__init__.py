@@ -11,7 +11,7 @@ from normopt.polar import Schedule
 from normopt.report import describe
 from normopt.roles import GEOMETRIES, Role, param_groups, roles
 from normopt.rule import Rule
-from normopt.stepsize import Constant, Dual, Sharp, StepSize
+from normopt.stepsize import Constant, Dual, Prodigy, Sharp, StepSize
 from normopt.view import View
 from normopt.zoo import create, list_optimizers
 
@@ -38,6 +38,7 @@ __all__ = [
     "Norm",
     "Nuclear",
     "Option",
+    "Prodigy",
     "Role",
     "Row",
     "Rule",

@@ -85,6 +85,10 @@ class Smoothed(Direction):
         """That of the norm: the size of a step whose gradient is as large as those before it."""
         return self.norm.rms(shape)
 
+    def dual_norm(self, g: Tensor) -> Tensor:
+        """That of the norm."""
+        return self.norm.dual_norm(g)
+
 
 @dataclass(frozen=True, init=False, repr=False)
 class Chain(Direction):

@@ -34,6 +34,7 @@ class _Move:
     averaged: Tensor
     direction: Tensor
     weights: Tensor | None
+    rate: float | Tensor
     sums: dict[str, Tensor]
 
 
@@ -125,7 +126,7 @@ class SteepestDescent(Optimizer):
             raise
         for name, value in rule.step_size.init_shared().items():
             known = [other[name] for other in self.param_groups if name in other]
-            group[name] = known[0] if known else torch.tensor(value, device=group["params"][0].device)
+            group[name] = known[0] if known else torch.tensor(value, dtype=torch.float32, device=group["params"][0].device)
 
     def _rule_of(self, group: dict[str, Any]) -> Rule:
         """The optimizer's own rule with the ingredients that the group names, which are taken out of it."""
@@ -201,7 +202,7 @@ class SteepestDescent(Optimizer):
         m = rule.momentum(g, g, state, step)
         d = rule.norm(m, g, state, step)
         rate = rule.step_size.rate(batch.group["lr"], shared)
-        return _Move(batch, g, m, d, w, rule.step_size.measure(m, g, d, w, state, rate))
+        return _Move(batch, g, m, d, w, rate, rule.step_size.measure(m, g, d, w, state, rate, rule.norm))
 
     def _concluded(self, moves: list[_Move]) -> Iterator[tuple[_Move, Shared]]:
         """Every move with what the step sizes conclude from all of them; equal kinds of step size share their sums."""
@@ -216,9 +217,8 @@ class SteepestDescent(Optimizer):
 
 def _apply(move: _Move, shared: Shared) -> None:
     """From the direction to the new weights."""
-    batch, d, w = move.batch, move.direction, move.weights
+    batch, d, w, rate = move.batch, move.direction, move.weights, move.rate
     rule, params = batch.rule, batch.params
-    rate = rule.step_size.rate(batch.group["lr"], shared)
     for constraint in rule.constraint:
         if constraint.overrides("update"):
             d = constraint.update(d, w, move.gradient, rate)  # type: ignore[arg-type]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient import Ingredient, check_range
-from normopt.norms.base import axes
+from normopt.norms.base import Direction, axes
 
 Shared = dict[str, Tensor]
+Rate = float | Tensor
 
 
 class StepSize(Ingredient):
@@ -42,20 +43,30 @@ class StepSize(Ingredient):
         return g
 
     def measure(
-        self, x: Tensor, g: Tensor, d: Tensor, w: Tensor | None, state: dict[str, Tensor], rate: float
+        self, x: Tensor, g: Tensor, d: Tensor, w: Tensor | None, state: dict[str, Tensor], rate: Rate, norm: Direction
     ) -> dict[str, Tensor]:
-        """This batch's summands, by name: ``x`` the averaged and ``g`` the raw gradient, ``d`` the direction."""
+        """This batch's summands, by name.
+
+        Args:
+            x: the averaged gradient.
+            g: the gradient as momentum saw it.
+            d: the direction.
+            w: the weights, if ``reads_weight``.
+            state: this step size's tensors among the batch's, updated in place.
+            rate: what ``rate`` returned.
+            norm: what made ``d`` of ``x``.
+        """
         return {}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         """What ``rate`` and ``length`` get, from the sums of ``measure`` over all batches."""
         return shared
 
-    def rate(self, lr: float, shared: Shared) -> float | Tensor:
-        """The learning rate, as the constraints see it too."""
+    def rate(self, lr: Rate, shared: Shared) -> Rate:
+        """The learning rate of this step, as the constraints see it too; ``shared`` is from before ``conclude``."""
         return lr
 
-    def length(self, x: Tensor, d: Tensor, w: Tensor | None, shared: Shared) -> float | Tensor:
+    def length(self, x: Tensor, d: Tensor, w: Tensor | None, shared: Shared) -> Rate:
         """What else multiplies the direction: a number, or one for each matrix, shape ``(..., 1, 1)``."""
         return 1.0
 
@@ -73,7 +84,7 @@ class Constant(StepSize):
     def __post_init__(self) -> None:
         check_range(self, "radius", self.radius, 0, float("inf"))
 
-    def length(self, x: Tensor, d: Tensor, w: Tensor | None, shared: Shared) -> float | Tensor:
+    def length(self, x: Tensor, d: Tensor, w: Tensor | None, shared: Shared) -> Rate:
         return self.radius
 
 
@@ -89,14 +100,14 @@ class Dual(StepSize):
     joint: ClassVar[bool] = True
 
     def measure(
-        self, x: Tensor, g: Tensor, d: Tensor, w: Tensor | None, state: dict[str, Tensor], rate: float
+        self, x: Tensor, g: Tensor, d: Tensor, w: Tensor | None, state: dict[str, Tensor], rate: Rate, norm: Direction
     ) -> dict[str, Tensor]:
         return {"dual_norm": (x * d).sum()}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         return sums
 
-    def length(self, x: Tensor, d: Tensor, w: Tensor | None, shared: Shared) -> float | Tensor:
+    def length(self, x: Tensor, d: Tensor, w: Tensor | None, shared: Shared) -> Rate:
         return shared["dual_norm"]
 
 
@@ -110,5 +121,66 @@ class Sharp(StepSize):
 
     reduces: ClassVar[str] = "all"
 
-    def length(self, x: Tensor, d: Tensor, w: Tensor | None, shared: Shared) -> float | Tensor:
+    def length(self, x: Tensor, d: Tensor, w: Tensor | None, shared: Shared) -> Rate:
         return torch.sum(x * d, dim=axes(x), keepdim=True)
+
+
+@dataclass(frozen=True)
+class Prodigy(StepSize):
+    """A learning rate found on the way, for any norm: ``d``, a lower bound of the distance to the solution.
+
+    ``d <- max(d, d_coef sum <g, w_0 - w> / dual_norm(sum g))``, where both sums weight each gradient by ``lr d^2`` and forget
+    at the rate ``beta3``, and run over all tensors. The step is ``lr d``; momentum and memory see ``d g`` in place of ``g``,
+    so that their past keeps its scale while ``d`` grows. The norm matters only through its dual: with the largest-entry
+    norm it is the l1 norm of Mishchenko & Defazio (arXiv 2306.06101), with the spectral norm the nuclear norm. Without
+    averages and with ``beta3 = 0`` under sign descent it is the escape-velocity rule of the Anthology (arXiv 2409.20325,
+    section 3.3).
+
+    Args:
+        beta3: weight of the past in both sums, in [0, 1).
+        d0: the first estimate.
+        d_coef: factor on the estimate.
+        growth_rate: the most that ``d`` may grow by in one step.
+
+    Memory: two more numbers for each parameter. ``d`` is in every param group.
+    """
+
+    joint: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = True
+    beta3: float = 0.999**0.5
+    d0: float = 1e-6
+    d_coef: float = 1.0
+    growth_rate: float = float("inf")
+
+    def __post_init__(self) -> None:
+        check_range(self, "beta3", self.beta3, 0, 1)
+        for name in ("d0", "d_coef"):
+            check_range(self, name, getattr(self, name), 1e-300, float("inf"))
+        check_range(self, "growth_rate", self.growth_rate, 1, float("inf"), closed=True)
+
+    def init_state(self, x: Tensor, w: Tensor | None) -> dict[str, Tensor]:
+        assert w is not None
+        return {"initial": w.clone(), "gradient_sum": torch.zeros_like(x)}
+
+    def init_shared(self) -> dict[str, float]:
+        return {"d": self.d0, "d_max": self.d0, "d_numerator": 0.0}
+
+    def weigh(self, g: Tensor, w: Tensor | None, shared: Shared) -> Tensor:
+        return g * shared["d"]
+
+    def measure(
+        self, x: Tensor, g: Tensor, d: Tensor, w: Tensor | None, state: dict[str, Tensor], rate: Rate, norm: Direction
+    ) -> dict[str, Tensor]:
+        # 1 / d0 keeps both sums away from underflow and cancels in their ratio.
+        total = state["gradient_sum"].mul_(self.beta3).add_(g * (rate / self.d0))
+        progress = (g * (state["initial"] - w)).sum() * (rate / self.d0)
+        return {"numerator": progress, "denominator": norm.dual_norm(total).sum()}
+
+    def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
+        numerator = self.beta3 * shared["d_numerator"] + sums["numerator"]
+        estimate = torch.where(sums["denominator"] > 0, self.d_coef * numerator / sums["denominator"], shared["d"])
+        largest = torch.maximum(shared["d_max"], estimate)
+        return {"d": torch.minimum(largest, shared["d"] * self.growth_rate), "d_max": largest, "d_numerator": numerator}
+
+    def rate(self, lr: Rate, shared: Shared) -> Rate:
+        return shared["d"] * lr

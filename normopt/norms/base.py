@@ -30,6 +30,10 @@ class Direction(Stage):
         """The root mean square of an update's entries for a full-rank gradient of ``shape``; ``nan`` if unknown."""
         return math.nan
 
+    def dual_norm(self, g: Tensor) -> Tensor:
+        """The dual norm of each matrix under the norm that this direction is made of, shape ``(...)``."""
+        raise NotImplementedError(f"{self} is not made of one norm, so it has no dual norm")
+
 
 @dataclass(frozen=True)
 class Norm(Direction):
