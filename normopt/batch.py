@@ -10,8 +10,8 @@ from torch import Tensor
 
 from normopt.rule import Rule
 
-#: The most entries that one batch holds, unless a single parameter has more. It bounds the temporary memory of a step to
-#: a few times this many numbers.
+#: The most entries that one batch holds, unless a single parameter has more. It bounds the temporary memory of a step
+#: to a few times this many numbers.
 MAX_ENTRIES = 1 << 22
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -21,8 +21,8 @@ class Batch:
     """Parameters of one param group with the same dtype, device, age and, unless the rule works entry by entry, shape.
 
     Entry-wise rules see all parameters laid end to end, shape ``(entries,)``; the others a stack of matrices, shape
-    ``(matrices, out, in)``. State lives in tensors of the batch; ``optimizer.state[p]`` holds views of them, so that each
-    step runs on whole batches without collecting anything but gradients.
+    ``(matrices, out, in)``. State lives in tensors of the batch; ``optimizer.state[p]`` holds views of them, so that
+    each step runs on whole batches without collecting anything but gradients.
     """
 
     def __init__(self, group: dict[str, Any], params: list[Tensor], rule: Rule, state: State) -> None:
@@ -63,7 +63,8 @@ class Batch:
         return whole.to(self.dtype)
 
     def scatter(self, x: Tensor) -> list[Tensor]:
-        """The inverse of ``gather``: views of ``x``, one like each parameter."""
+        """The inverse of ``gather``: views of ``x`` (or of a copy), one like each parameter."""
+        x = x.contiguous() if self.rule.view.split > 1 else x
         return [self._like(piece, p) for piece, p in zip(self._pieces(x), self.params, strict=True)]
 
     def gradient(self) -> Tensor:
@@ -81,7 +82,7 @@ class Batch:
 
     def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
         sizes = [p.numel() if self.flat else self.rule.view.shape(p.shape)[0] for p in self.params]
-        return x.split(sizes)
+        return torch.split(x, sizes)
 
     def _like(self, piece: Tensor, p: Tensor) -> Tensor:
         return piece.view(p.shape) if self.flat else self.rule.view.invert(piece, p.shape)

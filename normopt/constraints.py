@@ -14,8 +14,9 @@ Rate = float | Tensor
 class Constraint(Ingredient):
     """What happens to the weights beside the update. Override any of four methods; the others cost nothing.
 
-    In order: ``gradient`` (before momentum and memory), ``update``, ``shrink``, then the step ``w <- shrink w - rate d``,
-    then ``weight``. Tensors have the batch's layout ``(..., out, in)`` and are never modified in place.
+    In order: ``gradient`` (before momentum and memory), ``update``, ``shrink``, then the step
+    ``w <- shrink w - rate length d``, then ``weight``. Tensors have the batch's layout ``(..., out, in)`` and are never
+    modified in place.
     """
 
     def gradient(self, g: Tensor, w: Tensor) -> Tensor:
@@ -77,12 +78,12 @@ class L2(Constraint):
 class FrankWolfe(Constraint):
     """``w <- (1 - rate) w - rate * length * d``: a convex combination of the weights and a vertex of the ball.
 
-    With a norm's duality map as ``d`` and ``Constant(radius)`` as step size, weights that start in the ball of that radius
-    never leave it, for any gradient (constrained Scion, arXiv 2502.07529). It is decoupled weight decay of
+    With a norm's duality map as ``d`` and ``Constant(radius)`` as step size, weights that start in the ball of that
+    radius never leave it, for any gradient (constrained Scion, arXiv 2502.07529). It is decoupled weight decay of
     ``1 / radius`` at learning rate ``lr * radius``. The learning rate must not exceed 1.
     """
 
     def shrink(self, rate: Rate) -> Rate:
-        if isinstance(rate, float) and rate > 1:
+        if isinstance(rate, (int, float)) and rate > 1:
             raise ValueError(f"FrankWolfe: the learning rate must not exceed 1, got {rate!r}")
         return 1 - rate

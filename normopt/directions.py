@@ -95,7 +95,7 @@ class Chain(Direction):
     """Stages one after the other: ``Chain(Row(), Spectral())`` normalizes rows, then takes the polar factor.
 
     The first stage sees the gradient beside the momentum; for each later stage both are what the stage before returned.
-    A :class:`~normopt.momentum.Momentum` is a stage too: ``Chain(Euclidean(), EMA(0.9))`` averages normalized gradients.
+    A :class:`~normopt.momentum.Momentum` is a stage too: ``Chain(Euclidean(), EMA(0.9))`` averages unit gradients.
     """
 
     stages: tuple[Stage, ...]

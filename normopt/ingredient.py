@@ -29,7 +29,7 @@ class Ingredient:
         super().__init_subclass__(**kwargs)
         known = Ingredient._classes.get(cls.__name__)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise TypeError(f"an ingredient named {cls.__name__} exists already in {known.__module__}; choose another name")
+            raise TypeError(f"{known.__module__} has an ingredient named {cls.__name__} already; choose another name")
         Ingredient._classes[cls.__name__] = cls
         Ingredient._parsed.clear()
 
@@ -73,6 +73,11 @@ class Option(Ingredient):
         return self.name if self.index is None else f"{self.name}[{self.index}]"
 
 
+def option(name: str, index: int | None = None) -> Any:
+    """An :class:`Option`, typed to stand where an ingredient wants a number."""
+    return Option(name, index)
+
+
 def _fields(ingredient: Ingredient) -> list[tuple[str, Any]]:
     if not dataclasses.is_dataclass(ingredient):
         return []
@@ -112,7 +117,7 @@ class Stage(Ingredient):
     needs_matrix: bool = False
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        """The state before the first step for a batch ``x`` of shape ``(..., out, in)``; leading dimensions are kept."""
+        """The state before the first step for a batch ``x`` of shape ``(..., out, in)``; leading dimensions stay."""
         return {}
 
     def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
@@ -154,10 +159,9 @@ def get(kind: type[T], spec: str | T) -> T:
         ValueError: the name is not known; the message holds the nearest one.
         TypeError: ``spec`` is neither a string nor of that kind.
     """
+    found: Any = spec
     if isinstance(spec, str):
         found = parse(spec) if "(" in spec else _by_name(kind, spec)
-    else:
-        found = spec
     if not isinstance(found, kind):
         raise TypeError(f"expected a {kind.__name__} or the name of one, got {found!r}")
     return found

@@ -11,7 +11,7 @@ from normopt.ingredient import Stage, check_range
 
 
 class Momentum(Stage):
-    """A gradient in, the gradient to be trusted out. Works entry by entry, so it also serves as a stage of a ``Chain``."""
+    """A gradient in, the gradient to be trusted out, entry by entry; it also serves as a stage of a ``Chain``."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Nesterov(EMA):
 
 @dataclass(frozen=True)
 class HeavyBall(Momentum):
-    """Polyak's heavy ball as torch.optim.SGD has it: ``b <- beta b + (1 - dampening) g``, and ``b = g`` at the first step.
+    """Polyak's heavy ball as in torch.optim.SGD: ``b <- beta b + (1 - dampening) g``, and ``b = g`` at the first step.
 
     Returns ``b``; with ``nesterov``, ``g + beta b``. The sum is ``1 / (1 - beta)`` times as long as the average.
 

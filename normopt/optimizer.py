@@ -41,10 +41,10 @@ class _Move:
 class SteepestDescent(Optimizer):
     """Steepest descent under a norm: ``w <- shrink(w) - lr * length * direction(momentum(g))``, then the constraint.
 
-    Each param group answers four questions for its parameters: which gradient we trust (``momentum``), which direction is
-    steepest (``norm``), how far we go (``step_size``) and where the weights may live (``constraint``). Each ingredient is
-    an object, or its name, or its repr. With the defaults the update is ``w <- w - lr * dualize(g)`` (Bernstein &
-    Newhouse, arXiv 2409.20325).
+    Each param group answers four questions for its parameters: which gradient we trust (``momentum``), which direction
+    is steepest (``norm``), how far we go (``step_size``) and where the weights may live (``constraint``). Each
+    ingredient is an object, or its name, or its repr. With the defaults the update is ``w <- w - lr * dualize(g)``
+    (Bernstein & Newhouse, arXiv 2409.20325).
 
     Args:
         params: parameters, named parameters or param groups as in torch.optim, or a whole model. Of a model, every
@@ -64,7 +64,8 @@ class SteepestDescent(Optimizer):
         maximize: go up instead of down.
 
     Raises:
-        ValueError: an unknown name, a number out of range, a norm that does not fit a parameter's shape; and in ``step``,
+        ValueError: an unknown name, a number out of range, a norm that does not fit a parameter's shape; and in
+        ``step``,
             before anything has changed, a sparse or complex gradient. The message names parameter or argument.
         TypeError: a param group with an entry that none of its ingredients reads.
     """
@@ -125,8 +126,8 @@ class SteepestDescent(Optimizer):
             del self.param_groups[-1]
             raise
         for name, value in rule.step_size.init_shared().items():
-            known = [other[name] for other in self.param_groups if name in other]
-            group[name] = known[0] if known else torch.tensor(value, dtype=torch.float32, device=group["params"][0].device)
+            fresh = torch.tensor(value, dtype=torch.float32, device=group["params"][0].device)
+            group[name] = next((other[name] for other in self.param_groups if name in other), fresh)
 
     def _rule_of(self, group: dict[str, Any]) -> Rule:
         """The optimizer's own rule with the ingredients that the group names, which are taken out of it."""
@@ -161,7 +162,7 @@ class SteepestDescent(Optimizer):
     # One step -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step. ``closure``, if given, computes the loss and the gradients; its value is returned."""
         loss = None
         if closure is not None:
@@ -272,7 +273,7 @@ def _check_options(options: Mapping[str, Any], rule: Rule, defaults: Mapping[str
 def _check_parameters(group: dict[str, Any], rule: Rule) -> None:
     for i, p in enumerate(group["params"]):
         if not p.is_floating_point():
-            raise ValueError(f"{_name(group, i)} has dtype {p.dtype}; only real floating-point parameters can be trained")
+            raise ValueError(f"{_name(group, i)} has dtype {p.dtype}; only real floating-point ones can be trained")
         rule.check_fits(_name(group, i), tuple(p.shape))
 
 
@@ -294,7 +295,7 @@ def _difference(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
         return f"it was saved by another library and has no ingredients; this one has {_rule(mine)}"
     a, b = _rule(mine), _rule(saved)
     names = [name for name in sorted(INGREDIENTS) if getattr(a, name) != getattr(b, name)]
-    return "; ".join(f"{name} is {getattr(a, name)!r} here and {getattr(b, name)!r} in the saved state" for name in names)
+    return "; ".join(f"{name} is {getattr(a, name)!r} here, {getattr(b, name)!r} in the saved state" for name in names)
 
 
 def _overlaid(own: Geometry, given: str | Geometry | None) -> Geometry:

@@ -37,7 +37,7 @@ def describe(optimizer: SteepestDescent) -> str:
     """
     rows = [row for group in optimizer.param_groups for row in _rows(optimizer, group)]
     try:
-        from tabulate import tabulate
+        from tabulate import tabulate  # type: ignore[import-untyped]
     except ImportError:
         return _plain([COLUMNS, *rows])
     return str(tabulate(rows, headers=COLUMNS, disable_numparse=True))
@@ -85,4 +85,5 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _plain(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in padded)

@@ -48,12 +48,14 @@ def roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[
 
     * ``nn.Embedding``: ``embedding``, seen transposed (one column a token). A weight shared with the output layer keeps
       this role.
-    * ``nn.Linear``: ``linear``, except the output layer, ``unembedding``: the last ``nn.Linear`` with as many outputs as
+    * ``nn.Linear``: ``linear``, except the output layer, ``unembedding``: the last ``nn.Linear`` with as many outputs
+    as
       an embedding has tokens; in models without embeddings the last ``nn.Linear``, unless it is the only one.
     * convolutions: ``conv``, seen as (out, in * k * k); transposed ones as (out * k * k, in).
     * ``nn.MultiheadAttention`` and recurrent layers: ``linear``, their fused matrices split into the 3 or 4 they hold.
     * anything with one dimension: ``vector``; with none: ``scalar``.
-    * matrices of other modules: ``other``, with a warning: say what they are in ``overrides``, or let the module say how
+    * matrices of other modules: ``other``, with a warning: say what they are in ``overrides``, or let the module say
+    how
       its parts are seen, ``normopt_roles = {"weight": "linear"}`` and ``normopt_views = {"weight": {"split": 3}}``
       (names relative to the module).
 
@@ -75,8 +77,8 @@ def roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[
     unknown = [name for name, role in found.items() if role.name == "other" and "norm" not in role.options]
     if unknown:
         warnings.warn(
-            f"no role known for {', '.join(unknown)}: the module type says nothing about how they are used. They get the "
-            "geometry's elementwise treatment; name their role in overrides to change or confirm that.",
+            f"no role known for {', '.join(unknown)}: the module type says nothing about how they are used. They get "
+            "what the geometry has for '*'; name their role in overrides to change or confirm that.",
             stacklevel=2,
         )
     return found
@@ -175,15 +177,15 @@ def _fused(module: nn.Module, key: str, kind: str) -> Role | None:
     return None
 
 
-#: A geometry is a table role -> norm, or role -> dict of param-group options ("norm", "momentum", "constraint", numbers,
-#: and "lr_ratio", which multiplies the optimizer's learning rate). ``"*"`` stands for all roles that are not named, and
-#: ``{}`` for the optimizer's own ingredients.
+#: A geometry is a table role -> norm, or role -> dict of param-group options ("norm", "momentum", "constraint",
+#: numbers, and "lr_ratio", which multiplies the optimizer's learning rate). ``"*"`` stands for all roles that are not
+#: named, and ``{}`` for the optimizer's own ingredients.
 Geometry = Mapping[str, Any]
 
-#: The geometries by name. ``adam``: the max norm everywhere. ``muon``: spectral for hidden matrices, max elsewhere (with
-#: Adam's memory when the optimizer is ``normopt.zoo.Muon``). ``scion``: arXiv 2502.07529, table 3, for one-hot input.
-#: ``modula``: arXiv 2410.21265, where the readout is a linear layer too. ``anthology``: the norms that arXiv 2409.20325,
-#: section 4, recommends, with the RMS -> linf norm for the readout.
+#: The geometries by name. ``adam``: the max norm everywhere. ``muon``: spectral for hidden matrices, max elsewhere
+#: (with Adam's memory when the optimizer is ``normopt.zoo.Muon``). ``scion``: arXiv 2502.07529, table 3, for one-hot
+#: input. ``modula``: arXiv 2410.21265, where the readout is a linear layer too. ``anthology``: the norms that arXiv
+#: 2409.20325, section 4, recommends, with the RMS -> linf norm for the readout.
 GEOMETRIES: dict[str, Geometry] = {
     "adam": {"*": Max()},
     "muon": {"linear": Spectral(), "conv": Spectral(), "*": Max()},

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from normopt.constraints import Constraint
-from normopt.ingredient import Ingredient, Option, get
+from normopt.ingredient import Ingredient, get, option
 from normopt.momentum import EMA, Momentum, NoMomentum
 from normopt.norms import Direction, Spectral
 from normopt.stepsize import Constant, StepSize
@@ -36,12 +37,7 @@ class Rule(Ingredient):
 
     def updated(self, given: Mapping[str, Any]) -> Rule:
         """This rule with the ingredients that ``given`` names, each a string, a number, ``None`` or an object."""
-        kinds = {"norm": Direction, "momentum": _momentum, "step_size": StepSize, "constraint": _constraints, "view": View}
-        changes: dict[str, Any] = {}
-        for name in INGREDIENTS & given.keys():
-            kind, value = kinds[name], given[name]
-            changes[name] = get(kind, value) if isinstance(kind, type) else kind(value)
-        return replace(self, **changes)
+        return replace(self, **{name: _READERS[name](given[name]) for name in INGREDIENTS & given.keys()})
 
     @property
     def elementwise(self) -> bool:
@@ -56,8 +52,8 @@ class Rule(Ingredient):
         """Raise a ``ValueError`` unless a parameter of this shape can be seen and measured as the rule says."""
         if self.norm.needs_matrix and len(shape) < 2:
             raise ValueError(
-                f"{name} has shape {shape}, but {self.norm} is a norm of matrices. Give vectors and scalars a norm of their "
-                "own (a param group with norm='max' or 'euclidean'), or pass the whole model instead of its parameters."
+                f"{name} has shape {shape}, but {self.norm} is a norm of matrices. Give vectors and scalars a norm of "
+                "their own (a param group with norm='max' or 'euclidean'), or pass the model instead of its parameters."
             )
         self.view.shape(shape)
 
@@ -69,12 +65,21 @@ def _momentum(value: Any) -> Momentum:
     if value is None:
         return NoMomentum()
     if isinstance(value, (int, float)):
-        return EMA(beta=Option("momentum"))  # type: ignore[arg-type]
-    return get(Momentum, value)  # type: ignore[type-abstract]
+        return EMA(beta=option("momentum"))
+    return get(Momentum, value)
 
 
 def _constraints(value: Any) -> tuple[Constraint, ...]:
     if value is None:
         return ()
     several = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    return tuple(get(Constraint, item) for item in several)  # type: ignore[type-abstract]
+    return tuple(get(Constraint, item) for item in several)
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "norm": partial(get, Direction),
+    "momentum": _momentum,
+    "step_size": partial(get, StepSize),
+    "constraint": _constraints,
+    "view": partial(get, View),
+}

@@ -18,9 +18,9 @@ Rate = float | Tensor
 class StepSize(Ingredient):
     """The length of a step, in units of the direction: ``w <- w - rate * length * d``.
 
-    The loop calls, at each step and in this order: ``weigh`` (before momentum and memory see the gradient), ``measure``
-    for every batch, then, when all batches are measured and before any weight moves, ``conclude`` with the sums over all
-    batches; then ``rate`` and ``length`` for every batch.
+    At each step the loop calls ``weigh`` (before momentum and memory see the gradient), ``rate`` and ``measure`` for
+    every batch; then, if ``joint``, before any weight moves, ``conclude`` with the sums over all batches; then
+    ``length`` for every batch.
     """
 
     #: True when a step needs the sums over all batches: then no weight moves before every direction is known.
@@ -92,9 +92,9 @@ class Constant(StepSize):
 class Dual(StepSize):
     """The learning rate times the dual norm, summed over all layers: true steepest descent (Anthology, Prop. 7).
 
-    Under the modular norm ``max_l ||W_l||`` the minimizer of ``<g, dW> + ||dW||^2 / (2 lr)`` moves every layer by the same
-    ``lr * sum_l dual_norm(g_l)`` along its duality map. The dual norm is taken as ``<x, d>``, which for a norm's duality
-    map it is.
+    Under the modular norm ``max_l ||W_l||`` the minimizer of ``<g, dW> + ||dW||^2 / (2 lr)`` moves every layer by the
+    same ``lr * sum_l dual_norm(g_l)`` along its duality map. The dual norm is taken as ``<x, d>``, which for a norm's
+    duality map it is.
     """
 
     joint: ClassVar[bool] = True
@@ -129,12 +129,12 @@ class Sharp(StepSize):
 class Prodigy(StepSize):
     """A learning rate found on the way, for any norm: ``d``, a lower bound of the distance to the solution.
 
-    ``d <- max(d, d_coef sum <g, w_0 - w> / dual_norm(sum g))``, where both sums weight each gradient by ``lr d^2`` and forget
-    at the rate ``beta3``, and run over all tensors. The step is ``lr d``; momentum and memory see ``d g`` in place of ``g``,
-    so that their past keeps its scale while ``d`` grows. The norm matters only through its dual: with the largest-entry
-    norm it is the l1 norm of Mishchenko & Defazio (arXiv 2306.06101), with the spectral norm the nuclear norm. Without
-    averages and with ``beta3 = 0`` under sign descent it is the escape-velocity rule of the Anthology (arXiv 2409.20325,
-    section 3.3).
+    ``d <- max(d, d_coef sum <g, w_0 - w> / dual_norm(sum g))``, where both sums weight each gradient by ``lr d^2`` and
+    forget at the rate ``beta3``, and run over all tensors. The step is ``lr d``; momentum and memory see ``d g`` in
+    place of ``g``, so that their past keeps its scale while ``d`` grows. The norm matters only through its dual: with
+    the largest-entry norm it is the l1 norm of Mishchenko & Defazio (arXiv 2306.06101), with the spectral norm the
+    nuclear norm. Without averages and with ``beta3 = 0`` under sign descent it is the Anthology's escape-velocity rule
+    (arXiv 2409.20325, section 3.3).
 
     Args:
         beta3: weight of the past in both sums, in [0, 1).
@@ -173,6 +173,7 @@ class Prodigy(StepSize):
     ) -> dict[str, Tensor]:
         # 1 / d0 keeps both sums away from underflow and cancels in their ratio.
         total = state["gradient_sum"].mul_(self.beta3).add_(g * (rate / self.d0))
+        assert w is not None
         progress = (g * (state["initial"] - w)).sum() * (rate / self.d0)
         return {"numerator": progress, "denominator": norm.dual_norm(total).sum()}
 

@@ -14,8 +14,8 @@ from normopt.ingredient import Ingredient
 class View(Ingredient):
     """How a parameter is seen as a stack of ``(out, in)`` matrices.
 
-    Vectors and scalars are one row. Without arguments, matrices are taken as they are and leading dimensions are a stack
-    of matrices (experts).
+    Vectors and scalars are one row. Without arguments, matrices are taken as they are and leading dimensions are a
+    stack of matrices (experts).
 
     Args:
         flatten: join all dimensions but the first: a convolution ``(out, in, k, k)`` becomes ``(out, in * k * k)``.
@@ -44,7 +44,7 @@ class View(Ingredient):
         lead, m, n = (1, shape[0], math.prod(shape[1:])) if self.flatten else (math.prod(shape[:-2]), *shape[-2:])
         m, n = (n, m) if self.transpose else (m, n)
         if m % self.split:
-            raise ValueError(f"View: {m} rows of shape {tuple(shape)} cannot be cut into split={self.split} equal matrices")
+            raise ValueError(f"View: the {m} rows of shape {tuple(shape)} cannot be cut into split={self.split} parts")
         return (lead * self.split, m // self.split, n)
 
     def apply(self, x: Tensor) -> Tensor:
@@ -60,5 +60,5 @@ class View(Ingredient):
         if len(shape) < 2:
             return x.view(shape)
         lead = () if self.flatten else tuple(shape[:-2])
-        whole = x.view(*lead, -1, x.shape[-1])
+        whole = x.view(*lead, x.shape[-2] * self.split, x.shape[-1])
         return (whole.mT if self.transpose else whole).view(shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,47 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt import zoo
+from tests.paths import Make, assert_same_path
 
 SHAPES = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8), "vector": (7,)}
 MATRICES = [shape for shape in SHAPES.values() if len(shape) == 2]
-STEPS = 30
-Make = Callable[[list[Tensor]], Optimizer]
-
-
-def gradients(weights: list[Tensor], seed: int) -> Iterator[list[Tensor]]:
-    """Noisy gradients of 0.5 ||w - target||^2 at the reference's weights, the same for both optimizers."""
-    noise = torch.Generator().manual_seed(seed)
-    targets = [torch.randn(w.shape, generator=noise) for w in weights]
-    while True:
-        yield [w.detach() - t + 0.5 * torch.randn(w.shape, generator=noise) for w, t in zip(weights, targets, strict=True)]
-
-
-def assert_same_path(
-    ours: Make, reference: Make, shapes: list[tuple[int, ...]], tolerance: float, steps: int = STEPS, seed: int = 0
-) -> None:
-    """Run both on the same gradients: at no step may they differ by more than ``tolerance`` times the distance travelled."""
-    start = torch.Generator().manual_seed(seed + 1)
-    initial = [torch.randn(shape, generator=start) for shape in shapes]
-    a, b = ([torch.nn.Parameter(w.clone()) for w in initial] for _ in range(2))
-    first, second = ours(a), reference(b)
-    travelled, worst = torch.zeros(len(initial)), torch.zeros(len(initial))
-    stream = gradients(b, seed)
-    for _ in range(steps):
-        for i, g in enumerate(next(stream)):
-            a[i].grad, b[i].grad = g.clone(), g.clone()
-        before = [w.detach().clone() for w in b]
-        first.step()
-        second.step()
-        travelled += largest(b, before)
-        worst = worst.maximum(largest(a, b))
-    assert (travelled > 0).all(), "the reference did not move"
-    assert (worst <= tolerance * travelled).all(), f"differs by {worst / travelled} of the distance travelled"
-
-
-def largest(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """The largest difference of each pair."""
-    return torch.stack([(x - y).detach().abs().max() for x, y in zip(a, b, strict=True)])
-
 
 def case(name: str, reference: Any = None, **options: Any) -> Any:
     """The same arguments for the class of that name in the zoo and in torch.optim (or in ``reference``)."""

@@ -18,7 +18,7 @@ class Block(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Map the residual stream (batch, time, d_model) to the next layer's."""
         h = h + self.attention(self.attention_norm(h))
-        return h + self.mlp(self.mlp_norm(h))  # type: ignore[no-any-return]
+        return h + self.mlp(self.mlp_norm(h))
 
 
 class GPT(nn.Module):
@@ -78,7 +78,7 @@ class GPT(nn.Module):
         h = self.embed(tokens)
         for block in self.blocks:
             h = block(h)
-        return self.head(self.norm(h))  # type: ignore[no-any-return]
+        return self.head(self.norm(h))
 
 
 def _check_positive(**sizes: int) -> None:

@@ -67,7 +67,7 @@ class Attention(nn.Module):
         query, key = rotate(F.normalize(query_key, dim=-1), *rope_tables(x.shape[1], self.rope_width, query_key))
         query = query * self.gain[:, None, None].to(query.dtype)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
-        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys (2, batch, heads, time, d_head), and values (batch, heads, time, d_head)."""
@@ -89,7 +89,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_model) to the same shape."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 def _rope_width(d_head: int, fraction: float) -> int:

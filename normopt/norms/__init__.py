@@ -16,7 +16,7 @@ def get(spec: str | Norm) -> Norm:
     Raises:
         ValueError: unknown name; the message holds the nearest one.
     """
-    return _get(Norm, spec)  # type: ignore[type-abstract]
+    return _get(Norm, spec)
 
 
 def names() -> list[str]:

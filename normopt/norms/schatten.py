@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,9 +30,9 @@ class Spectral(_Schatten):
     """The largest singular value: the l2 -> l2 operator norm (Bernstein & Newhouse, Prop. 5).
 
     Dual norm: the nuclear norm. Duality map: the polar factor ``U V^T``, by the chosen method (see
-    :func:`normopt.polar.polar`; only ``"exact"`` satisfies the identities to rounding). Second moment: ``(G G^T, G^T G)``
-    with ``whiten(M, (L, R)) = L^(-1/4) M R^(-1/4)`` (Shampoo, arXiv 1802.09568). ``norm``, ``dual_norm`` and ``project``
-    use singular values. Scale ``"rms"``: sqrt(out/in), the RMS -> RMS norm.
+    :func:`normopt.polar.polar`; only ``"exact"`` satisfies the identities to rounding). Second moment:
+    ``(G G^T, G^T G)`` with ``whiten(M, (L, R)) = L^(-1/4) M R^(-1/4)`` (Shampoo, arXiv 1802.09568). ``norm``,
+    ``dual_norm`` and ``project`` use singular values. Scale ``"rms"``: sqrt(out/in), the RMS -> RMS norm.
 
     Args:
         scale: see :class:`~normopt.norms.Norm`.
@@ -43,7 +44,7 @@ class Spectral(_Schatten):
 
     method: str | Schedule = "polar-express"
     steps: int | None = None
-    dtype: str | None = None
+    dtype: str | torch.dtype | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +52,7 @@ class Spectral(_Schatten):
         if isinstance(self.method, str):
             check_choice(self, "method", self.method, METHODS)
         if self.steps is not None and (self.method == "exact" or self.steps < 1):
-            raise ValueError(f"Spectral: steps must be a positive number of iterations (none for 'exact'), got {self.steps}")
+            raise ValueError(f"Spectral: steps must be positive (and None for method 'exact'), got {self.steps}")
 
     def unit_norm(self, w: Tensor) -> Tensor:
         return singular_values(w).amax(dim=-1) if w.numel() else w.sum(dim=(-2, -1))
@@ -60,7 +61,7 @@ class Spectral(_Schatten):
         return singular_values(g).sum(dim=-1)
 
     def unit_dualize(self, g: Tensor) -> Tensor:
-        return polar(g, self.method, self.steps, getattr(torch, self.dtype) if self.dtype else None)
+        return polar(g, self.method, self.steps, getattr(torch, str(self.dtype)) if self.dtype else None)
 
     def unit_project(self, w: Tensor, radius: float) -> Tensor:
         return map_singular_values(w, lambda s: s.clamp(max=radius))
@@ -132,16 +133,16 @@ def singular_values(x: Tensor) -> Tensor:
     return torch.linalg.svdvals(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
-def map_singular_values(x: Tensor, f: object) -> Tensor:
+def map_singular_values(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
     """``U diag(f(s)) V^T`` for each ``x = U diag(s) V^T``."""
     if x.numel() == 0:
         return x.clone()
     u, s, vh = torch.linalg.svd(x.to(torch.promote_types(x.dtype, torch.float32)), full_matrices=False)
-    return ((u * f(s).unsqueeze(-2)) @ vh).to(x.dtype)  # type: ignore[operator]
+    return ((u * f(s).unsqueeze(-2)) @ vh).to(x.dtype)
 
 
 def _project_simplex(s: Tensor, radius: float) -> Tensor:
-    """Nearest point of ``{t >= 0, sum t <= radius}`` to ``s >= 0``, sorted downwards: subtract a constant, clip at 0."""
+    """The point of ``{t >= 0, sum t <= radius}`` nearest to ``s >= 0``, sorted downwards: subtract a number, clip."""
     counts = torch.arange(1, s.shape[-1] + 1, dtype=s.dtype, device=s.device)
     shifts = (s.cumsum(dim=-1) - radius) / counts
     active = (s > shifts).sum(dim=-1, keepdim=True).clamp_(min=1)

@@ -44,9 +44,9 @@ class _Slices(Norm):
 class Column(_Slices):
     """The largest column, ``max_j ||w_:j||``: the l1 -> l2 operator norm (Bernstein & Newhouse, Prop. 8).
 
-    One column belongs to one input: for an embedding, seen as (dim x vocabulary), to one token. Dual norm: the sum of the
-    columns' norms. Duality map: every column over its norm. Second moment: column sums of ``g^2``, shape (..., 1, in).
-    Scale ``"rms"``: sqrt(out), the l1 -> RMS norm.
+    One column belongs to one input: for an embedding, seen as (dim x vocabulary), to one token. Dual norm: the sum of
+    the columns' norms. Duality map: every column over its norm. Second moment: column sums of ``g^2``, shape (..., 1,
+    in). Scale ``"rms"``: sqrt(out), the l1 -> RMS norm.
     """
 
     reduces: ClassVar[str] = "column"  # type: ignore[misc]

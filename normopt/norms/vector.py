@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normopt.norms.base import Norm, axes, clip_norm, divide_by_root, euclidean, normalize
+from normopt.norms.base import SCALES, Norm, axes, clip_norm, divide_by_root, euclidean, normalize
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,12 @@ class Max(Norm):
     Adam's denominator. Scale ``"rms"``: 1.
     """
 
-    needs_matrix: ClassVar[bool] = False
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    needs_matrix: ClassVar[bool] = False  # type: ignore[misc]
+
+    @property
+    def reduces(self) -> str:  # type: ignore[override]
+        """``"entry"``, or ``"all"`` where the scale depends on the shape, which entries laid end to end do not have."""
+        return "all" if self.scale in SCALES and self.scale != "unit" else "entry"
 
     def unit_rms(self, m: int, n: int) -> float:
         return 1.0
@@ -57,7 +61,7 @@ class Euclidean(Norm):
     sqrt(numel), the root-mean-square norm.
     """
 
-    needs_matrix: ClassVar[bool] = False
+    needs_matrix: ClassVar[bool] = False  # type: ignore[misc]
     reduces: ClassVar[str] = "all"  # type: ignore[misc]
 
     def unit_rms(self, m: int, n: int) -> float:

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from normopt.constraints import L2, WeightDecay
 from normopt.directions import Smoothed
-from normopt.ingredient import Option
+from normopt.ingredient import option
 from normopt.momentum import EMA
 from normopt.norms import Max
 from normopt.optimizer import SteepestDescent
@@ -30,9 +30,13 @@ class SignSGD(SteepestDescent):
     geometry: ClassVar[Geometry] = NO_DECAY
 
     def __init__(
-        self, params: ParamsT | nn.Module, lr: float | Tensor = 1e-3, weight_decay: float = 0.0, **common: Unpack[Common]
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
     ) -> None:
-        decay = WeightDecay(Option("weight_decay"))
+        decay = WeightDecay(option("weight_decay"))
         super().__init__(params, lr, Max(), constraint=decay, options={"weight_decay": weight_decay}, **common)
 
 
@@ -61,8 +65,8 @@ class Signum(SteepestDescent):
             params,
             lr,
             Max(),
-            EMA(Option("momentum")),
-            constraint=WeightDecay(Option("weight_decay")),
+            EMA(option("momentum")),
+            constraint=WeightDecay(option("weight_decay")),
             options={"momentum": momentum, "weight_decay": weight_decay},
             **common,
         )
@@ -102,9 +106,9 @@ class Adam(SteepestDescent):
         super().__init__(
             params,
             lr,
-            Smoothed(Max(), Option("betas", 1), Option("eps"), maximum=Option("amsgrad")),
-            EMA(Option("betas", 0), bias_correction=True),
-            constraint=(WeightDecay if decoupled_weight_decay else L2)(Option("weight_decay")),
+            Smoothed(Max(), option("betas", 1), option("eps"), maximum=option("amsgrad")),
+            EMA(option("betas", 0), bias_correction=True),
+            constraint=(WeightDecay if decoupled_weight_decay else L2)(option("weight_decay")),
             options={"betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad},
             **common,
         )
@@ -113,8 +117,8 @@ class Adam(SteepestDescent):
 class AdamW(Adam):
     """:class:`Adam` with decoupled weight decay, ``w <- (1 - lr weight_decay) w - lr m / (sqrt(v) + eps)``.
 
-    Arguments and defaults are those of torch.optim.AdamW (arXiv 1711.05101). With a whole model, vectors and scalars are
-    not decayed.
+    Arguments and defaults are those of torch.optim.AdamW (arXiv 1711.05101). With a whole model, vectors and scalars
+    are not decayed.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from normopt.constraints import L2
-from normopt.ingredient import Option
+from normopt.ingredient import option
 from normopt.momentum import HeavyBall
 from normopt.norms import Euclidean
 from normopt.optimizer import SteepestDescent
@@ -50,9 +50,9 @@ class SGD(SteepestDescent):
             params,
             lr,
             Euclidean(scale="unit"),
-            HeavyBall(Option("momentum"), Option("dampening"), Option("nesterov")),
+            HeavyBall(option("momentum"), option("dampening"), option("nesterov")),
             Sharp(),
-            L2(Option("weight_decay")),
+            L2(option("weight_decay")),
             options=numbers,
             **common,
         )

@@ -1,0 +1,1 @@
+"""Benchmarks of the optimizers on real text: `python -m benchmarks --help`."""

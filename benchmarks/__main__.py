@@ -1,0 +1,96 @@
+"""Command line of the benchmarks."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+DEFAULT_OPTIMIZERS = "adamw,muon,scion,signum"
+MODEL_NAMES = ("gpt",)
+PRESET_NAMES = ("quick", "standard", "gpt2")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 1 when a run failed, 130 when interrupted."""
+    parser = make_parser()
+    parsed = parser.parse_args(arguments)
+    missing = [name for name in ("matplotlib", "tabulate", "tqdm") if find_spec(name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} not installed: pip install -e '.[bench]'")
+    parsed.out = parsed.out or Path("runs") / ("smoke" if parsed.smoke else parsed.preset)
+    return _run(parser, parsed)
+
+
+def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
+    from benchmarks.compare import compare
+    from benchmarks.data import DataError
+    from benchmarks.plan import PlanError
+    from benchmarks.sweep import sweep
+
+    try:
+        return {"compare": compare, "sweep": sweep}[parsed.command](parsed)
+    except (DataError, PlanError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. Finished runs are in {parsed.out}; the same command continues.", file=sys.stderr)
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser with its two commands."""
+    description = "Train a small GPT on real text with several optimizers."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=description)
+    commands = parser.add_subparsers(dest="command", required=True)
+    compare = commands.add_parser("compare", help="same batches, same initial weights, each at its tuned rate")
+    _add_shared(compare, seeds=1)
+    compare.add_argument("--lr", type=_rates_by_name, default={}, help="learning rates, like muon=0.01,adamw=3e-3")
+    sweep = commands.add_parser("sweep", help="a grid of learning rates for each optimizer")
+    _add_shared(sweep, seeds=2)
+    sweep.add_argument("--rates", type=_list_of(_positive_float), help="learning rates; default: tuned x 1/4 ... 4")
+    return parser
+
+
+def _add_shared(parser: argparse.ArgumentParser, seeds: int) -> None:
+    add = parser.add_argument
+    add("--optimizers", type=_list_of(str), default=DEFAULT_OPTIMIZERS, help=f"default: {DEFAULT_OPTIMIZERS}")
+    add("--model", choices=MODEL_NAMES, default="gpt")
+    add("--preset", choices=PRESET_NAMES, default="quick")
+    add("--data", default="shakespeare", help="shakespeare (default), stdlib, a text file, or a pattern of .bin shards")
+    add("--steps", type=_positive_int, help="length of the runs; default: the preset's")
+    add("--seeds", type=_positive_int, default=seeds, help=f"runs per setting; default: {seeds}")
+    add("--out", type=Path, help="folder for results and checkpoints; default: runs/PRESET")
+    add("--device", default="auto", help="auto (default: CUDA when there is one), cpu, cuda")
+    add("--workers", type=_positive_int, help="runs at a time; default: one per core, one on a GPU")
+    add("--smoke", action="store_true", help="a tiny model and few steps: does everything work?")
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _list_of(convert: "Callable[[str], object]") -> "Callable[[str], list[object]]":
+    def parse(text: str) -> list[object]:
+        return [convert(part.strip()) for part in text.split(",") if part.strip()]
+
+    parse.__name__ = "list"
+    return parse
+
+
+def _rates_by_name(text: str) -> dict[str, float]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {name.strip(): _positive_float(rate) for name, _, rate in pairs}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""From the command line to the runs: optimizers, rates, seeds, corpus, device."""
+
+import difflib
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+import normopt
+from benchmarks.data import Corpus, load_or_fall_back
+from benchmarks.presets import PRESETS, Preset, RunConfig, tuned_options
+
+BASELINE = "adamw"
+
+
+class PlanError(ValueError):
+    """Arguments that do not make a benchmark."""
+
+
+class Plan:
+    """What every run of one command shares, and the configurations made from it."""
+
+    def __init__(self, arguments: Namespace) -> None:
+        self.arguments = arguments
+        self.optimizers = check_names(arguments.optimizers)
+        self.device = resolve_device(arguments.device)
+        self.preset = choose_preset(arguments)
+        self.corpus: Corpus = load_or_fall_back(arguments.data)
+        self.corpus.check(self.preset.context)
+
+    def config(self, optimizer: str, seed: int, lr: float | None = None) -> RunConfig:
+        """One run, by default at the tuned learning rate."""
+        options = self.options(optimizer)
+        tuned = options.pop("lr")
+        return RunConfig(
+            optimizer=optimizer,
+            lr=tuned if lr is None else lr,
+            options=options,
+            model=self.arguments.model,
+            preset=self.preset,
+            seed=seed,
+            source=self.corpus.name,
+            corpus=self.corpus.digest,
+            device=self.device,
+        )
+
+    def options(self, optimizer: str) -> dict[str, Any]:
+        """A copy of the tuned options, learning rate included."""
+        return dict(tuned_options(self.preset.name, optimizer)[0])
+
+    def untuned(self) -> list[str]:
+        """The optimizers without an entry of their own for this preset."""
+        return [name for name in self.optimizers if not tuned_options(self.preset.name, name)[1]]
+
+
+def check_names(names: list[str]) -> list[str]:
+    """The names without repetitions; an unknown one raises `PlanError` with the nearest known one."""
+    known = normopt.list_optimizers()
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(known)}"
+            raise PlanError(f"unknown optimizer {name!r}: {hint}")
+    return list(dict.fromkeys(names))
+
+
+def resolve_device(name: str) -> str:
+    """A torch device name; "auto" takes CUDA when there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        raise PlanError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def choose_preset(arguments: Namespace) -> Preset:
+    """The preset of the command line, with its number of steps."""
+    preset = PRESETS["smoke" if arguments.smoke else arguments.preset]
+    return preset.with_steps(arguments.steps) if arguments.steps else preset

@@ -1,0 +1,105 @@
+"""Sizes and schedules of the benchmark runs, the tuned options of the optimizers, and what makes up a run."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+TUNED = Path(__file__).with_name("tuned.json")
+UNTUNED: dict[str, Any] = {"lr": 1e-3}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size of the benchmark: the model, the batches, the schedule and the evaluation.
+
+    The learning rate warms up linearly over `warmup` steps, stays constant, and falls linearly to zero over the last
+    `decay` of the run; gradients are clipped to global norm `clip`. `micro_batch` sequences pass through the model at
+    a time. `bf16` turns on autocast on CUDA. The validation loss is taken `evaluations` times on `curve_tokens`
+    tokens for the curve, and once at the end on `final_tokens` tokens.
+    """
+
+    name: str
+    d_model: int
+    n_layers: int
+    n_heads: int
+    steps: int
+    context: int = 128
+    batch: int = 16
+    micro_batch: int = 16
+    warmup: int = 20
+    decay: float = 0.4
+    clip: float = 1.0
+    bf16: bool = False
+    evaluations: int = 20
+    curve_tokens: int = 32_768
+    final_tokens: int = 262_144
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0 .. steps - 1, as a fraction of its peak."""
+        decay = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, decay))
+
+    def with_steps(self, steps: int) -> "Preset":
+        """The same preset for a run of another length."""
+        return replace(self, steps=steps)
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("smoke", 32, 2, 2, steps=40, context=64, warmup=5, curve_tokens=2048, final_tokens=8192),
+        Preset("quick", 96, 4, 3, steps=600),
+        Preset("standard", 128, 5, 4, steps=1000),
+        Preset(
+            "gpt2",
+            *(768, 12, 12),
+            steps=5000,
+            context=1024,
+            batch=512,
+            micro_batch=32,
+            warmup=250,
+            bf16=True,
+            curve_tokens=1_048_576,
+            final_tokens=10_485_760,
+        ),
+    )
+}
+
+
+def tuned_options(preset: str, optimizer: str) -> tuple[dict[str, Any], bool]:
+    """The options for an optimizer, learning rate included, and whether they were tuned at this preset.
+
+    Without an entry for the preset those of "quick" are taken, and without any, a learning rate of 1e-3.
+    """
+    tuned = json.loads(TUNED.read_text())
+    if optimizer in tuned.get(preset, {}):
+        return tuned[preset][optimizer], True
+    return tuned["quick"].get(optimizer, UNTUNED), False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run; `key` identifies it in the results."""
+
+    optimizer: str
+    lr: float
+    options: dict[str, Any]
+    model: str
+    preset: Preset
+    seed: int
+    source: str
+    corpus: str
+    device: str
+
+    @property
+    def key(self) -> str:
+        """Hash of the configuration; the corpus counts by its content, not by its path."""
+        content = {name: value for name, value in asdict(self).items() if name != "source"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """Name of the run for people."""
+        return f"{self.optimizer} lr {self.lr:g} seed {self.seed}"

@@ -1,0 +1,46 @@
+"""How far a run is, and the clocks that time it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Progress:
+    """What a run has done so far, all of it kept in its checkpoints.
+
+    Seconds of gradients (forward and backward pass) and of the optimizer are measured with `clock`; `cpu` and `wall`
+    cover the whole run with its evaluations. `curve` holds (step, seconds of training so far, validation loss).
+    """
+
+    step: int = 0
+    gradient_seconds: float = 0.0
+    optimizer_seconds: float = 0.0
+    cpu: float = 0.0
+    wall: float = 0.0
+    diverged: bool = False
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, without evaluation."""
+        return self.gradient_seconds + self.optimizer_seconds
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the CPU and wall seconds of the block to the totals."""
+        cpu, wall = time.process_time(), time.perf_counter()
+        yield
+        self.cpu += time.process_time() - cpu
+        self.wall += time.perf_counter() - wall
+
+
+def clock(device: str) -> float:
+    """CPU seconds of this single-threaded process, which other load does not disturb; on a GPU, wall seconds."""
+    if device == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,142 @@
+"""Tables of finished runs, on the terminal and as Markdown."""
+
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import TypeVar
+
+from tabulate import tabulate
+
+from benchmarks.plan import BASELINE
+from benchmarks.plots import plot_curves, plot_rates
+from benchmarks.records import Row, replacing
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1 .. 9 degrees of freedom
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def write_comparison(rows: list[Row], out: Path) -> None:
+    """Print the table of a comparison and write `compare.md`, `loss_steps.png` and `loss_seconds.png`."""
+    if rows:
+        groups = group(rows, lambda row: str(row["config"]["optimizer"]))
+        table = [comparison_line(name, groups) for name in groups]
+        plot_curves(groups, out, unit(rows))
+        images = ["![loss by step](loss_steps.png)", "![loss by time](loss_seconds.png)"]
+        _publish(table, rows, out / "compare.md", images)
+
+
+def write_sweep(rows: list[Row], out: Path) -> None:
+    """Print the table of a sweep and each optimizer's best rate, and write `sweep.md` and `sweep.png`."""
+    if rows:
+        groups = group(rows, lambda row: (str(row["config"]["optimizer"]), float(row["config"]["lr"])))
+        table = [
+            {"optimizer": name, "lr": f"{lr:g}", "runs": str(len(members)), **loss_cells(members)}
+            for (name, lr), members in sorted(groups.items())
+        ]
+        plot_rates(groups, out, unit(rows))
+        notes = [best_rate(name, groups) for name in dict.fromkeys(name for name, _ in groups)]
+        _publish(table, rows, out / "sweep.md", [*notes, "![loss by learning rate](sweep.png)"])
+        print("\n".join(notes))
+
+
+def group(rows: list[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
+    """The rows by key, in order of appearance."""
+    groups: dict[Key, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def comparison_line(name: str, groups: dict[str, list[Row]]) -> dict[str, str]:
+    """One line of the comparison: means over the seeds of one optimizer."""
+    rows = groups[name]
+    gradient, optimizer = mean(rows, "gradient_ms"), mean(rows, "optimizer_ms")
+    return {
+        "optimizer": name,
+        "lr": f"{rows[0]['config']['lr']:g}",
+        **loss_cells(rows),
+        f"vs {BASELINE}": difference(rows, groups.get(BASELINE, [])) if name != BASELINE else "",
+        "tok/s": f"{mean(rows, 'tokens_per_second'):,.0f}",
+        "fwd+bwd ms": f"{gradient:.0f}",
+        "opt ms": f"{optimizer:.1f}",
+        "opt %": f"{100 * optimizer / (gradient + optimizer):.1f}",
+        "state B/param": f"{mean(rows, 'state_bytes_per_parameter'):.2f}",
+    }
+
+
+def loss_cells(rows: list[Row]) -> dict[str, str]:
+    """The final validation loss in nats per token and in bits per byte, with its standard deviation over seeds."""
+    loss = f"val {unit(rows)}"
+    diverged = sum(row["status"] == "diverged" for row in rows)
+    if diverged:
+        return {loss: f"diverged ({diverged} of {len(rows)})", "bits/byte": ""}
+    spread = f" ± {statistics.stdev(losses(rows)):.4f}" if len(rows) > 1 else ""
+    bits = "" if rows[0]["bits_per_byte"] is None else f"{mean(rows, 'bits_per_byte'):.4f}"
+    return {loss: f"{mean(rows, 'final_loss'):.4f}{spread}", "bits/byte": bits}
+
+
+def difference(rows: list[Row], baseline: list[Row]) -> str:
+    """Mean difference of the final losses to the baseline's of the same seeds, with its 95% confidence interval."""
+    by_seed = {row["config"]["seed"]: row["final_loss"] for row in baseline if row["final_loss"] is not None}
+    pairs = [(row["final_loss"], by_seed.get(row["config"]["seed"])) for row in rows if row["final_loss"] is not None]
+    gaps = [ours - theirs for ours, theirs in pairs if theirs is not None]
+    if not gaps or len(gaps) < len(rows):
+        return ""
+    if len(gaps) == 1:
+        return f"{gaps[0]:+.4f}"
+    quantile = T_975[len(gaps) - 2] if len(gaps) - 2 < len(T_975) else 2.262
+    return f"{statistics.mean(gaps):+.4f} ± {quantile * statistics.stdev(gaps) / math.sqrt(len(gaps)):.4f}"
+
+
+def best_rate(name: str, groups: dict[tuple[str, float], list[Row]]) -> str:
+    """A sentence on the rate with the lowest mean loss, warning when it lies at the edge of the grid."""
+    stable = {lr: rows for (other, lr), rows in groups.items() if other == name and len(losses(rows)) == len(rows)}
+    if not stable:
+        return f"{name}: every learning rate diverged."
+    best = min(stable, key=lambda lr: mean(stable[lr], "final_loss"))
+    rates = [lr for other, lr in groups if other == name]
+    edge = " It is at the edge of the grid: extend it with --rates." if best in (min(rates), max(rates)) else ""
+    seconds = sum(row["cpu_seconds"] for (other, _), rows in groups.items() if other == name for row in rows)
+    return f"{name}: best learning rate {best:g} of {len(rates)}, found in {seconds:,.0f} CPU seconds.{edge}"
+
+
+def unit(rows: list[Row]) -> str:
+    """What the loss is measured in."""
+    return "nats/byte" if rows[0]["bytes_per_token"] == 1 else "nats/token"
+
+
+def losses(rows: list[Row]) -> list[float]:
+    """The final losses of the runs that did not diverge."""
+    return [row["final_loss"] for row in rows if row["final_loss"] is not None]
+
+
+def mean(rows: list[Row], column: str) -> float:
+    """Mean of a column."""
+    return statistics.fmean(row[column] for row in rows)
+
+
+def _publish(table: list[dict[str, str]], rows: list[Row], path: Path, notes: list[str]) -> None:
+    """Print a table, and write it with the setting, the command and notes to a Markdown file."""
+    headers = {name: name for name in table[0]}
+    print("\n" + tabulate(table, headers, tablefmt="simple_outline", disable_numparse=True, stralign="right"))
+    markdown = tabulate(table, headers, tablefmt="github", disable_numparse=True, stralign="right")
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    with replacing(path) as partial:
+        partial.write_text("\n\n".join([f"`{command}`", setting(rows), markdown, *notes]) + "\n", encoding="utf-8")
+    print(f"Written to {path.parent}: {path.name}, results.jsonl and the plots")
+
+
+def setting(rows: list[Row]) -> str:
+    """One sentence that says what was run."""
+    row, config = rows[0], rows[0]["config"]
+    preset, seeds = config["preset"], sorted({row["config"]["seed"] for row in rows})
+    hardware = "one CPU thread per run" if config["device"] == "cpu" else config["device"]
+    return (
+        f"{config['model']} {preset['name']} ({row['parameters']:,} parameters), {preset['steps']} steps of "
+        f"{preset['batch']} x {preset['context']} tokens of {config['source']}, seeds {seeds}, {hardware}, "
+        f"torch {row['torch']}. Final loss on held-out text."
+    )

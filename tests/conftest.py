@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from normopt.ingredient import Ingredient
+
+# The same examples in every run: a red test is red again tomorrow, and somewhere else.
+settings.register_profile("normopt", deadline=None, derandomize=True, database=None, max_examples=15)
+# pytest --hypothesis-profile=search looks further than the tests' own budget.
+settings.register_profile("search", deadline=None, max_examples=1000)
+settings.load_profile("normopt")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Forget the ingredients that a test defines."""
+    classes = dict(Ingredient._classes)
+    yield
+    Ingredient._classes.clear()
+    Ingredient._classes.update(classes)
+    Ingredient._parsed.clear()

@@ -1,0 +1,48 @@
+"""Running an optimizer and its reference side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Make = Callable[[list[Tensor]], Optimizer]
+STEPS = 30
+
+
+def gradients(weights: list[Tensor], seed: int) -> Iterator[list[Tensor]]:
+    """Noisy gradients of 0.5 ||w - target||^2 at the reference's weights, the same for both optimizers."""
+    noise = torch.Generator().manual_seed(seed)
+    targets = [torch.randn(w.shape, generator=noise) for w in weights]
+    while True:
+        noises = [0.5 * torch.randn(w.shape, generator=noise) for w in weights]
+        yield [w.detach() - target + n for w, target, n in zip(weights, targets, noises, strict=True)]
+
+
+def assert_same_path(
+    ours: Make, reference: Make, shapes: list[tuple[int, ...]], tolerance: float, steps: int = STEPS, seed: int = 0
+) -> None:
+    """Run both on the same gradients: they never differ by more than ``tolerance`` times the distance travelled."""
+    start = torch.Generator().manual_seed(seed + 1)
+    initial = [torch.randn(shape, generator=start) for shape in shapes]
+    a, b = ([torch.nn.Parameter(w.clone()) for w in initial] for _ in range(2))
+    first, second = ours(a), reference(b)
+    travelled, worst = torch.zeros(len(initial)), torch.zeros(len(initial))
+    stream = gradients(b, seed)
+    for _ in range(steps):
+        for i, g in enumerate(next(stream)):
+            a[i].grad, b[i].grad = g.clone(), g.clone()
+        before = [w.detach().clone() for w in b]
+        first.step()
+        second.step()
+        travelled += largest(b, before)
+        worst = worst.maximum(largest(a, b))
+    assert (travelled > 0).all(), "the reference did not move"
+    assert (worst <= tolerance * travelled).all(), f"differs by {worst / travelled} of the distance travelled"
+
+
+def largest(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """The largest difference of each pair."""
+    return torch.stack([(x - y).detach().abs().max() for x, y in zip(a, b, strict=True)])

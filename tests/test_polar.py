@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import WELL_CONDITIONED, assert_close, from_spectrum, inner, matrices, orthogonal, spectrum
+from torch import Tensor
+from torch.optim._muon import _zeropower_via_newtonschulz
+
+from normopt.ingredient import parse
+from normopt.polar import JORDAN, METHODS, POLAR_EXPRESS, SCHEDULES, Schedule, exact, normalized, polar
+
+each_schedule = pytest.mark.parametrize("name", SCHEDULES)
+each_method = pytest.mark.parametrize("method", METHODS)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+#: A converging one, for what holds of any schedule.
+PADE = Schedule(coefficients=((15 / 8, -10 / 8, 3 / 8),), steps=12, margin=1.0)
+
+
+def nuclear(g: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(g.double(), "nuc")
+
+
+# Schedules -----------------------------------------------------------------------------------------------------
+
+
+@each_schedule
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_scalar_map_is_positive_and_bounded(name: str, steps: int) -> None:
+    fine = torch.linspace(0, 1.01, 200_001, dtype=torch.float64)[1:]
+    s = SCHEDULES[name].scalar(torch.cat([torch.logspace(-20, -4, 1000, dtype=torch.float64), fine]), steps)
+    assert (s > 0).all()
+    # The first polynomial of Polar Express reaches 2, and no later one goes beyond.
+    assert (s < 2).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "slope", "above_a_thousandth", "above_a_hundredth"),
+    [
+        ("newton-schulz", 5, 485, (0.4705, 1.2024), (0.6818, 1.1344)),
+        ("polar-express", 5, 976, (0.8462, 1.1236), (0.8703, 1.1236)),
+        ("polar-express", 6, 1828, (0.9944, 1.0012), (0.9974, 1.0012)),
+        ("polar-express", 7, 3394, (1.0000, 1.0000), (1.0000, 1.0000)),
+        ("polar-express", 8, 6363, (1.0000, 1.0000), (1.0000, 1.0000)),
+    ],
+)
+def test_scalar_map_ranges(
+    name: str, steps: int, slope: float, above_a_thousandth: tuple[float, float], above_a_hundredth: tuple[float, float]
+) -> None:
+    schedule = SCHEDULES[name]
+    for lowest, (low, high) in ((1e-3, above_a_thousandth), (1e-2, above_a_hundredth)):
+        grid = torch.logspace(torch.log10(torch.tensor(lowest, dtype=torch.float64)), 0, 200_001, dtype=torch.float64)
+        s = schedule.scalar(grid, steps)
+        assert (float(s.min()), float(s.max())) == pytest.approx((low, high), abs=6e-5)
+    tiny = torch.tensor(1e-12, dtype=torch.float64)
+    assert float(schedule.scalar(tiny, steps) / tiny) == pytest.approx(slope, abs=0.5)
+
+
+def test_jordan_never_converges() -> None:
+    s = torch.linspace(1e-2, 1, 100_001, dtype=torch.float64)
+    for steps in (8, 50):
+        ends = JORDAN.scalar(s, steps)
+        assert (float(ends.min()), float(ends.max())) == pytest.approx((0.682, 1.134), abs=5e-4)
+    assert float(JORDAN.scalar(torch.ones((), dtype=torch.float64))) == pytest.approx(0.696, abs=5e-4)
+
+
+def test_polar_express_is_safe_where_the_raw_polynomials_are_not() -> None:
+    # Their first step sends 1.01 beyond the point where the second one turns down: an explosion within five steps.
+    rows = [(a * 1.01, b * 1.01**3, c * 1.01**5) for a, b, c in POLAR_EXPRESS.coefficients[:-1]]
+    raw = Schedule(coefficients=(*rows, POLAR_EXPRESS.coefficients[-1]))
+    above_one = torch.tensor(1.01, dtype=torch.float64)
+    assert float(raw.scalar(above_one, 5)) > 1e50
+    assert 0.8 < float(POLAR_EXPRESS.scalar(above_one, 5)) < 1.2
+
+
+def test_a_schedule_repeats_its_last_row() -> None:
+    first, last = (3.0, -3.2, 1.2), (1.875, -1.25, 0.375)
+    schedule = Schedule(coefficients=(first, last), steps=3)
+    assert schedule.rows() == [first, last, last]
+    assert schedule.rows(1) == [first]
+    assert schedule.rows(5) == [first, last, last, last, last]
+    assert [len(s.rows()) for s in (JORDAN, POLAR_EXPRESS)] == [5, 6]
+    assert POLAR_EXPRESS.rows(20)[7:] == [last] * 13
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES.values(), PADE], ids=["newton-schulz", "polar-express", "pade"])
+def test_schedules_read_back_from_their_repr(schedule: Schedule) -> None:
+    assert parse(repr(schedule)) == schedule
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Schedule(coefficients=()), r"Schedule: coefficients must be one or more rows \(a, b, c\)"),
+        (lambda: Schedule(coefficients=((1.5, -0.5),)), r"Schedule: coefficients must be one or more rows"),
+        (lambda: Schedule(coefficients=JORDAN.coefficients, steps=0), "Schedule: steps must be at least 1, got 0"),
+        (lambda: JORDAN.rows(0), "polar: steps must be at least 1, got 0"),
+        (lambda: polar(torch.ones(2, 3), steps=-1), "polar: steps must be at least 1, got -1"),
+        (lambda: polar(torch.ones(2, 3), "exact", steps=3), "polar: method 'exact' takes no steps"),
+        (lambda: polar(torch.ones(2, 3), "exakt"), "polar: unknown method 'exakt'; did you mean 'exact'"),
+        (lambda: polar(torch.ones(3)), r"polar: needs matrices \(\.\.\., m, n\), got shape \(3,\)"),
+        (lambda: polar(torch.ones(())), r"polar: needs matrices \(\.\.\., m, n\), got shape \(\)"),
+    ],
+)
+def test_errors(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# The map of the singular values --------------------------------------------------------------------------------
+
+sides = st.one_of(st.integers(1, 3), st.integers(1, 70))
+deficits = st.integers(0, 70)
+
+
+@given(m=sides, n=sides, deficit=deficits, seed=st.integers(0, 2**16))
+def test_exact_is_the_polar_factor(m: int, n: int, deficit: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    r = max(1, min(m, n) - deficit)
+    u, vh = orthogonal(m, r), orthogonal(r, n)
+    # Condition number 1000 on the range: what rounding can turn is a thousand times larger than rounding itself.
+    assert_close(polar((u * spectrum(r, 1e-3)) @ vh, "exact"), u @ vh, 1e-12)
+
+
+@pytest.mark.parametrize("steps", [None, 1, 3, 9])
+@pytest.mark.parametrize("method", [*SCHEDULES, PADE], ids=str)
+@given(m=sides, n=sides, deficit=deficits, seed=st.integers(0, 2**16))
+def test_iterations_map_the_singular_values(
+    method: str | Schedule, steps: int | None, m: int, n: int, deficit: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    r = max(1, min(m, n) - deficit)
+    u, vh, s = orthogonal(m, r), orthogonal(r, n), spectrum(r, 1e-4)
+    schedule = SCHEDULES.get(method, method)
+    mapped = schedule.scalar(s / s.norm() / schedule.margin, steps)
+    # Rounding in the null space grows by the slope at 0: at most 68255, of Jordan's nine steps.
+    assert_close(polar((u * s) @ vh, method, steps), (u * mapped) @ vh, 1e-10)
+
+
+@each_method
+@given(g=matrices(WELL_CONDITIONED))
+def test_shape_transpose_and_batch(method: str, g: Tensor) -> None:
+    p = polar(g, method)
+    assert p.shape == g.shape and p.dtype == g.dtype
+    assert_close(polar(g.mT, method), p.mT, 1e-11)
+    flat = g.reshape(-1, *g.shape[-2:])
+    assert_close(torch.stack([polar(matrix, method) for matrix in flat]).reshape(g.shape), p, 1e-11)
+    # No eps: a power of two is divided out without any rounding.
+    assert torch.equal(polar(2.0**-60 * g, method), p)
+
+
+@each_method
+def test_leading_dimensions_and_strides(method: str) -> None:
+    g = torch.randn(7, 2, 3, 5, dtype=torch.float64).permute(1, 2, 0, 3)[..., ::2, :]
+    assert not g.is_contiguous() and g.shape == (2, 3, 4, 5)
+    assert_close(polar(g, method)[1, 2], polar(g[1, 2].contiguous(), method), 1e-11)
+
+
+@pytest.mark.parametrize("method", ["exact", PADE, "polar-express"], ids=str)
+@pytest.mark.parametrize("shape", [(30, 70), (70, 30), (40, 40)])
+def test_accurate_methods_are_semi_orthogonal_and_nearest(method: str | Schedule, shape: tuple[int, int]) -> None:
+    g = from_spectrum(*shape, spectrum(30, 0.1) if shape != (40, 40) else spectrum(40, 0.1))
+    p = polar(g, method)
+    # Singular values above 0.1 / sqrt(40): Polar Express stays within 0.26% of 1, twelve Pade steps converge.
+    tol = {"exact": 1e-13, PADE: 1e-12}.get(method, 0.0026)
+    s = torch.linalg.svdvals(p)
+    assert_close(s, torch.ones_like(s), tol)
+    assert float(inner(g, p)) == pytest.approx(float(nuclear(g)), rel=tol)
+
+
+# Dtypes --------------------------------------------------------------------------------------------------------
+
+
+@each_method
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("working", [None, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5), (2, 3, 6), (1, 1)])
+def test_the_input_is_never_modified(
+    method: str, dtype: torch.dtype, working: torch.dtype | None, shape: tuple[int, ...]
+) -> None:
+    # torch.optim.Muon 2.13 divides bfloat16 momentum in place by its norm.
+    g = torch.randn(shape).mul(100).to(dtype)
+    for x in (g, g.mT):
+        before = x.clone()
+        p = polar(x, method, dtype=working)
+        assert p.dtype == dtype and p.shape == x.shape
+        assert torch.equal(x, before)
+        assert p.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@each_method
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_stays_zero(method: str, dtype: torch.dtype) -> None:
+    g = torch.randn(3, 4, 6).to(dtype)
+    g[1] = 0
+    p = polar(g, method)
+    assert (p[1] == 0).all() and torch.isfinite(p).all() and (p[[0, 2]] != 0).any()
+
+
+@each_method
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (2, 0, 3), (0, 2, 3)])
+def test_without_entries(method: str, shape: tuple[int, ...]) -> None:
+    g = torch.zeros(shape)
+    p = polar(g, method)
+    assert p.shape == shape and p is not g
+
+
+@each_method
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_far_from_one(method: str, size: float, dtype: torch.dtype) -> None:
+    g = from_spectrum(9, 6, spectrum(6)).to(dtype)
+    # The input is rounded once more, to a relative error of eps / 2, which Jordan's slope at small values, 485, enlarges
+    # by less than 20 for condition number 10.
+    assert_close(polar(g * size, method), polar(g, method), 10 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_normalizer_is_float32_or_better(dtype: torch.dtype) -> None:
+    g = torch.randn(300, 300).to(dtype)
+    x = normalized(g)
+    assert x.dtype == torch.float32 and normalized(g.double()).dtype == torch.float64
+    # 90000 squares, summed in float32; the norm itself rounded to half precision would be off by up to 4e-3 or 5e-4.
+    assert float(x.double().norm()) == pytest.approx(1, abs=1e-5)
+    assert float(normalized(g, 1.01).double().norm()) == pytest.approx(1 / 1.01, abs=1e-5)
+    # Only the products are in the working dtype.
+    assert torch.equal(polar(g, dtype=torch.float32), polar(g.float()).to(dtype))
+    assert torch.equal(polar(g, dtype=torch.bfloat16), polar(g.float(), dtype=torch.bfloat16).to(dtype))
+
+
+def test_sizes_in_float16_are_beyond_its_products() -> None:
+    g = torch.randn(6, 9).mul(1e4).half()
+    for factor in (1.0, 1e-7):
+        small = (g.float() * factor).half()
+        assert_close(polar(small).float(), polar(small.float()), torch.finfo(torch.float16).eps)
+
+
+@each_schedule
+def test_dtype_is_that_of_the_products(name: str) -> None:
+    g = from_spectrum(20, 30, spectrum(20)).float()
+    reference = polar(g.double(), name)
+    error = {
+        dtype: float((polar(g, name, dtype=dtype).double() - reference).norm() / reference.norm())
+        for dtype in (torch.bfloat16, torch.float32, torch.float64)
+    }
+    # Rounding of the input's normalized entries, and of every product after it, times a slope that is gentle here.
+    assert 1e-3 < error[torch.bfloat16] < 3e-2
+    assert error[torch.float32] < 1e-5
+    assert error[torch.float64] < error[torch.float32]
+
+
+@each_schedule
+@pytest.mark.parametrize("steps", [None, 8, 12])
+@pytest.mark.parametrize("rank", [1, 2, 16])
+def test_low_rank_in_bfloat16_is_still_ascent(name: str, steps: int | None, rank: int) -> None:
+    # Rounding makes the matrix full rank and the iteration blows the noise up, but not beyond the range of its map,
+    # and the part along g keeps at least the map's smallest value, 0.68, for all but a few small singular values.
+    g = (torch.randn(128, rank) @ torch.randn(rank, 256)).bfloat16()
+    d = polar(g, name, steps).double()
+    assert float(inner(g.double(), d)) > 0.68 * float(nuclear(g))
+    assert float(torch.linalg.matrix_norm(d, 2)) < 1.21
+
+
+# torch.optim.Muon ----------------------------------------------------------------------------------------------
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SHAPES = [(64, 128), (128, 64), (64, 64), (16, 200), (1, 5)]
+
+
+def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
+    """Muon's iteration as Jordan writes it, in the dtype of ``g``."""
+    if g.shape[0] > g.shape[1]:
+        return newton_schulz(g.T, steps).T
+    a, b, c = COEFFICIENTS
+    x = g / g.norm()
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 5, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_newton_schulz_is_jordans(shape: tuple[int, int], steps: int) -> None:
+    g = torch.randn(shape)
+    assert_close(polar(g, "newton-schulz", steps), newton_schulz(g, steps), 1e-5)
+    assert_close(polar(g.double(), "newton-schulz", steps), newton_schulz(g.double(), steps), 1e-11)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:-1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_newton_schulz_is_torch_optim_muons(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    g = torch.randn(shape).to(dtype)
+    ours = polar(g, "newton-schulz", dtype=torch.bfloat16).float()
+    theirs = _zeropower_via_newtonschulz(g.clone(), COEFFICIENTS, 5, 1e-7).float()
+    reference = newton_schulz(g.float())
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        return float((a - b).norm() / reference.norm())
+
+    # By rounding to bfloat16 each strays up to 2% from the iteration in float32, in its own direction since torch
+    # rounds the normalizer too; we stray no further.
+    assert distance(ours, reference) < 1.2 * distance(theirs, reference)
+    assert distance(ours, theirs) < 3e-2
+
+
+def test_methods_agree_with_each_other() -> None:
+    g = from_spectrum(20, 30, spectrum(20))
+    reference = exact(g)
+    far = {method: float((polar(g, method) - reference).norm() / reference.norm()) for method in METHODS}
+    assert far["exact"] == 0 and far["polar-express"] < 0.003 and 0.05 < far["newton-schulz"] < 0.32
+    assert float((polar(g, "polar-express", 8) - reference).norm()) < 1e-9
+    assert all(torch.equal(polar(g, SCHEDULES[name]), polar(g, name)) for name in SCHEDULES)
+    assert torch.equal(polar(g), polar(g, "polar-express", 6))
+    assert [a for a, b in itertools.pairwise(METHODS)] == list(SCHEDULES) and METHODS[-1] == "exact"
