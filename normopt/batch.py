@@ -53,6 +53,13 @@ class Batch:
             for name, view in views.items()
         )
 
+    def holds_state_of(self, rule: Rule) -> bool:
+        """Whether ``rule`` needs this state and no other: it may have got a momentum in place of 0 since."""
+        if rule == self.rule:
+            return True
+        x = torch.zeros(1, 1, 1)
+        return rule.elementwise == self.flat and rule.init_state(x, x).keys() == self.state.keys()
+
     def gather(self, tensors: Iterable[Tensor]) -> Tensor:
         """One tensor from one like each parameter; it may share memory with them, so it must not be modified."""
         if self.flat:

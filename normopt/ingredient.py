@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -67,6 +68,8 @@ class Option(Ingredient):
         if self.name not in options:
             raise ValueError(f"option {self.name!r} is missing from the param group")
         found = options[self.name]
+        if self.index is not None and not (isinstance(found, (tuple, list)) and len(found) > self.index):
+            raise ValueError(f"{self.name} must be a tuple of at least {self.index + 1} numbers, got {found!r}")
         return found if self.index is None else found[self.index]
 
     def __str__(self) -> str:
@@ -215,6 +218,8 @@ def check_range(owner: object, name: str, value: Any, low: float, high: float, *
     """Raise a ``ValueError`` that names ``owner`` unless ``low <= value < high`` (``<= high`` when ``closed``)."""
     if isinstance(value, Option):
         return
+    if not isinstance(value, (Real, Tensor)):
+        raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
     if not (low <= value < high or (closed and value == high)):
         end = "]" if closed else ")"
         raise ValueError(f"{type(owner).__name__}: {name} must lie in [{low}, {high}{end}, got {value!r}")

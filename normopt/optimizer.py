@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import reduce
+from numbers import Real
 from operator import mul
 from typing import Any, ClassVar
 
@@ -117,7 +118,8 @@ class SteepestDescent(Optimizer):
         group["rule"] = repr(rule)
         if "lr_ratio" in group:
             group["lr"] = self.defaults["lr"] * group.pop("lr_ratio")
-        _check_options({**self.defaults, **group}, rule, self.defaults)
+        own = {name for role in self.geometry for name in entry(self.geometry, role)} if "role" in group else set()
+        _check_options({**self.defaults, **group}, rule, self.defaults.keys() | own)
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
@@ -182,7 +184,7 @@ class SteepestDescent(Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         rule = _rule(group).resolve(group)
         batches = self._batches_of.get(id(group), [])
-        if not _same(batches, group, params, self.state):
+        if not _same(batches, group, params, self.state) or not all(batch.holds_state_of(rule) for batch in batches):
             batches = list(partition(group, params, rule, self.state))
             self._batches_of[id(group)] = batches
         for batch in batches:
@@ -202,7 +204,8 @@ class SteepestDescent(Optimizer):
         g = rule.step_size.weigh(g, w, shared)
         m = rule.momentum(g, g, state, step)
         d = rule.norm(m, g, state, step)
-        rate = rule.step_size.rate(batch.group["lr"], shared)
+        lr = batch.group["lr"]
+        rate = rule.step_size.rate(lr.squeeze() if isinstance(lr, Tensor) else lr, shared)
         return _Move(batch, g, m, d, w, rate, rule.step_size.measure(m, g, d, w, state, rate, rule.norm))
 
     def _concluded(self, moves: list[_Move]) -> Iterator[tuple[_Move, Shared]]:
@@ -260,12 +263,13 @@ def _same(batches: list[Batch], group: dict[str, Any], params: list[Tensor], sta
     )
 
 
-def _check_options(options: Mapping[str, Any], rule: Rule, defaults: Mapping[str, Any]) -> None:
-    """Every number in range, every option that the rule reads present, and none that nothing reads."""
+def _check_options(options: Mapping[str, Any], rule: Rule, spare: Set[str]) -> None:
+    """Every number in range, every option that the rule reads present, and none that nothing reads save ``spare``."""
     lr = options["lr"]
-    if isinstance(lr, bool) or (isinstance(lr, Tensor) and lr.numel() != 1) or not float(lr) >= 0:
+    is_number = lr.numel() == 1 if isinstance(lr, Tensor) else isinstance(lr, Real) and not isinstance(lr, bool)
+    if not is_number or not float(lr) >= 0:
         raise ValueError(f"lr must be a number that is not negative, got {lr!r}")
-    for name in options.keys() - rule.options() - _GROUP_KEYS - defaults.keys():
+    for name in options.keys() - rule.options() - _GROUP_KEYS - spare:
         raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {nearest(name, rule.options())}")
     rule.resolve(options)
 

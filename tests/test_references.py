@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -81,6 +82,56 @@ def test_muon_is_torchs_in_float32(options: dict[str, Any], monkeypatch: pytest.
     assert_same_path(
         lambda p: zoo.Muon(p, orthogonalize_dtype=torch.float32, **options),
         lambda p: torch.optim.Muon(p, **options),
+        MATRICES,
+        2e-5,
+    )
+
+
+SCION = [("column", "COL", {}), ("row", "ROW", {}), ("euclidean", "BIAS", {}), ("Max(scale='fan_in')", "SIGN", {})]
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize(("norm", "theirs", "options"), SCION)
+def test_scion_is_pytorch_optimizers(norm: str, theirs: str, options: dict[str, Any], constrained: bool) -> None:
+    from pytorch_optimizer import SCION as Reference
+    from pytorch_optimizer.optimizer.scion import LMONorm
+
+    shapes: list[tuple[int, ...]] = [(7,)] if norm == "euclidean" else MATRICES
+    assert_same_path(
+        lambda p: zoo.Scion(p, lr=0.02, momentum=0.9, radius=3.0, constrained=constrained, norm=norm),
+        lambda p: Reference(p, 0.02, 0.1, constrained, LMONorm[theirs], options, 3.0),
+        shapes,
+        2e-5,
+    )
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 2e-5)], ids=str)
+def test_spectral_scion_is_pytorch_optimizers(
+    constrained: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pytorch_optimizer import SCION as Reference
+    from pytorch_optimizer.optimizer import scion
+
+    newton_schulz = functools.partial(scion.zero_power_via_newton_schulz_5, dtype=dtype)
+    monkeypatch.setattr(scion, "zero_power_via_newton_schulz_5", newton_schulz)
+    spectral = {"orthogonalize": "newton-schulz", "orthogonalize_dtype": dtype}
+    assert_same_path(
+        lambda p: zoo.Scion(p, lr=0.02, radius=3.0, constrained=constrained, **spectral),
+        lambda p: Reference(p, 0.02, 0.1, constrained, scion.LMONorm.SPECTRAL, scale=3.0),
+        MATRICES,
+        tolerance,
+    )
+
+
+def test_constrained_scion_is_muon_with_weight_decay() -> None:
+    """A Frank-Wolfe step of rate lr in the ball of a radius is a step lr * radius with weight decay 1 / radius."""
+    radius, exact = 5.0, {"orthogonalize": "exact", "orthogonalize_dtype": None}
+    assert_same_path(
+        lambda p: zoo.Scion(p, lr=0.01, radius=radius, constrained=True, **exact),
+        lambda p: zoo.Muon(
+            p, 0.01 * radius, 1 / radius, 0.9, nesterov=False, adjust_lr_fn="spectral_unclamped", **exact
+        ),
         MATRICES,
         2e-5,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class Scion(SteepestDescent):
         lr: learning rate; when constrained, at most 1.
         momentum: weight of the past (1 minus the argument of the authors' code).
         radius: radius of the ball, or the factor of lr when there is none: a number, or with a model a table
-            role -> radius, ``"*"`` for the rest. By default 60 for the head and 1 elsewhere, the authors' ratio for GPTs.
+            role -> radius, ``"*"`` for the rest. By default 60 for the head and 1 elsewhere, the authors' ratio.
         constrained: keep weights in the ball.
         norm: the norm of parameters that no group and no role says anything about.
         orthogonalize: the method of :func:`normopt.polar.polar` for the spectral norm.
