@@ -4,7 +4,7 @@ from normopt import constraints, directions, momentum, nn, norms, polar, stepsiz
 from normopt.constraints import L2, Constraint, FrankWolfe, WeightDecay
 from normopt.directions import Chain, Grafted, Smoothed
 from normopt.ingredient import Option
-from normopt.momentum import EMA, HeavyBall, Momentum, Nesterov, NoMomentum
+from normopt.momentum import EMA, HeavyBall, LookAhead, Momentum, Nesterov, NoMomentum
 from normopt.norms import Column, Direction, Euclidean, Max, Norm, Nuclear, Row, Spectral
 from normopt.optimizer import SteepestDescent
 from normopt.polar import Schedule
@@ -31,6 +31,7 @@ __all__ = [
     "FrankWolfe",
     "Grafted",
     "HeavyBall",
+    "LookAhead",
     "Max",
     "Momentum",
     "Nesterov",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,9 @@ class Constraint(Ingredient):
     ``w <- shrink w - rate length d``, then ``weight``. Tensors have the batch's layout ``(..., out, in)`` and are never
     modified in place.
     """
+
+    #: What one entry of the result depends on, as for stages: ``"entry"``, ``"row"`` ...
+    reduces: ClassVar[str] = "entry"
 
     def gradient(self, g: Tensor, w: Tensor) -> Tensor:
         """The gradient that the optimizer works with."""

@@ -30,6 +30,7 @@ class Smoothed(Direction):
         eps: added to the root of the second moment, after the bias correction.
         bias_correction: divide by ``1 - beta^step``.
         accumulate: ``"ema"``, or ``"sum"`` over all steps (Adagrad, the Shampoo of arXiv 1802.09568).
+        initial: what every entry of the second moment starts from.
         maximum: divide by the largest second moment so far, before the bias correction (AMSGrad as in torch.optim).
 
     Raises:
@@ -41,11 +42,13 @@ class Smoothed(Direction):
     eps: float = 1e-8
     bias_correction: bool = True
     accumulate: str = "ema"
+    initial: float = 0.0
     maximum: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, "beta", self.beta, 0, 1)
         check_range(self, "eps", self.eps, 0, float("inf"))
+        check_range(self, "initial", self.initial, 0, float("inf"))
         check_choice(self, "accumulate", self.accumulate, ACCUMULATE)
         if not self.norm.has_memory:
             raise ValueError(f"Smoothed: {self.norm} has no second moment to remember")
@@ -61,7 +64,8 @@ class Smoothed(Direction):
         return self.norm.needs_matrix
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        state = {f"second_moment{i or ''}": torch.zeros_like(s) for i, s in enumerate(self.norm.second_moment(x))}
+        stats = self.norm.second_moment(x)
+        state = {f"second_moment{i or ''}": torch.full_like(s, self.initial) for i, s in enumerate(stats)}
         if self.maximum:
             state |= {f"max_{name}": tensor.clone() for name, tensor in state.items()}
         return state

@@ -220,7 +220,8 @@ def check_range(owner: object, name: str, value: Any, low: float, high: float, *
         return
     if not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
-    if not (low <= value < high or (closed and value == high)):
+    number = float(value)
+    if not (low <= number < high or (closed and number == high)):
         end = "]" if closed else ")"
         raise ValueError(f"{type(owner).__name__}: {name} must lie in [{low}, {high}{end}, got {value!r}")
 

@@ -62,6 +62,32 @@ class Nesterov(EMA):
 
 
 @dataclass(frozen=True)
+class LookAhead(Momentum):
+    """Lion's interpolation: returns ``beta1 m + (1 - beta1) g``, then ``m <- beta2 m + (1 - beta2) g`` (2302.06675).
+
+    Args:
+        beta1: weight of the past in what is returned, in [0, 1).
+        beta2: weight of the past in what is remembered, in [0, 1).
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+
+    def __post_init__(self) -> None:
+        check_range(self, "beta1", self.beta1, 0, 1)
+        check_range(self, "beta2", self.beta2, 0, 1)
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(x)}
+
+    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+        m = state["momentum"]
+        ahead = m.lerp(x, 1 - self.beta1)
+        m.lerp_(x, 1 - self.beta2)
+        return ahead
+
+
+@dataclass(frozen=True)
 class HeavyBall(Momentum):
     """Polyak's heavy ball as in torch.optim.SGD: ``b <- beta b + (1 - dampening) g``, and ``b = g`` at the first step.
 

@@ -66,8 +66,7 @@ class SteepestDescent(Optimizer):
 
     Raises:
         ValueError: an unknown name, a number out of range, a norm that does not fit a parameter's shape; and in
-        ``step``,
-            before anything has changed, a sparse or complex gradient. The message names parameter or argument.
+            ``step``, before anything has changed, a sparse or complex gradient. Messages name parameter or argument.
         TypeError: a param group with an entry that none of its ingredients reads.
     """
 
@@ -205,18 +204,23 @@ class SteepestDescent(Optimizer):
         m = rule.momentum(g, g, state, step)
         d = rule.norm(m, g, state, step)
         lr = batch.group["lr"]
-        rate = rule.step_size.rate(lr.squeeze() if isinstance(lr, Tensor) else lr, shared)
+        rate = rule.step_size.rate(lr.squeeze() if isinstance(lr, Tensor) else lr, step, shared)
         return _Move(batch, g, m, d, w, rate, rule.step_size.measure(m, g, d, w, state, rate, rule.norm))
 
     def _concluded(self, moves: list[_Move]) -> Iterator[tuple[_Move, Shared]]:
-        """Every move with what the step sizes conclude from all of them; equal kinds of step size share their sums."""
-        for kind in {type(move.batch.rule.step_size) for move in moves}:
+        """Every move with what the step sizes conclude from all of them.
+
+        Step sizes of one kind share their sums and their state, in all groups; the first group's numbers count.
+        """
+        for kind in dict.fromkeys(type(move.batch.rule.step_size) for move in moves):
             alike = [move for move in moves if type(move.batch.rule.step_size) is kind]
             sums = {name: torch.stack([move.sums[name] for move in alike]).sum() for name in alike[0].sums}
-            for move in alike:
-                shared = move.batch.rule.step_size.conclude(sums, _shared(move.batch))
-                move.batch.group.update({name: shared[name] for name in _shared(move.batch)})
-                yield move, shared
+            before = _shared(alike[0].batch)
+            shared = alike[0].batch.rule.step_size.conclude(sums, before)
+            for group in self.param_groups:
+                if type(_rule(group).step_size) is kind:
+                    group.update({name: shared[name] for name in before})
+            yield from ((move, shared) for move in alike)
 
 
 def _apply(move: _Move, shared: Shared) -> None:
@@ -269,8 +273,9 @@ def _check_options(options: Mapping[str, Any], rule: Rule, spare: Set[str]) -> N
     is_number = lr.numel() == 1 if isinstance(lr, Tensor) else isinstance(lr, Real) and not isinstance(lr, bool)
     if not is_number or not float(lr) >= 0:
         raise ValueError(f"lr must be a number that is not negative, got {lr!r}")
-    for name in options.keys() - rule.options() - _GROUP_KEYS - spare:
-        raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {nearest(name, rule.options())}")
+    known = rule.options() | INGREDIENTS | {"lr", "maximize"}
+    for name in options.keys() - known - _GROUP_KEYS - spare:
+        raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {nearest(name, known)}")
     rule.resolve(options)
 
 

@@ -18,7 +18,7 @@ from normopt.view import View
 #: The roles that are inferred. Users may name their own in overrides and geometries.
 ROLES = ("embedding", "linear", "unembedding", "conv", "vector", "scalar", "other")
 
-_LINEAR = (nn.Linear, nn.Bilinear)
+_UNKNOWN = "a module type without a known role"
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
@@ -74,7 +74,7 @@ def roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[
             raise ValueError(f"overrides: the pattern {pattern!r} matches no parameter; {nearest(pattern, found)}")
         for name in names:
             found[name] = _overridden(found[name], pattern, override)
-    unknown = [name for name, role in found.items() if role.name == "other" and "norm" not in role.options]
+    unknown = [name for name, role in found.items() if role.name == "other" and role.reason.endswith(_UNKNOWN)]
     if unknown:
         warnings.warn(
             f"no role known for {', '.join(unknown)}: the module type says nothing about how they are used. They get "
@@ -94,7 +94,8 @@ def _overridden(role: Role, pattern: str, override: Any) -> Role:
     options = dict(override)
     name, view = options.pop("role", role.name), options.pop("view", role.view)
     view = View(**view) if isinstance(view, Mapping) else view
-    return replace(role, name=name, view=view, options={**role.options, **options}, reason=f"override {pattern!r}")
+    reason = f"override {pattern!r}" if {"role", "view", "norm"} & override.keys() else role.reason
+    return replace(role, name=name, view=view, options={**role.options, **options}, reason=reason)
 
 
 def _inferred(model: nn.Module) -> dict[str, Role]:
@@ -151,18 +152,19 @@ def _has(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
 def _role(module: nn.Module, key: str, parameter: Tensor, *, is_head: bool) -> Role:
     kind = type(module).__name__
     if parameter.ndim < 2:
-        return Role("vector" if parameter.ndim else "scalar", View(), f"{kind}.{key}: {parameter.ndim} dimensions")
+        name, dimensions = ("vector", "one dimension") if parameter.ndim else ("scalar", "no dimension")
+        return Role(name, View(), f"{kind}.{key}: {dimensions}")
     if isinstance(module, _EMBEDDING):
         return Role("embedding", View(transpose=True), f"{kind}: one column a token")
     if is_head:
         return Role("unembedding", View(), f"{kind}: the output layer, {parameter.shape[0]} outputs")
-    if isinstance(module, _LINEAR) and parameter.ndim == 2:
+    if isinstance(module, nn.Linear):
         return Role("linear", View(), f"{kind}: a hidden layer")
     if isinstance(module, _CONV):
         return Role("conv", View(flatten=True), f"{kind}: seen as (out, in * kernel)")
     if isinstance(module, _CONV_TRANSPOSE):
         return Role("conv", View(flatten=True, transpose=True), f"{kind}: seen as (out * kernel, in)")
-    return _fused(module, key, kind) or Role("other", View(), f"{kind}.{key}: a module type without a known role")
+    return _fused(module, key, kind) or Role("other", View(), f"{kind}.{key}: {_UNKNOWN}")
 
 
 def _fused(module: nn.Module, key: str, kind: str) -> Role | None:

@@ -42,7 +42,8 @@ class Rule(Ingredient):
     @property
     def elementwise(self) -> bool:
         """Whether every entry moves by itself, so that tensors of any shape can be laid end to end."""
-        return {self.norm.reduces, self.momentum.reduces, self.step_size.reduces} == {"entry"}
+        levels = [self.norm.reduces, self.momentum.reduces, self.step_size.reduces]
+        return {*levels, *(constraint.reduces for constraint in self.constraint)} == {"entry"}
 
     def init_state(self, x: Tensor, w: Tensor | None) -> dict[str, Tensor]:
         """The state of all ingredients for a batch ``x`` of weights ``w``, zero steps old."""
@@ -54,6 +55,12 @@ class Rule(Ingredient):
             raise ValueError(
                 f"{name} has shape {shape}, but {self.norm} is a norm of matrices. Give vectors and scalars a norm of "
                 "their own (a param group with norm='max' or 'euclidean'), or pass the model instead of its parameters."
+            )
+        if self.norm.needs_matrix and len(shape) == 3 and self.view.flatten is None:
+            raise ValueError(
+                f"{name} has three dimensions {shape}, which {self.norm} could see in two ways. Say "
+                "view=View(flatten=True) for a convolution, (out, in * k), or View(flatten=False) for a stack of "
+                "matrices, or pass the model instead of its parameters."
             )
         self.view.shape(shape)
 

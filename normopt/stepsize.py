@@ -62,7 +62,7 @@ class StepSize(Ingredient):
         """What ``rate`` and ``length`` get, from the sums of ``measure`` over all batches."""
         return shared
 
-    def rate(self, lr: Rate, shared: Shared) -> Rate:
+    def rate(self, lr: Rate, step: float, shared: Shared) -> Rate:
         """The learning rate of this step, as the constraints see it too; ``shared`` is from before ``conclude``."""
         return lr
 
@@ -183,5 +183,5 @@ class Prodigy(StepSize):
         largest = torch.maximum(shared["d_max"], estimate)
         return {"d": torch.minimum(largest, shared["d"] * self.growth_rate), "d_max": largest, "d_numerator": numerator}
 
-    def rate(self, lr: Rate, shared: Shared) -> Rate:
+    def rate(self, lr: Rate, step: float, shared: Shared) -> Rate:
         return shared["d"] * lr

@@ -36,6 +36,10 @@ TORCH = [
     case("Adam", lr=0.02, weight_decay=0.1, decoupled_weight_decay=True),
     case("Adam", lr=0.02, amsgrad=True, betas=(0.8, 0.9)),
     case("Adam", lr=0.02, eps=0.1, maximize=True),
+    case("RMSprop", lr=0.02),
+    case("RMSprop", lr=0.02, alpha=0.9, momentum=0.8, weight_decay=0.1, eps=1e-3),
+    case("Adagrad", lr=0.1),
+    case("Adagrad", lr=0.1, weight_decay=0.1, initial_accumulator_value=0.3, eps=1e-3),
     case("AdamW", lr=0.02),
     case("AdamW", lr=0.02, weight_decay=0.5, betas=(0.9, 0.95), eps=1e-6),
     case("AdamW", lr=0.02, amsgrad=True, betas=(0.8, 0.9)),
@@ -59,6 +63,13 @@ def test_sign_descent_is_pytorch_optimizers_signsgd(momentum: float) -> None:
     assert_same_path(
         ours, lambda p: SignSGD(p, lr=0.02, momentum=momentum, weight_decay=0.1), list(SHAPES.values()), 2e-5
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.1}], ids=str)
+def test_lion_is_lion_pytorchs(options: dict[str, Any]) -> None:
+    from lion_pytorch import Lion
+
+    assert_same_path(lambda p: zoo.Lion(p, **options), lambda p: Lion(p, **options), list(SHAPES.values()), 2e-5)
 
 
 MUON = [

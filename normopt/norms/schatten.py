@@ -152,6 +152,8 @@ def _project_simplex(s: Tensor, radius: float) -> Tensor:
 
 def inverse_root(stats: Tensor, order: int, eps: float) -> Tensor:
     """``(stats + eps)^(-1/order)`` of symmetric positive semidefinite matrices, a pseudo-inverse where ``eps`` is 0."""
+    if stats.numel() == 0:
+        return stats.clone()
     eigenvalues, vectors = torch.linalg.eigh(stats)
     eigenvalues = eigenvalues + eps
     smallest = eigenvalues.amax(dim=-1, keepdim=True) * stats.shape[-1] * torch.finfo(stats.dtype).eps

@@ -8,11 +8,24 @@ from torch.optim.optimizer import ParamsT
 
 from normopt.ingredient import nearest
 from normopt.optimizer import SteepestDescent
-from normopt.zoo.elementwise import Adam, AdamW, SignSGD, Signum
+from normopt.zoo.elementwise import Adagrad, Adam, AdamW, Lion, RMSprop, SignSGD, Signum
 from normopt.zoo.euclidean import SGD
 from normopt.zoo.spectral import Muon, Scion
 
-__all__ = ["SGD", "Adam", "AdamW", "Muon", "Scion", "SignSGD", "Signum", "create", "list_optimizers"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "Muon",
+    "RMSprop",
+    "Scion",
+    "SignSGD",
+    "Signum",
+    "create",
+    "list_optimizers",
+]
 
 
 def list_optimizers(pattern: str = "*") -> list[str]:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from normopt.constraints import L2, WeightDecay
-from normopt.directions import Smoothed
+from normopt.directions import Chain, Smoothed
 from normopt.ingredient import option
-from normopt.momentum import EMA
+from normopt.momentum import EMA, HeavyBall, LookAhead
 from normopt.norms import Max
 from normopt.optimizer import SteepestDescent
 from normopt.roles import Geometry
@@ -68,6 +68,117 @@ class Signum(SteepestDescent):
             EMA(option("momentum")),
             constraint=WeightDecay(option("weight_decay")),
             options={"momentum": momentum, "weight_decay": weight_decay},
+            **common,
+        )
+
+
+class Lion(SteepestDescent):
+    """Sign descent that looks ahead: ``w <- w - lr sign(beta1 m + (1 - beta1) g)``, ``m <- beta2 m + (1 - beta2) g``.
+
+    Arguments and defaults are those of the lion-pytorch package (arXiv 2302.06675).
+
+    Args:
+        params: parameters, param groups or a model.
+        lr: learning rate, some 3 to 10 times below Adam's.
+        betas: weights of the past in the step and in the memory.
+        weight_decay: decoupled weight decay.
+        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    """
+
+    geometry: ClassVar[Geometry] = NO_DECAY
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            Max(),
+            LookAhead(option("betas", 0), option("betas", 1)),
+            constraint=WeightDecay(option("weight_decay")),
+            options={"betas": betas, "weight_decay": weight_decay},
+            **common,
+        )
+
+
+class RMSprop(SteepestDescent):
+    """The largest-entry norm with memory, and no momentum before it: ``g / (sqrt(v) + eps)`` (Tieleman & Hinton 2012).
+
+    ``v <- alpha v + (1 - alpha) g^2``; with ``momentum`` the normalized gradients are added up,
+    ``b <- momentum b + g / (sqrt(v) + eps)``. Arguments and defaults are those of torch.optim.RMSprop, without
+    ``centered``.
+
+    Args:
+        params: parameters, param groups or a model.
+        lr: learning rate.
+        alpha: weight of the past in the second moment.
+        eps: added to its root.
+        weight_decay: L2 regularization, added to the gradient.
+        momentum: weight of the past in the heavy ball after the normalization; 0 keeps no state.
+        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    """
+
+    geometry: ClassVar[Geometry] = NO_DECAY
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        adapted = Smoothed(Max(), option("alpha"), option("eps"), bias_correction=False)
+        super().__init__(
+            params,
+            lr,
+            Chain(adapted, HeavyBall(option("momentum"))),
+            constraint=L2(option("weight_decay")),
+            options={"alpha": alpha, "eps": eps, "momentum": momentum, "weight_decay": weight_decay},
+            **common,
+        )
+
+
+class Adagrad(SteepestDescent):
+    """The largest-entry norm with the memory of everything: ``g / (sqrt(sum of g^2) + eps)`` (Duchi et al. 2011).
+
+    Arguments and defaults are those of torch.optim.Adagrad, without ``lr_decay``.
+
+    Args:
+        params: parameters, param groups or a model.
+        lr: learning rate.
+        weight_decay: L2 regularization, added to the gradient.
+        initial_accumulator_value: what the sum starts from.
+        eps: added to its root.
+        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    """
+
+    geometry: ClassVar[Geometry] = NO_DECAY
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-2,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        **common: Unpack[Common],
+    ) -> None:
+        options = {"initial_accumulator_value": initial_accumulator_value, "eps": eps, "weight_decay": weight_decay}
+        start = option("initial_accumulator_value")
+        super().__init__(
+            params,
+            lr,
+            Smoothed(Max(), eps=option("eps"), accumulate="sum", initial=start),
+            constraint=L2(option("weight_decay")),
+            options=options,
             **common,
         )
 
