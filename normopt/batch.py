@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, MutableMapping
+from functools import reduce
+from operator import mul
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from normopt.rule import Rule
+from normopt.stepsize import Shared
 
 #: The most entries that one batch holds, unless a single parameter has more. It bounds the temporary memory of a step
 #: to a few times this many numbers.
@@ -82,6 +85,13 @@ class Batch:
     def weights(self) -> Tensor:
         """The weights, in float32 or better."""
         return self.gather(self.params)
+
+    def prepare(self, rule: Rule, shared: Shared) -> None:
+        """Take this step's numbers from the param group, before anything moves: they may be out of range."""
+        lr, step = self.group["lr"], self.steps[0].item() + 1
+        self.rule = rule
+        self.rate = rule.step_size.rate(lr.squeeze() if isinstance(lr, Tensor) else lr, step, shared)
+        self.shrink = reduce(mul, (constraint.shrink(self.rate) for constraint in rule.constraint), 1.0)
 
     def advance(self) -> float:
         """Count one more step; returns its number, from 1."""

@@ -88,6 +88,6 @@ class FrankWolfe(Constraint):
     """
 
     def shrink(self, rate: Rate) -> Rate:
-        if isinstance(rate, (int, float)) and rate > 1:
+        if (not isinstance(rate, Tensor) or rate.device.type == "cpu") and rate > 1:
             raise ValueError(f"FrankWolfe: the learning rate must not exceed 1, got {rate!r}")
         return 1 - rate

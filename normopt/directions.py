@@ -27,7 +27,8 @@ class Smoothed(Direction):
     Args:
         norm: the norm; it needs a second moment.
         beta: weight of the past, in [0, 1); not used by ``accumulate="sum"``.
-        eps: added to the root of the second moment, after the bias correction.
+        eps: added, after the bias correction, to the root of the second moment; under the spectral norm to the second
+            moment itself, as in Shampoo.
         bias_correction: divide by ``1 - beta^step``.
         accumulate: ``"ema"``, or ``"sum"`` over all steps (Adagrad, the Shampoo of arXiv 1802.09568).
         initial: what every entry of the second moment starts from.
@@ -52,6 +53,8 @@ class Smoothed(Direction):
         check_choice(self, "accumulate", self.accumulate, ACCUMULATE)
         if not self.norm.has_memory:
             raise ValueError(f"Smoothed: {self.norm} has no second moment to remember")
+        if self.maximum is True and self.norm.reduces == "matrix":
+            raise ValueError(f"Smoothed: the second moments of {self.norm} are matrices, of which none is the largest")
 
     @property
     def reduces(self) -> str:  # type: ignore[override]
@@ -73,9 +76,9 @@ class Smoothed(Direction):
     def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
         stats = [self._remember(s, state, i) for i, s in enumerate(self.norm.second_moment(g))]
         averaged = self.bias_correction and self.accumulate == "ema"
-        # whiten(x, s / c, eps) = sqrt(c) whiten(x, s, sqrt(c) eps): the correction costs nothing.
+        # whiten(x, s / c, eps) = sqrt(c) whiten(x, s, sqrt(c)^degree eps): the correction costs nothing.
         root = (1 - self.beta**step) ** 0.5 if averaged else 1.0
-        return self.norm.whiten(x, tuple(stats), self.eps * root).mul_(root)
+        return self.norm.whiten(x, tuple(stats), self.eps * root**self.norm.eps_degree).mul_(root)
 
     def _remember(self, new: Tensor, state: dict[str, Tensor], i: int) -> Tensor:
         stats = state[f"second_moment{i or ''}"]

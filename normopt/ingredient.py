@@ -25,12 +25,16 @@ class Ingredient:
 
     _classes: ClassVar[dict[str, type[Ingredient]]] = {}
     _parsed: ClassVar[dict[str, Ingredient]] = {}
+    _place: ClassVar[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._place = f"{cls.__module__}.{cls.__qualname__}"
         known = Ingredient._classes.get(cls.__name__)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        if known is not None and known._place != cls._place:
             raise TypeError(f"{known.__module__} has an ingredient named {cls.__name__} already; choose another name")
+        if "<locals>" in cls.__qualname__:
+            cls.__qualname__ = cls.__name__  # the repr begins with it, and must read back
         Ingredient._classes[cls.__name__] = cls
         Ingredient._parsed.clear()
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from functools import reduce
 from numbers import Real
-from operator import mul
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +33,6 @@ class _Move:
     averaged: Tensor
     direction: Tensor
     weights: Tensor | None
-    rate: float | Tensor
     sums: dict[str, Tensor]
 
 
@@ -187,7 +184,7 @@ class SteepestDescent(Optimizer):
             batches = list(partition(group, params, rule, self.state))
             self._batches_of[id(group)] = batches
         for batch in batches:
-            batch.rule = rule
+            batch.prepare(rule, _shared(batch))
         return batches
 
     def _descend(self, batch: Batch) -> _Move:
@@ -203,9 +200,7 @@ class SteepestDescent(Optimizer):
         g = rule.step_size.weigh(g, w, shared)
         m = rule.momentum(g, g, state, step)
         d = rule.norm(m, g, state, step)
-        lr = batch.group["lr"]
-        rate = rule.step_size.rate(lr.squeeze() if isinstance(lr, Tensor) else lr, step, shared)
-        return _Move(batch, g, m, d, w, rate, rule.step_size.measure(m, g, d, w, state, rate, rule.norm))
+        return _Move(batch, g, m, d, w, rule.step_size.measure(m, g, d, w, state, batch.rate, rule.norm))
 
     def _concluded(self, moves: list[_Move]) -> Iterator[tuple[_Move, Shared]]:
         """Every move with what the step sizes conclude from all of them.
@@ -225,13 +220,12 @@ class SteepestDescent(Optimizer):
 
 def _apply(move: _Move, shared: Shared) -> None:
     """From the direction to the new weights."""
-    batch, d, w, rate = move.batch, move.direction, move.weights, move.rate
-    rule, params = batch.rule, batch.params
+    batch, d, w = move.batch, move.direction, move.weights
+    rule, params, rate, shrink = batch.rule, batch.params, batch.rate, batch.shrink
     for constraint in rule.constraint:
         if constraint.overrides("update"):
             d = constraint.update(d, w, move.gradient, rate)  # type: ignore[arg-type]
     size = -rate * rule.step_size.length(move.averaged, d, w, shared)
-    shrink = reduce(mul, (constraint.shrink(rate) for constraint in rule.constraint), 1.0)
     bounds = [constraint for constraint in rule.constraint if constraint.overrides("weight")]
     if bounds or batch.dtype != params[0].dtype:
         new = batch.weights() * shrink + d * size

@@ -61,6 +61,8 @@ class Norm(Direction):
     needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
     #: False for norms without ``second_moment`` and ``whiten``.
     has_memory: ClassVar[bool] = True
+    #: 2 when ``whiten`` adds ``eps`` to the statistics instead of to their root.
+    eps_degree: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, str):

@@ -42,6 +42,7 @@ class Spectral(_Schatten):
             tensor's own.
     """
 
+    eps_degree: ClassVar[int] = 2
     method: str | Schedule = "polar-express"
     steps: int | None = None
     dtype: str | torch.dtype | None = None
