@@ -19,7 +19,11 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         parser.error(f"{', '.join(missing)} not installed: pip install -e '.[bench]'")
     parsed.out = parsed.out or Path("runs") / ("smoke" if parsed.smoke else parsed.preset)
-    return _run(parser, parsed)
+    try:
+        return _run(parser, parsed)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. Finished runs are in {parsed.out}; the same command continues.", file=sys.stderr)
+        return 130
 
 
 def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
@@ -32,9 +36,6 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
         return {"compare": compare, "sweep": sweep}[parsed.command](parsed)
     except (DataError, PlanError) as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. Finished runs are in {parsed.out}; the same command continues.", file=sys.stderr)
-        return 130
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -81,7 +82,10 @@ def _positive_float(text: str) -> float:
 
 def _list_of(convert: "Callable[[str], object]") -> "Callable[[str], list[object]]":
     def parse(text: str) -> list[object]:
-        return [convert(part.strip()) for part in text.split(",") if part.strip()]
+        values = [convert(part.strip()) for part in text.split(",") if part.strip()]
+        if not values:
+            raise argparse.ArgumentTypeError("the list is empty")
+        return values
 
     parse.__name__ = "list"
     return parse

@@ -42,7 +42,7 @@ class Corpus:
     digest: str
 
     def check(self, context: int) -> None:
-        """Raise `DataError` if a split is too short for a window of `context + 1` tokens or holds no valid tokens.
+        """Raise `DataError` if a split is too short for a window of `context + 1` tokens or has a token out of range.
 
         Of large parts, the tokens at both ends are looked at.
         """
@@ -79,8 +79,9 @@ class Corpus:
         return np.cumsum([max(0, len(part) - context) for part in self.train], dtype=np.int64)
 
     def _check_tokens(self, tokens: Tokens) -> None:
-        if tokens.max() >= self.vocab_size:
-            raise DataError(f"{self.name}: corrupt: token {tokens.max()} in a vocabulary of {self.vocab_size}")
+        highest = tokens.max(initial=0)
+        if highest >= self.vocab_size:
+            raise DataError(f"{self.name}: corrupt: token {highest} in a vocabulary of {self.vocab_size}")
 
     def _tensor(self, tokens: Tokens) -> Tensor:
         self._check_tokens(tokens)

@@ -27,6 +27,10 @@ class Plan:
         self.preset = choose_preset(arguments)
         self.corpus: Corpus = load_or_fall_back(arguments.data)
         self.corpus.check(self.preset.context)
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlanError(f"--out {arguments.out} cannot be used: {error.strerror}") from None
 
     def config(self, optimizer: str, seed: int, lr: float | None = None) -> RunConfig:
         """One run, by default at the tuned learning rate."""

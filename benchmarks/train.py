@@ -96,11 +96,11 @@ class Run:
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint that `save` wrote."""
-        state = torch.load(path, map_location=self.config.device, weights_only=False)
+        state = torch.load(path, map_location="cpu", weights_only=False)
         for name in ("model", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(state[name])
-        torch.set_rng_state(state["random"][0].cpu())
-        torch.cuda.set_rng_state_all([random.cpu() for random in state["random"][1]])
+        torch.set_rng_state(state["random"][0])
+        torch.cuda.set_rng_state_all(state["random"][1])
         self.progress = Progress(**state["progress"])
 
     @property
@@ -131,7 +131,7 @@ def train(config: RunConfig, checkpoint: Path, report: Report) -> Row:
         raise ValueError(f"{config.source} has changed since this run was planned")
     run = Run(config, corpus)
     if checkpoint.exists():
-        run.restore(checkpoint)
+        _restore(run, checkpoint)
     else:
         run.record_curve()
     while run.progress.step < config.preset.steps and not run.progress.diverged:
@@ -144,6 +144,13 @@ def train(config: RunConfig, checkpoint: Path, report: Report) -> Row:
     with run.progress.timed():
         final = math.nan if run.progress.diverged else run.evaluate(config.preset.final_tokens)
     return result_row(run, final)
+
+
+def _restore(run: Run, checkpoint: Path) -> None:
+    try:
+        run.restore(checkpoint)
+    except Exception as error:
+        raise RuntimeError(f"cannot continue from {checkpoint.resolve()}: delete it to start over") from error
 
 
 def result_row(run: Run, final: float) -> Row:

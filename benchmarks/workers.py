@@ -44,7 +44,8 @@ class Pool:
         self.failures: list[str] = []
 
     def run(self, configs: list[RunConfig]) -> list[Row]:
-        """The rows of all configurations that could be run, in their order; those on file are not run again."""
+        """The rows of the configurations, in order, without those that failed; those on file are not run again."""
+        configs = list({config.key: config for config in configs}.values())
         done = read_rows(self.results)
         _announce([done[config.key] for config in configs if config.key in done], len(configs), self.results)
         waiting = [config for config in configs if config.key not in done]
@@ -85,7 +86,7 @@ class Pool:
         worker = self.workers[slot]
         try:
             kind, content = worker.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             kind, content = "error", "the worker process died"
         if kind == "progress":
             step, loss, speed = content

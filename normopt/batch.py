@@ -42,11 +42,16 @@ class Batch:
 
     def _adopt(self, state: State) -> None:
         """Copy the parameters' state into this batch, and let ``state`` hold views of it from now on."""
-        for p, views in zip(self.params, self._views, strict=True):
-            for name, view in views.items():
-                if name in state[p]:
-                    view.copy_(state[p][name])
-                state[p][name] = view
+        homes = [(state[p], views) for p, views in zip(self.params, self._views, strict=True)]
+        for saved, views in homes:
+            for name in saved.keys() & views.keys():
+                if saved[name].shape != views[name].shape:
+                    shapes = f"{tuple(saved[name].shape)} where its parameter needs {tuple(views[name].shape)}"
+                    raise ValueError(f"the state {name!r} has shape {shapes}: it was loaded from another model")
+        for saved, views in homes:
+            for name in saved.keys() & views.keys():
+                views[name].copy_(saved[name])
+            saved.update(views)
 
     def is_current(self, state: State) -> bool:
         """Whether the parameters' state still consists of this batch's views."""

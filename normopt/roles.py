@@ -49,8 +49,8 @@ def roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[
     * ``nn.Embedding``: ``embedding``, seen transposed (one column a token). A weight shared with the output layer keeps
       this role.
     * ``nn.Linear``: ``linear``, except the output layer, ``unembedding``: the last ``nn.Linear`` with as many outputs
-    as
-      an embedding has tokens; in models without embeddings the last ``nn.Linear``, unless it is the only one.
+      as an embedding has tokens; where there is none (a classifier), the last ``nn.Linear``, unless it is as wide as an
+      embedding or the only layer.
     * convolutions: ``conv``, seen as (out, in * k * k); transposed ones as (out * k * k, in).
     * ``nn.MultiheadAttention`` and recurrent layers: ``linear``, their fused matrices split into the 3 or 4 they hold.
     * anything with one dimension: ``vector``; with none: ``scalar``.
@@ -137,11 +137,12 @@ def _tied(first: Role, second: Role, name: str) -> Role:
 
 
 def _head(model: nn.Module) -> nn.Module | None:
-    vocabularies = {module.num_embeddings for module in model.modules() if isinstance(module, _EMBEDDING)}
+    tables = [module for module in model.modules() if isinstance(module, _EMBEDDING)]
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if vocabularies:
-        linears = [module for module in linears if module.out_features in vocabularies]
-        return linears[-1] if linears else None
+    if tables:
+        readouts = [module for module in linears if module.out_features in {table.num_embeddings for table in tables}]
+        hidden = linears and linears[-1].out_features in {table.embedding_dim for table in tables}
+        return readouts[-1] if readouts else linears[-1] if linears and not hidden else None
     return linears[-1] if len(linears) > 1 or (linears and _has(model, _CONV)) else None
 
 

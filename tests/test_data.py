@@ -256,6 +256,7 @@ def test_shard_digest_follows_the_content(tmp_path: Path) -> None:
         ({"magic": 1}, "corrupt: not a version 1 token shard"),
         ({"version": 2}, "corrupt: not a version 1 token shard"),
         ({"count": 51}, "its header promises 51 tokens, the file holds 50"),
+        ({"count": 49}, "its header promises 49 tokens, the file holds 50"),
         ({"tokens": []}, "its header promises 0 tokens, the file holds 0"),
     ],
 )

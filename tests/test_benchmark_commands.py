@@ -1,0 +1,178 @@
+"""The command line of the benchmark, and whole commands in processes of their own."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import train as training
+from benchmarks import workers
+from benchmarks.__main__ import main, make_parser
+from benchmarks.data import Corpus
+from benchmarks.presets import PRESETS, TUNED, RunConfig
+from benchmarks.records import read_rows
+from tests.bench_runs import config, finish, tiny_corpus
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Corpus]:
+    yield from tiny_corpus(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizers", "adamw,moun"], "unknown optimizer 'moun': did you mean 'muon'?"),
+        (["--optimizers", "zzzzzz"], "unknown optimizer 'zzzzzz': choose from"),
+        (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--data", "short.txt"], "too short"),
+        (["--lr", "sgd=0.1"], "--lr names sgd, which --optimizers does not"),
+        (["--lr", "adamw=fast"], "--lr"),
+        (["--lr", "adamw=-1"], "not a positive number"),
+        (["--steps", "0"], "0 is not positive"),
+        (["--seeds", "-1"], "-1 is not positive"),
+        (["--device", "tpu9"], "--device tpu9 cannot be used"),
+        (["--out", "short.txt"], "--out short.txt cannot be used: File exists"),
+        (["--preset", "huge"], "invalid choice"),
+        (["--optimizers", ","], "the list is empty"),
+    ],
+)
+def test_bad_arguments_end_before_any_training(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    corpus: Corpus,
+) -> None:
+    Path("short.txt").write_text("short")
+    monkeypatch.setattr(workers.Pool, "run", lambda *_: pytest.fail("training began"))
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--data", corpus.name, *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def planned(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """The runs that a command would do."""
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(workers.Pool, "run", lambda _, configs: seen.extend(configs) or [])
+    assert main(arguments) == 0
+    return seen
+
+
+def test_comparison_runs_every_optimizer_at_its_tuned_rate(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = planned(["compare", "--data", corpus.name, "--seeds", "2", "--steps", "7", "--lr", "muon=0.5"], monkeypatch)
+    tuned = json.loads(TUNED.read_text())["quick"]
+    expected = {
+        "adamw": tuned["adamw"]["lr"],
+        "muon": 0.5,
+        "scion": tuned["scion"]["lr"],
+        "signum": tuned["signum"]["lr"],
+    }
+    assert [(run.optimizer, run.lr, run.seed) for run in runs] == [
+        (name, lr, seed) for seed in (0, 1) for name, lr in expected.items()
+    ]
+    assert {run.preset for run in runs} == {PRESETS["quick"].with_steps(7)}
+    assert "lr" not in runs[0].options and runs[0].options["weight_decay"] == tuned["adamw"]["weight_decay"]
+    assert runs[0].device == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_sweep_takes_a_factor_two_grid_and_fresh_seeds(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = planned(["sweep", "--data", corpus.name, "--optimizers", "adamw", "--seeds", "1"], monkeypatch)
+    centre = json.loads(TUNED.read_text())["quick"]["adamw"]["lr"]
+    assert [run.lr for run in runs] == pytest.approx([centre / 4, centre / 2, centre, 2 * centre, 4 * centre])
+    assert {run.seed for run in runs} == {1000}
+    given = planned(["sweep", "--data", corpus.name, "--optimizers", "adamw,sgd", "--rates", "1e-3,1"], monkeypatch)
+    assert [(run.optimizer, run.lr, run.seed) for run in given[:4]] == [
+        ("adamw", 1e-3, 1000),
+        ("adamw", 1e-3, 1001),
+        ("adamw", 1.0, 1000),
+        ("adamw", 1.0, 1001),
+    ]
+
+
+def test_model_names_are_models() -> None:
+    actions = next(a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for command in actions.choices.values():
+        choices = {action.dest: action.choices for action in command._actions}
+        assert set(choices["model"]) == set(training.MODELS)
+        assert set(choices["preset"]) == set(PRESETS) - {"smoke"}
+
+
+# Whole commands, in processes of their own
+
+
+def pool(tmp_path: Path) -> workers.Pool:
+    return workers.Pool(tmp_path / "out", 2)
+
+
+@pytest.mark.slow
+def test_pool_keeps_finished_runs_and_reports_failures(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [config(corpus), config(corpus, "muon")]
+    bad = config(corpus, "adamw", nonsense=1)
+    first = pool(tmp_path)
+    rows = first.run([good[0], bad, good[0], good[1]])
+    assert [row["config"]["optimizer"] for row in rows] == ["adamw", "muon"]
+    assert first.failures == [bad.label] and "nonsense" in capsys.readouterr().err
+    assert rows[0]["final_loss"] == finish(good[0])["final_loss"], "workers compute what this process computes"
+    assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
+    again = pool(tmp_path)
+    assert again.run(good) == rows
+    assert "2 of 2 runs are already in" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_pool_survives_the_death_of_a_worker(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_work", os._exit)
+    doomed = pool(tmp_path)
+    assert doomed.run([config(corpus)]) == []
+    assert doomed.failures == ["adamw lr 0.01 seed 0"]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks", *arguments]
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_the_same_command_again(corpus: Corpus, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = command("compare", "--smoke", "--data", corpus.name, "--steps", "160", "--out", str(out))
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in errors and "Traceback" not in errors
+    interrupted = {path.stem: path.stat().st_mtime for path in out.glob("checkpoints/*.pt")}
+    assert interrupted
+    subprocess.run(arguments, cwd=ROOT, check=True, timeout=300, capture_output=True)
+    rows = read_rows(out / "results.jsonl")
+    assert len(rows) == 4 and interrupted.keys() <= rows.keys()
+    assert {row["steps_done"] for row in rows.values()} == {160}
+    assert list(out.glob("checkpoints/*")) == []
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path: Path) -> None:
+    start = time.monotonic()
+    result = subprocess.run(
+        command("compare", "--smoke", "--out", str(tmp_path)), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert {"compare.md", "results.jsonl", "loss_steps.png", "loss_seconds.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert all(name in result.stdout for name in ("adamw", "muon", "scion", "signum", "bits/byte"))
+    assert time.monotonic() - start < 240, "a minute on two idle cores"

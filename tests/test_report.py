@@ -1,0 +1,137 @@
+"""The table that ``describe`` prints: what it says, and that it is true."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normopt
+from normopt import SteepestDescent, View, describe
+from normopt.nn import GPT
+from normopt.norms import SCALES, names
+from normopt.report import COLUMNS, state_bytes
+
+SPECTRAL = {"method": "exact"}
+
+
+@pytest.fixture(params=[True, False], ids=["tabulate", "plain"])
+def drawn_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param:
+        pytest.importorskip("tabulate")
+    else:
+        monkeypatch.setitem(sys.modules, "tabulate", None)
+    return request.param
+
+
+def table(optimizer: SteepestDescent) -> list[dict[str, str]]:
+    """The rows of the drawn table, by column."""
+    lines = [line for line in describe(optimizer).splitlines() if not set(line) <= set("- ")]
+    starts = [re.search(rf"(?:^|  ){column}(?=  |$)", lines[0]).end() - len(column) for column in COLUMNS]
+    ends = [*starts[1:], None]
+    return [{name: line[a:b].strip() for name, a, b in zip(COLUMNS, starts, ends, strict=True)} for line in lines[1:]]
+
+
+def test_muon_on_a_gpt(drawn_by: bool) -> None:
+    model = GPT(13, 8, 2, 2)
+    optimizer = normopt.create("muon", model, lr=0.02, overrides={"*down*": {"lr": 0.5}, "head.*": normopt.Row()})
+    rows = {row["parameter"]: row for row in table(optimizer)}
+    assert set(rows) == {name for name, _ in model.named_parameters()}
+    qkv = rows["blocks.1.attention.qkv.weight"]
+    assert (qkv["shape"], qkv["matrix view"], qkv["role"]) == ("24 x 8", "3 x 8 x 8", "linear")
+    assert qkv["norm"].startswith("Spectral(scale='max1'")
+    assert qkv["momentum"].startswith("EMA(beta=0.95, nesterov=True")
+    assert (qkv["step size"], qkv["constraint"]) == ("Constant()", "WeightDecay()")
+    assert (qkv["lr"], qkv["effective lr"], qkv["state bytes"]) == ("0.02", f"{0.02 / 8**0.5:.3g}", "0")
+    assert rows["blocks.0.mlp.down.weight"]["lr"] == "0.5"
+    embedding = rows["embed.weight"]
+    assert (embedding["shape"], embedding["matrix view"]) == ("13 x 8", "1 x 8 x 13")
+    assert embedding["norm"].startswith("Smoothed(norm=Max()") and embedding["effective lr"] == "0.01"
+    assert rows["head.weight"]["norm"] == "Row()" and rows["head.weight"]["reason"] == "override 'head.*'"
+    assert rows["norm.weight"]["matrix view"] == "1 x 1 x 8"
+
+
+def test_optimizers_without_a_model(drawn_by: bool) -> None:
+    params = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(()))]
+    optimizer = normopt.create("adamw", params, lr=torch.tensor(0.25), weight_decay=0.5)
+    rows = table(optimizer)
+    assert [row["parameter"] for row in rows] == ["#0", "#1"]
+    assert [row["shape"] for row in rows] == ["3 x 2", "scalar"]
+    assert {row["lr"] for row in rows} == {"0.25"} and {row["role"] for row in rows} == {""}
+    assert {row["constraint"] for row in rows} == {"WeightDecay(weight_decay=0.5)"}
+
+
+def test_every_optimizer_can_be_described(drawn_by: bool) -> None:
+    for name in normopt.list_optimizers():
+        model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+        assert len(table(normopt.create(name, model))) == 5
+
+
+def step_once(optimizer: SteepestDescent) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_state_bytes_are_the_states(dtype: torch.dtype) -> None:
+    """Adam: two numbers for each entry, in float32 or better, and a step counter of four bytes."""
+    w = nn.Parameter(torch.zeros(3, 4, dtype=dtype))
+    optimizer = normopt.create("adamw", [w])
+    assert state_bytes(optimizer.state[w]) == 0
+    step_once(optimizer)
+    number = 8 if dtype == torch.float64 else 4
+    assert table(optimizer)[0]["state bytes"] == str(2 * 12 * number + 4)
+
+
+@pytest.mark.parametrize("scale", [*SCALES, "rms", 2.5])
+@pytest.mark.parametrize("name", names())
+def test_the_effective_lr_is_the_size_of_the_first_update(name: str, scale: Any) -> None:
+    """Full-rank gradients, under every norm and scale, for matrices tall and wide, vectors, splits and transposes."""
+    norm = normopt.norms.get(name)
+    norm = type(norm)(scale=scale, **(SPECTRAL if name == "spectral" else {}))
+    shapes: dict[tuple[int, ...], View] = {
+        (6, 4): View(),
+        (4, 6): View(transpose=True),
+        (12, 5): View(split=3),
+        (2, 3, 5): View(flatten=True),
+        (3, 2, 5): View(flatten=False),
+    }
+    if not norm.needs_matrix:
+        shapes |= {(7,): View(), (): View()}
+    for shape, view in shapes.items():
+        weights = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in range(2)]
+        optimizer = SteepestDescent([{"params": weights, "view": view}], lr=0.5, norm=norm)
+        step_once(optimizer)
+        for w, row in zip(weights, table(optimizer), strict=True):
+            assert float(row["effective lr"]) == pytest.approx(measured(w), rel=5e-3), (shape, view)
+
+
+def measured(w: Tensor) -> float:
+    return w.detach().square().mean().sqrt().item()
+
+
+def test_the_effective_lr_counts_the_radius_and_names_what_it_leaves_out() -> None:
+    w = nn.Parameter(torch.zeros(3, 4))
+    constant = SteepestDescent([w], lr=0.5, norm="max", step_size="Constant(4.0)")
+    step_once(constant)
+    assert float(table(constant)[0]["effective lr"]) == measured(w) == 2.0
+    for step_size in ("dual", "sharp"):
+        optimizer = SteepestDescent([w], lr=0.5, norm="max", step_size=step_size)
+        assert table(optimizer)[0]["effective lr"] == "0.5 x dual norm"
+
+
+def test_the_effective_lr_of_composed_directions() -> None:
+    """The last stage's, or the norm's under memory; at the first step all of them are exact."""
+    w = nn.Parameter(torch.zeros(4, 6))
+    for norm in "Smoothed(Max(), 0.9)", "Smoothed(Row(), 0.9)", "Chain(Spectral(), Euclidean())", "Chain(Row(), Max())":
+        with torch.no_grad():
+            w.zero_()
+        optimizer = SteepestDescent([w], lr=0.5, norm=norm)
+        step_once(optimizer)
+        assert float(table(optimizer)[0]["effective lr"]) == pytest.approx(measured(w), rel=5e-3)
