@@ -74,19 +74,15 @@ class Smoothed(Direction):
         return state
 
     def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
-        stats = [self._remember(s, state, i) for i, s in enumerate(self.norm.second_moment(g))]
-        averaged = self.bias_correction and self.accumulate == "ema"
+        averaged = self.accumulate == "ema"
+        keep, add = (self.beta, 1 - self.beta) if averaged else (1.0, 1.0)
+        stats = {name: tensor for name, tensor in state.items() if name.startswith("second_moment")}
+        self.norm.remember_(tuple(stats.values()), g, keep, add)
+        if self.maximum:
+            stats = {name: state[f"max_{name}"].copy_(s.maximum(state[f"max_{name}"])) for name, s in stats.items()}
         # whiten(x, s / c, eps) = sqrt(c) whiten(x, s, sqrt(c)^degree eps): the correction costs nothing.
-        root = (1 - self.beta**step) ** 0.5 if averaged else 1.0
-        return self.norm.whiten(x, tuple(stats), self.eps * root**self.norm.eps_degree).mul_(root)
-
-    def _remember(self, new: Tensor, state: dict[str, Tensor], i: int) -> Tensor:
-        stats = state[f"second_moment{i or ''}"]
-        stats.add_(new) if self.accumulate == "sum" else stats.lerp_(new, 1 - self.beta)
-        if not self.maximum:
-            return stats
-        largest = state[f"max_second_moment{i or ''}"]
-        return torch.maximum(largest, stats, out=largest)
+        root = (1 - self.beta**step) ** 0.5 if averaged and self.bias_correction else 1.0
+        return self.norm.whiten(x, tuple(stats.values()), self.eps * root**self.norm.eps_degree).mul_(root)
 
     def rms(self, shape: tuple[int, ...]) -> float:
         """That of the norm: the size of a step whose gradient is as large as those before it."""

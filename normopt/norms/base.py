@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -93,8 +93,9 @@ class Norm(Direction):
         raise NotImplementedError
 
     def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: float) -> Tensor:
-        """``whiten`` at scale 1; a new tensor."""
-        raise NotImplementedError
+        """``whiten`` at scale 1, a new tensor; by default an entry-wise division by ``sqrt(stats[0]) + eps``."""
+        root = stats[0].sqrt().add_(eps) if eps else _nonzero(stats[0].sqrt())
+        return torch.div(m, root, out=root) if root.shape == m.shape and root.dtype == m.dtype else m / root
 
     def unit_update_rms(self, m: int, n: int) -> float:
         """The root mean square of ``dualize`` at scale 1 for a full-rank (m x n) gradient."""
@@ -103,6 +104,11 @@ class Norm(Direction):
     def second_moment(self, g: Tensor) -> tuple[Tensor, ...]:
         """The statistics that ``dualize`` divides by, each of degree 2 in ``g``; what ``Smoothed`` averages."""
         raise NotImplementedError(f"{type(self).__name__} has no second moment")
+
+    def remember_(self, stats: Sequence[Tensor], g: Tensor, keep: float, add: float) -> None:
+        """``stats <- keep stats + add second_moment(g)``, in place."""
+        for old, new in zip(stats, self.second_moment(g), strict=True):
+            old.mul_(keep).add_(new, alpha=add)
 
     # What follows, at any scale -------------------------------------------------------------------------------
 
@@ -178,12 +184,6 @@ def euclidean(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> T
 def normalize(g: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """``g`` over its Euclidean norm along ``dim``, 0 where that is 0; a new tensor."""
     return (g / _nonzero(euclidean(g, dim, keepdim=True))).to(g.dtype)
-
-
-def divide_by_root(m: Tensor, stats: Tensor, eps: float) -> Tensor:
-    """``m / (sqrt(stats) + eps)``, and ``m`` itself where that is a division by 0; a new tensor."""
-    root = stats.sqrt().add_(eps) if eps else _nonzero(stats.sqrt())
-    return m / root
 
 
 def clip_norm(w: Tensor, dim: int | tuple[int, ...], radius: float) -> Tensor:

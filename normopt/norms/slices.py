@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normopt.norms.base import Norm, clip_norm, divide_by_root, euclidean, normalize
+from normopt.norms.base import Norm, clip_norm, euclidean, normalize
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,6 @@ class _Slices(Norm):
     def second_moment(self, g: Tensor) -> tuple[Tensor, ...]:
         """The sum of ``g^2`` over each slice, kept as a dimension of size 1."""
         return (torch.sum(g.square(), dim=self._dim, keepdim=True),)
-
-    def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: float) -> Tensor:
-        return divide_by_root(m, stats[0], eps)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from normopt.norms.base import SCALES, Norm, axes, clip_norm, divide_by_root, euclidean, normalize
+from normopt.norms.base import SCALES, Norm, axes, clip_norm, euclidean, normalize
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Max(Norm):
         """``g^2``, of the shape of ``g``."""
         return (g.square(),)
 
-    def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: float) -> Tensor:
-        return divide_by_root(m, stats[0], eps)
+    def remember_(self, stats: Sequence[Tensor], g: Tensor, keep: float, add: float) -> None:
+        stats[0].mul_(keep).addcmul_(g, g, value=add)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,3 @@ class Euclidean(Norm):
     def second_moment(self, g: Tensor) -> tuple[Tensor, ...]:
         """``sum g^2`` of each matrix, shape ``(..., 1, 1)``."""
         return (torch.sum(g.square(), dim=axes(g), keepdim=True),)
-
-    def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: float) -> Tensor:
-        return divide_by_root(m, stats[0], eps)
