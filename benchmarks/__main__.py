@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("--lr", type=_rates_by_name, default={}, help="learning rates, like muon=0.01,adamw=3e-3")
     sweep = commands.add_parser("sweep", help="a grid of learning rates for each optimizer")
     _add_shared(sweep, seeds=2)
-    sweep.add_argument("--rates", type=_list_of(_positive_float), help="learning rates; default: tuned x 1/4 ... 4")
+    sweep.add_argument("--rates", type=_list_of(_positive_float), help="default: tuned x 1/4, 1/2, 1, 2")
     return parser
 
 

@@ -6,7 +6,7 @@ from benchmarks.plan import Plan
 from benchmarks.report import write_sweep
 from benchmarks.workers import Pool, default_size
 
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+FACTORS = (0.25, 0.5, 1.0, 2.0)
 FIRST_SEED = 1000  # far from the seeds of `compare`, so that rates are not chosen on the runs they are judged by
 
 

@@ -197,23 +197,28 @@ def parse(text: str) -> Ingredient:
     """Rebuild an ingredient from its ``repr``: calls of ingredient names on literals, nothing else is evaluated."""
     if text not in Ingredient._parsed:
         try:
-            Ingredient._parsed[text] = _build(ast.parse(text, mode="eval").body)
+            found = _build(ast.parse(text, mode="eval").body)
         except SyntaxError as error:
             raise ValueError(f"cannot read the ingredient {text!r}: {error.msg}") from None
+        if not isinstance(found, Ingredient):
+            raise ValueError(f"cannot read the ingredient {text!r}: it is not the call of one")
+        Ingredient._parsed[text] = found
     return Ingredient._parsed[text]
 
 
 def _build(node: ast.expr) -> Any:
     match node:
-        case ast.Call(func=ast.Name(id=name)) if name in Ingredient._classes:
-            keywords = {word.arg: _build(word.value) for word in node.keywords if word.arg}
-            return Ingredient._classes[name](*map(_build, node.args), **keywords)
-        case ast.Call(func=ast.Name(id=name)):
-            raise ValueError(f"unknown ingredient {name!r}; {nearest(name, Ingredient._classes)}")
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=words) if all(word.arg for word in words):
+            known = {cls.__name__: cls for cls in choices(Ingredient).values()}
+            if name not in known:
+                raise ValueError(f"unknown ingredient {name!r}; {nearest(name, known)}")
+            return known[name](*map(_build, args), **{str(word.arg): _build(word.value) for word in words})
         case ast.Tuple():
             return tuple(map(_build, node.elts))
         case ast.Name(id="inf"):
             return float("inf")
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Name(id="inf")):
+            return float("-inf")
         case _:
             return ast.literal_eval(node)
 

@@ -112,8 +112,8 @@ def polar(
     """
     if g.ndim < 2:
         raise ValueError(f"polar: needs matrices (..., m, n), got shape {tuple(g.shape)}")
-    if isinstance(method, str) and method not in METHODS:
-        raise ValueError(f"polar: unknown method {method!r}; {nearest(method, METHODS)}")
+    if not isinstance(method, Schedule) and method not in METHODS:
+        raise ValueError(f"polar: unknown method {method!r}; {nearest(str(method), METHODS)}")
     if method == "exact":
         if steps is not None:
             raise ValueError("polar: method 'exact' takes no steps")

@@ -7,6 +7,7 @@ import torch
 from hypothesis import settings
 
 from normopt.ingredient import Ingredient
+from normopt.optimizer import SteepestDescent
 
 # The tensors are small; waiting for a second thread costs more than it saves, above all on a busy machine.
 torch.set_num_threads(1)
@@ -25,9 +26,11 @@ def seeded() -> None:
 
 @pytest.fixture
 def registry() -> Iterator[None]:
-    """Forget the ingredients that a test defines."""
-    classes = dict(Ingredient._classes)
+    """Forget the ingredients and optimizers that a test defines."""
+    classes, optimizers = dict(Ingredient._classes), dict(SteepestDescent.registry)
     yield
+    SteepestDescent.registry.clear()
+    SteepestDescent.registry.update(optimizers)
     Ingredient._classes.clear()
     Ingredient._classes.update(classes)
     Ingredient._parsed.clear()

@@ -8,7 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import (
+from torch import Tensor
+
+import normopt.norms
+import normopt.polar
+from normopt.ingredient import Ingredient, Stage, parse
+from normopt.norms import Column, Euclidean, Max, Norm, Row, Spectral
+from normopt.norms.base import Scale
+from normopt.polar import JORDAN, Schedule, polar
+from tests.strategies import (
     KINDS,
     NORMS,
     RMS,
@@ -25,14 +33,6 @@ from strategies import (
     shapes,
     spectrum,
 )
-from torch import Tensor
-
-import normopt.norms
-import normopt.polar
-from normopt.ingredient import Ingredient, Stage, parse
-from normopt.norms import Column, Max, Norm, Row, Spectral
-from normopt.norms.base import Scale
-from normopt.polar import JORDAN, Schedule, polar
 
 # Under every scale, or where hypothesis draws the scale or it does not matter, each only once.
 every = pytest.mark.parametrize("norm", NORMS, ids=label)
@@ -198,6 +198,31 @@ def test_eps_shortens_the_whitened_matrix(norm: Norm, scale: Scale, eps: float, 
     sizes, bound = norm.norm(whitened), norm.norm(norm.dualize(g))
     assert ((sizes < bound) | (bound == 0)).all()
     assert (sizes <= replace(norm, scale="unit").norm(g) / min(eps, eps**0.5)).all()
+
+
+@each_with_memory
+@pytest.mark.parametrize("c", [1e-3, 9.0])
+def test_degree_of_eps(norm: Norm, c: float) -> None:
+    m, g = full_rank(4, 6), full_rank(4, 6)
+    stats = norm.second_moment(g)
+    eps = 0.1 * c ** (norm.eps_degree / 2)
+    multiplied = norm.whiten(m, tuple(c * stat for stat in stats), eps)
+    assert_close(multiplied * c**0.5, norm.whiten(m, stats, 0.1))
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_what_whitening_divides_by(eps: float) -> None:
+    m, g = full_rank(4, 6), full_rank(4, 6)
+    for norm in (Max(scale=2.0), Row(scale=2.0), Column(scale=2.0), Euclidean(scale=2.0)):
+        assert_close(norm.whiten(m, norm.second_moment(g), eps), 2 * m / (norm.second_moment(g)[0].sqrt() + eps))
+    # Full rank on both sides, so that the roots are inverses in the ordinary sense.
+    m, g = full_rank(5, 5), full_rank(5, 5)
+    norm, eye = Spectral(scale=2.0), torch.eye(5, dtype=g.dtype)
+    left, right = (torch.linalg.inv(stat + eps * eye) for stat in norm.second_moment(g))
+    whitened = norm.whiten(m, norm.second_moment(g), eps)
+    # The inverses' fourth roots, which are positive definite.
+    (p, u), (q, v) = torch.linalg.eigh(left), torch.linalg.eigh(right)
+    assert_close(whitened, 2 * (u * p**0.25) @ u.mT @ m @ (v * q**0.25) @ v.mT)
 
 
 @pytest.mark.parametrize("norm", [n for n in UNIT if not n.has_memory], ids=label)
@@ -378,7 +403,7 @@ def test_strided_inputs(norm: Norm) -> None:
         assert_close(method(g), method(g.contiguous()), 1e-11), name
 
 
-@each
+@every
 def test_entries_depend_on_no_more_than_declared(norm: Norm) -> None:
     assert norm.reduces in ("entry", "row", "column", "all", "matrix")
     g = full_rank(4, 5)
@@ -396,10 +421,18 @@ def test_entries_depend_on_no_more_than_declared(norm: Norm) -> None:
 
 
 @every
-@pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5), (1, 6), (2, 3, 2)])
-def test_rms_of_an_update(norm: Norm, shape: tuple[int, ...]) -> None:
-    update = norm.dualize(torch.randn(shape, dtype=torch.float64))
-    assert norm.rms(shape) == pytest.approx(float(update.square().mean().sqrt()), nan_ok=False)
+def test_entrywise_norms_take_many_tensors_laid_end_to_end(norm: Norm) -> None:
+    if norm.reduces == "entry":
+        tensors = [torch.randn(shape, dtype=torch.float64) for shape in ((4, 5), (2, 3, 6), (7,))]
+        laid = norm.dualize(torch.cat([x.flatten() for x in tensors]))
+        assert_close(laid, torch.cat([norm.dualize(x).flatten() for x in tensors]))
+
+
+@every
+def test_rms_of_an_update(norm: Norm) -> None:
+    for shape in ((4, 7), (7, 4), (5, 5), (1, 6), (2, 3, 2)):
+        update = norm.dualize(torch.randn(shape, dtype=torch.float64))
+        assert norm.rms(shape) == pytest.approx(float(update.square().mean().sqrt()))
 
 
 @each
@@ -432,20 +465,25 @@ def test_vectors_are_refused_where_a_matrix_is_needed(norm: Norm, method: str) -
         getattr(norm, method)(torch.ones(5))
 
 
-@every
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (2, 0, 3), (0, 2, 3)])
-@pytest.mark.parametrize("method", ["norm", "dual_norm", "dualize", "project", "whiten"])
-def test_tensors_without_entries(norm: Norm, method: str, shape: tuple[int, ...]) -> None:
-    if method in methods(norm):
-        expected = torch.zeros(shape[:-2] if method.endswith("norm") else shape)
-        assert torch.equal(methods(norm)[method](torch.zeros(shape)), expected)
+EMPTY = [(0, 3), (3, 0), (0, 0), (2, 0, 3), (0, 2, 3)]
 
 
 @every
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (2, 0, 3), (0, 2, 3)])
-def test_initialization_of_tensors_without_entries(norm: Norm, shape: tuple[int, ...]) -> None:
+def test_tensors_without_entries(norm: Norm) -> None:
+    for shape in EMPTY:
+        w = torch.zeros(shape)
+        assert norm.initialize_(w) is w
+        for name, method in methods(norm).items():
+            expected = torch.zeros(shape[:-2] if name.endswith("norm") else shape)
+            if name != "whiten":
+                assert torch.equal(method(w), expected), (name, shape)
+
+
+@each_with_memory
+@pytest.mark.parametrize("shape", EMPTY)
+def test_whitening_without_entries(norm: Norm, shape: tuple[int, ...]) -> None:
     w = torch.zeros(shape)
-    assert norm.initialize_(w) is w
+    assert torch.equal(norm.whiten(w, norm.second_moment(w)), w)
 
 
 # Dtypes and ranges ---------------------------------------------------------------------------------------------
@@ -453,17 +491,17 @@ def test_initialization_of_tensors_without_entries(norm: Norm, shape: tuple[int,
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
-@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (2, 4, 4)])
-def test_inputs_are_never_modified_nor_returned(norm: Norm, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    g = torch.randn(shape).to(dtype)
-    before = g.clone()
+def test_inputs_are_never_modified_nor_returned(norm: Norm, dtype: torch.dtype) -> None:
     found = methods(norm) | {"project inside": lambda w: norm.project(w, 1e3)}
     if dtype in HALF:
         found.pop("whiten", None)
-    for name, method in found.items():
-        result = method(g)
-        assert torch.equal(g, before), name
-        assert result.untyped_storage().data_ptr() != g.untyped_storage().data_ptr(), name
+    for shape in ((3, 5), (5, 3), (2, 4, 4)):
+        g = torch.randn(shape).to(dtype)
+        before = g.clone()
+        for name, method in found.items():
+            result = method(g)
+            assert torch.equal(g, before), name
+            assert result.untyped_storage().data_ptr() != g.untyped_storage().data_ptr(), name
 
 
 @each_with_memory
@@ -477,9 +515,9 @@ def test_statistics_are_never_modified_nor_aliases(norm: Norm) -> None:
     assert all(stat.untyped_storage().data_ptr() != g.untyped_storage().data_ptr() for stat in stats)
 
 
-@every
+@each
 @pytest.mark.parametrize("size", [1e-30, 1e30])
-@pytest.mark.parametrize("shape", [(1, 1), (6, 9), (40, 7)])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 9), (40, 70), (70, 40)])
 def test_float32_far_from_one(norm: Norm, size: float, shape: tuple[int, int]) -> None:
     g = full_rank(*shape, dtype=torch.float32)
     radius = 0.5 * float(norm.norm(g))
@@ -531,7 +569,6 @@ EXTRA = [
     Spectral(dtype=torch.float32),
     Spectral(method=JORDAN),
     Spectral(method=Schedule(coefficients=((2.0, -1.5, 0.5), (1.875, -1.25, 0.375)), steps=3, margin=1.01)),
-    Max(scale=math.inf),
 ]
 
 
@@ -594,7 +631,7 @@ def test_a_users_norm_registers_itself() -> None:
 
 @pytest.mark.usefixtures("registry")
 def test_a_name_is_taken_once() -> None:
-    with pytest.raises(TypeError, match=r"an ingredient named Spectral exists already in normopt\.norms\.schatten"):
+    with pytest.raises(TypeError, match=r"normopt\.norms\.schatten has an ingredient named Spectral already"):
         type("Spectral", (Norm,), {})
     assert Ingredient._classes["Spectral"] is Spectral
 
@@ -609,17 +646,17 @@ def test_a_name_is_taken_once() -> None:
         (lambda: normopt.norms.get(3), TypeError, "expected a Norm or the name of one, got 3"),
         (lambda: normopt.norms.get(repr(JORDAN)), TypeError, "expected a Norm or the name of one, got Schedule("),
         (lambda: Max(scale="rsm"), ValueError, "Max: unknown scale 'rsm'; did you mean 'rms'?"),
-        (lambda: Max(scale=0.0), ValueError, "Max: scale must be positive, got 0.0"),
-        (lambda: Row(scale=-1), ValueError, "Row: scale must be positive, got -1"),
-        (lambda: Row(scale=math.nan), ValueError, "Row: scale must be positive, got nan"),
+        (lambda: Max(scale=0.0), ValueError, "Max: scale must be positive and finite, got 0.0"),
+        (lambda: Row(scale=-1), ValueError, "Row: scale must be positive and finite, got -1"),
+        (lambda: Row(scale=math.nan), ValueError, "Row: scale must be positive and finite, got nan"),
         (lambda: Spectral(method="polarexpress"), ValueError, "'polarexpress'; did you mean 'polar-express'?"),
-        (lambda: Spectral(steps=0), ValueError, "Spectral: steps must be a positive number of iterations"),
-        (lambda: Spectral(steps=-2), ValueError, "Spectral: steps must be a positive number of iterations"),
-        (lambda: Spectral(method="exact", steps=5), ValueError, "(none for 'exact'), got 5"),
-        (lambda: Spectral(dtype="bf16"), ValueError, "such as 'bfloat16', got 'bf16'"),
-        (lambda: Spectral(dtype="Tensor"), ValueError, "such as 'bfloat16', got 'Tensor'"),
-        (lambda: Spectral(dtype="int32"), ValueError, "such as 'bfloat16', got 'int32'"),
-        (lambda: Spectral(dtype=16), ValueError, "such as 'bfloat16', got 16"),
+        (lambda: Spectral(steps=0), ValueError, "Spectral: steps must be positive (and None for method 'exact')"),
+        (lambda: Spectral(steps=-2), ValueError, "got -2"),
+        (lambda: Spectral(method="exact", steps=5), ValueError, "and None for method 'exact'), got 5"),
+        (lambda: Spectral(dtype="bf16"), ValueError, "like 'bfloat16', got 'bf16'"),
+        (lambda: Spectral(dtype="Tensor"), ValueError, "like 'bfloat16', got 'Tensor'"),
+        (lambda: Spectral(dtype="int32"), ValueError, "like 'bfloat16', got 'int32'"),
+        (lambda: Spectral(dtype=16), ValueError, "like 'bfloat16', got 16"),
     ],
 )
 def test_errors(make: object, error: type[Exception], message: str) -> None:

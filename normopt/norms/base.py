@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -67,8 +68,8 @@ class Norm(Direction):
     def __post_init__(self) -> None:
         if isinstance(self.scale, str):
             check_choice(self, "scale", self.scale, ("rms", *SCALES))
-        elif not self.scale > 0:
-            raise ValueError(f"{type(self).__name__}: scale must be positive, got {self.scale!r}")
+        elif not (isinstance(self.scale, Real) and 0 < self.scale < math.inf):
+            raise ValueError(f"{type(self).__name__}: scale must be positive and finite, got {self.scale!r}")
 
     # What a norm must say of itself, at scale 1 ---------------------------------------------------------------
 
@@ -115,6 +116,7 @@ class Norm(Direction):
     def factor(self, shape: tuple[int, ...]) -> float:
         """The scale's factor f for tensors of this shape; vectors count as one row."""
         m, n = (shape[-2], shape[-1]) if len(shape) > 1 else (1, math.prod(shape))
+        m, n = max(m, 1), max(n, 1)  # a norm of no entries is 0, not 0 / 0
         if isinstance(self.scale, str):
             return self.unit_rms(m, n) if self.scale == "rms" else SCALES[self.scale](m, n)
         return float(self.scale)

@@ -52,7 +52,9 @@ class Spectral(_Schatten):
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         if isinstance(self.method, str):
             check_choice(self, "method", self.method, METHODS)
-        if self.steps is not None and (self.method == "exact" or self.steps < 1):
+        elif not isinstance(self.method, Schedule):
+            raise ValueError(f"Spectral: method must be a name or a Schedule, got {self.method!r}")
+        if self.steps is not None and (self.method == "exact" or self.steps != int(self.steps) or self.steps < 1):
             raise ValueError(f"Spectral: steps must be positive (and None for method 'exact'), got {self.steps}")
 
     def unit_norm(self, w: Tensor) -> Tensor:
@@ -75,13 +77,14 @@ class Spectral(_Schatten):
         return g @ g.mT, g.mT @ g
 
     def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: float) -> Tensor:
-        left, right = stats
-        return inverse_root(left, 4, eps) @ m @ inverse_root(right, 4, eps)
+        dtype = torch.promote_types(m.dtype, stats[0].dtype)
+        left, right = (inverse_root(s.to(torch.promote_types(dtype, torch.float32)), 4, eps) for s in stats)
+        return (left @ m.to(left.dtype) @ right).to(dtype)
 
     @torch.no_grad()
     def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A random semi-orthogonal matrix times the scale's factor, by the exact method. Returns ``w``."""
-        noise = torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
+        noise = torch.empty_like(self._matrix(w), dtype=torch.promote_types(w.dtype, torch.float32))
         return w.copy_(exact(noise.normal_(generator=generator)) * self.factor(w.shape))
 
 
@@ -124,8 +127,9 @@ def _dtype_name(dtype: object) -> str | None:
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if name is None:
         return None
-    if not isinstance(name, str) or not isinstance(getattr(torch, name, None), torch.dtype):
-        raise ValueError(f"Spectral: dtype must be the name of a torch dtype such as 'bfloat16', got {dtype!r}")
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(name, str) or not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"Spectral: dtype must be the name of a torch dtype for floats like 'bfloat16', got {dtype!r}")
     return name
 
 

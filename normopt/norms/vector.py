@@ -32,10 +32,11 @@ class Max(Norm):
         return 1.0
 
     def unit_norm(self, w: Tensor) -> Tensor:
+        w = w.to(torch.promote_types(w.dtype, torch.float32))
         return w.abs().amax(dim=axes(w)) if w.numel() else w.abs().sum(dim=axes(w))
 
     def unit_dual_norm(self, g: Tensor) -> Tensor:
-        return g.abs().sum(dim=axes(g))
+        return g.abs().sum(dim=axes(g), dtype=torch.promote_types(g.dtype, torch.float32))
 
     def unit_dualize(self, g: Tensor) -> Tensor:
         return g.sign()
