@@ -75,7 +75,11 @@ class L2(Constraint):
         check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
 
     def gradient(self, g: Tensor, w: Tensor) -> Tensor:
-        return g.add(w, alpha=self.weight_decay) if self.weight_decay else g
+        return g.add(w, alpha=self.weight_decay)
+
+    def overrides(self, *methods: str) -> bool:
+        """Nothing at weight decay 0."""
+        return self.weight_decay != 0 and super().overrides(*methods)
 
 
 @dataclass(frozen=True)
