@@ -90,7 +90,7 @@ def test_comparison_runs_every_optimizer_at_its_tuned_rate(corpus: Corpus, monke
 def test_sweep_takes_a_factor_two_grid_and_fresh_seeds(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = planned(["sweep", "--data", corpus.name, "--optimizers", "adamw", "--seeds", "1"], monkeypatch)
     centre = json.loads(TUNED.read_text())["quick"]["adamw"]["lr"]
-    assert [run.lr for run in runs] == pytest.approx([centre / 4, centre / 2, centre, 2 * centre, 4 * centre])
+    assert [run.lr for run in runs] == pytest.approx([centre / 4, centre / 2, centre, 2 * centre])
     assert {run.seed for run in runs} == {1000}
     given = planned(["sweep", "--data", corpus.name, "--optimizers", "adamw,sgd", "--rates", "1e-3,1"], monkeypatch)
     assert [(run.optimizer, run.lr, run.seed) for run in given[:4]] == [
