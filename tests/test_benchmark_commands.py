@@ -1,6 +1,7 @@
 """The command line of the benchmark, and whole commands in processes of their own."""
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -149,7 +150,10 @@ def command(*arguments: str) -> list[str]:
 def test_ctrl_c_and_the_same_command_again(corpus: Corpus, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = command("compare", "--smoke", "--data", corpus.name, "--steps", "160", "--out", str(out))
-    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard
+    )
     deadline = time.monotonic() + 120
     while not list(out.glob("checkpoints/*.pt")) and time.monotonic() < deadline:
         time.sleep(0.1)
