@@ -25,6 +25,7 @@ class Preset:
     n_layers: int
     n_heads: int
     steps: int
+    d_ff: int | None = None
     context: int = 128
     batch: int = 16
     micro_batch: int = 16
@@ -56,6 +57,7 @@ PRESETS = {
             "gpt2",
             *(768, 12, 12),
             steps=5000,
+            d_ff=2048,
             context=1024,
             batch=512,
             micro_batch=32,
@@ -95,8 +97,9 @@ class RunConfig:
 
     @property
     def key(self) -> str:
-        """Hash of the configuration; the corpus counts by its content, not by its path."""
+        """Hash of the configuration; the corpus counts by its content, not by its path, and no field that is None."""
         content = {name: value for name, value in asdict(self).items() if name != "source"}
+        content["preset"] = {name: value for name, value in content["preset"].items() if value is not None}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

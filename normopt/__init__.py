@@ -2,7 +2,7 @@
 
 from normopt import constraints, directions, momentum, nn, norms, polar, stepsize, zoo
 from normopt.constraints import L2, Constraint, FrankWolfe, WeightDecay
-from normopt.directions import Chain, Grafted, Smoothed
+from normopt.directions import Chain, Grafted, Identity, Smoothed
 from normopt.ingredient import Option
 from normopt.momentum import EMA, HeavyBall, LookAhead, Momentum, Nesterov, NoMomentum
 from normopt.norms import Column, Direction, Euclidean, Max, Norm, Nuclear, Row, Spectral
@@ -31,6 +31,7 @@ __all__ = [
     "FrankWolfe",
     "Grafted",
     "HeavyBall",
+    "Identity",
     "LookAhead",
     "Max",
     "Momentum",

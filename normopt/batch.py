@@ -33,7 +33,7 @@ class Batch:
         self.flat = rule.elementwise
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
         self.steps = torch.tensor([age(state, p) for p in params])
-        self.state = rule.init_state(self.gradient(), self.weights() if rule.step_size.reads_weight else None)
+        self.state = rule.init_state(self.gradient(), self.weights)
         self._views = [{"step": step} for step in self.steps.unbind()]
         for name, tensor in self.state.items():
             for views, view in zip(self._views, self._state_views(tensor), strict=True):
@@ -66,7 +66,7 @@ class Batch:
         if rule == self.rule:
             return True
         x = torch.zeros(1, 1, 1)
-        return rule.elementwise == self.flat and rule.init_state(x, x).keys() == self.state.keys()
+        return rule.elementwise == self.flat and rule.init_state(x, x.clone).keys() == self.state.keys()
 
     def gather(self, tensors: Iterable[Tensor]) -> Tensor:
         """One tensor from one like each parameter; it may share memory with them, so it must not be modified."""
@@ -95,7 +95,9 @@ class Batch:
         """Take this step's numbers from the param group, before anything moves: they may be out of range."""
         lr, step = self.group["lr"], self.steps[0].item() + 1
         self.rule = rule
-        self.rate = rule.step_size.rate(lr.squeeze() if isinstance(lr, Tensor) else lr, step, shared)
+        if isinstance(lr, Tensor):
+            lr = lr.squeeze().to(self.params[0].device, non_blocking=True)
+        self.rate = rule.step_size.rate(lr, step, shared)
         self.shrink = reduce(mul, (constraint.shrink(self.rate) for constraint in rule.constraint), 1.0)
 
     def advance(self) -> float:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from normopt.ingredient import Ingredient, check_range
+from normopt.ingredient import Context, Ingredient, check_range
 
 Rate = float | Tensor
 
@@ -21,14 +21,14 @@ class Constraint(Ingredient):
     """
 
     #: What one entry of the result depends on, as for stages: ``"entry"``, ``"row"`` ...
-    reduces: ClassVar[str] = "entry"
+    reduces: ClassVar[str] = "matrix"
 
-    def gradient(self, g: Tensor, w: Tensor) -> Tensor:
+    def gradient(self, g: Tensor, context: Context) -> Tensor:
         """The gradient that the optimizer works with."""
         return g
 
-    def update(self, d: Tensor, w: Tensor, g: Tensor, rate: Rate) -> Tensor:
-        """The update ``d``, to be multiplied by ``-rate``; ``g`` is the raw gradient."""
+    def update(self, d: Tensor, context: Context) -> Tensor:
+        """The update ``d``, to be multiplied by ``-rate length``; the context has the weights and the raw gradient."""
         return d
 
     def shrink(self, rate: Rate) -> Rate:
@@ -52,6 +52,7 @@ class WeightDecay(Constraint):
         weight_decay: not negative.
     """
 
+    reduces: ClassVar[str] = "entry"
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
@@ -69,13 +70,14 @@ class L2(Constraint):
         weight_decay: not negative.
     """
 
+    reduces: ClassVar[str] = "entry"
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
 
-    def gradient(self, g: Tensor, w: Tensor) -> Tensor:
-        return g.add(w, alpha=self.weight_decay)
+    def gradient(self, g: Tensor, context: Context) -> Tensor:
+        return g.add(context.w, alpha=self.weight_decay)
 
     def overrides(self, *methods: str) -> bool:
         """Nothing at weight decay 0."""
@@ -88,8 +90,11 @@ class FrankWolfe(Constraint):
 
     With a norm's duality map as ``d`` and ``Constant(radius)`` as step size, weights that start in the ball of that
     radius never leave it, for any gradient (constrained Scion, arXiv 2502.07529). It is decoupled weight decay of
-    ``1 / radius`` at learning rate ``lr * radius``. The learning rate must not exceed 1.
+    ``1 / radius`` at learning rate ``lr * radius``. An inexact duality map (a Newton-Schulz iteration) enlarges the
+    ball by as much as its result exceeds norm 1. The learning rate must not exceed 1.
     """
+
+    reduces: ClassVar[str] = "entry"
 
     def shrink(self, rate: Rate) -> Rate:
         if (not isinstance(rate, Tensor) or rate.device.type == "cpu") and rate > 1:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from normopt.ingredient import Stage, check_choice, check_range, coarsest, substate
+from normopt.ingredient import Context, Stage, check_choice, check_range, coarsest, substate
 from normopt.norms.base import Direction, Norm, axes, euclidean, normalize
 
 ACCUMULATE = ("ema", "sum")
@@ -28,7 +28,7 @@ class Smoothed(Direction):
         norm: the norm; it needs a second moment.
         beta: weight of the past, in [0, 1); not used by ``accumulate="sum"``.
         eps: added, after the bias correction, to the root of the second moment; under the spectral norm to the second
-            moment itself, as in Shampoo.
+            moment itself, as in Shampoo. It follows the scale that a step size gives to gradients (Prodigy).
         bias_correction: divide by ``1 - beta^step``.
         accumulate: ``"ema"``, or ``"sum"`` over all steps (Adagrad, the Shampoo of arXiv 1802.09568).
         initial: what every entry of the second moment starts from.
@@ -55,6 +55,8 @@ class Smoothed(Direction):
             raise ValueError(f"Smoothed: {self.norm} has no second moment to remember")
         if self.maximum is True and self.norm.reduces == "matrix":
             raise ValueError(f"Smoothed: the second moments of {self.norm} are matrices, of which none is the largest")
+        if self.initial and self.norm.reduces == "matrix":
+            raise ValueError(f"Smoothed: the second moments of {self.norm} are matrices; they start from 0")
 
     @property
     def reduces(self) -> str:  # type: ignore[override]
@@ -73,16 +75,17 @@ class Smoothed(Direction):
             state |= {f"max_{name}": tensor.clone() for name, tensor in state.items()}
         return state
 
-    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         averaged = self.accumulate == "ema"
         keep, add = (self.beta, 1 - self.beta) if averaged else (1.0, 1.0)
         stats = {name: tensor for name, tensor in state.items() if name.startswith("second_moment")}
-        self.norm.remember_(tuple(stats.values()), g, keep, add)
+        self.norm.remember_(tuple(stats.values()), context.g, keep, add)
         if self.maximum:
             stats = {name: state[f"max_{name}"].copy_(s.maximum(state[f"max_{name}"])) for name, s in stats.items()}
         # whiten(x, s / c, eps) = sqrt(c) whiten(x, s, sqrt(c)^degree eps): the correction costs nothing.
-        root = (1 - self.beta**step) ** 0.5 if averaged and self.bias_correction else 1.0
-        return self.norm.whiten(x, tuple(stats.values()), self.eps * root**self.norm.eps_degree).mul_(root)
+        root = (1 - self.beta**context.step) ** 0.5 if averaged and self.bias_correction else 1.0
+        eps = self.eps * (root * context.scale) ** self.norm.eps_degree
+        return self.norm.whiten(x, tuple(stats.values()), eps).mul_(root)
 
     def rms(self, shape: tuple[int, ...]) -> float:
         """That of the norm: the size of a step whose gradient is as large as those before it."""
@@ -91,6 +94,20 @@ class Smoothed(Direction):
     def dual_norm(self, g: Tensor) -> Tensor:
         """That of the norm."""
         return self.norm.dual_norm(g)
+
+
+@dataclass(frozen=True)
+class Identity(Direction):
+    """The gradient itself: the Euclidean norm's duality map at its dual norm's length, ``||g|| g / ||g||`` (SGD)."""
+
+    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return x
+
+    def dual_norm(self, g: Tensor) -> Tensor:
+        """The Euclidean norm."""
+        return euclidean(g, axes(g))
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -130,9 +147,10 @@ class Chain(Direction):
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {f"{i}.{k}": v for i, stage in enumerate(self.stages) for k, v in stage.init_state(x).items()}
 
-    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         for i, stage in enumerate(self.stages):
-            x = g = stage(x, g, substate(state, f"{i}."), step)
+            x = stage(x, substate(state, f"{i}."), context)
+            context = context.seeing(x)
         return x
 
     def rms(self, shape: tuple[int, ...]) -> float:
@@ -169,9 +187,9 @@ class Grafted(Direction):
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {f"{name}.{k}": v for name, part in parts.items() for k, v in part.init_state(x).items()}
 
-    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
-        d = self.direction(x, g, substate(state, "direction."), step)
-        length = self.magnitude(x, g, substate(state, "magnitude."), step)
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        d = self.direction(x, substate(state, "direction."), context)
+        length = self.magnitude(x, substate(state, "magnitude."), context)
         return normalize(d, axes(d)).mul_(euclidean(length, axes(length), keepdim=True))
 
     def rms(self, shape: tuple[int, ...]) -> float:

@@ -6,8 +6,9 @@ import ast
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
@@ -111,15 +112,46 @@ def _text(value: Any) -> str:
     return str(value) if isinstance(value, Ingredient) else repr(value)
 
 
+@dataclass
+class Context:
+    """What the ingredients of one batch can see at one step, beside what they are handed.
+
+    Args:
+        g: the gradient as memories should see it: after L2 and the step size's weight; inside a ``Chain``, the result
+            of the stage before.
+        raw: the gradient as it came.
+        step: the number of this step, counted from 1.
+        rate: the learning rate, as the step size sees it.
+        scale: what the step size has multiplied ``g`` by, so that an ``eps`` can follow.
+        weights: how to get the weights.
+    """
+
+    g: Tensor
+    raw: Tensor
+    step: float
+    rate: float | Tensor
+    scale: float | Tensor
+    weights: Callable[[], Tensor]
+
+    @cached_property
+    def w(self) -> Tensor:
+        """The weights before the step, shape ``(..., out, in)``, gathered when first asked for; never modified."""
+        return self.weights()
+
+    def seeing(self, x: Tensor) -> Context:
+        """The same for the next stage of a chain, whose gradient is ``x``."""
+        return Context(x, self.raw, self.step, self.rate, 1.0, lambda: self.w)
+
+
 class Stage(Ingredient):
     """A tensor in, a tensor out, with state in between: what momenta and directions have in common.
 
     ``reduces`` says what one entry of the result depends on: ``"entry"``, ``"row"``, ``"column"``, ``"all"`` (sums over
-    the whole matrix) or ``"matrix"`` (products). Entry-wise stages are run on many tensors laid end to end, the others
-    on stacks of matrices of one shape.
+    the whole matrix) or ``"matrix"`` (anything, the default). Entry-wise stages are run on many tensors laid end to
+    end, the others on stacks of matrices of one shape.
     """
 
-    reduces: str = "entry"
+    reduces: str = "matrix"
     #: Whether vectors and scalars are refused.
     needs_matrix: bool = False
 
@@ -127,14 +159,13 @@ class Stage(Ingredient):
         """The state before the first step for a batch ``x`` of shape ``(..., out, in)``; leading dimensions stay."""
         return {}
 
-    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         """Map ``x`` to the next stage's input.
 
         Args:
             x: what the stage before returned, shape ``(..., out, in)``; never modified.
-            g: the gradient (or, inside a ``Chain``, the same as ``x``), for statistics; never modified.
             state: this stage's tensors, updated in place.
-            step: the number of this step, counted from 1.
+            context: what else there is to see; nothing in it may be modified.
         """
         raise NotImplementedError
 
@@ -233,6 +264,8 @@ def check_range(owner: object, name: str, value: Any, low: float, high: float, *
     if not (low <= number < high or (closed and number == high)):
         end = "]" if closed else ")"
         raise ValueError(f"{type(owner).__name__}: {name} must lie in [{low}, {high}{end}, got {value!r}")
+    if type(value).__module__ != "builtins":
+        object.__setattr__(owner, name, number)  # numpy's numbers and tensors have reprs that do not read back
 
 
 def check_choice(owner: object, name: str, value: str, known: Iterable[str]) -> None:

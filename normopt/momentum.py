@@ -7,18 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normopt.ingredient import Stage, check_range
+from normopt.ingredient import Context, Stage, check_range
 
 
 class Momentum(Stage):
     """A gradient in, the gradient to be trusted out, entry by entry; it also serves as a stage of a ``Chain``."""
+
+    reduces: str = "entry"
 
 
 @dataclass(frozen=True)
 class NoMomentum(Momentum):
     """The gradient itself."""
 
-    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         return x
 
 
@@ -46,11 +48,11 @@ class EMA(Momentum):
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(x)}
 
-    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         m = state["momentum"].lerp_(x, 1 - self.beta)
         if self.nesterov:
             m = x.lerp(m, self.beta)
-        return m / (1 - self.beta**step) if self.bias_correction else m
+        return m / (1 - self.beta**context.step) if self.bias_correction else m
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class LookAhead(Momentum):
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(x)}
 
-    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         m = state["momentum"]
         ahead = m.lerp(x, 1 - self.beta1)
         m.lerp_(x, 1 - self.beta2)
@@ -111,9 +113,9 @@ class HeavyBall(Momentum):
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(x)} if self.beta else {}
 
-    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         if not self.beta:
             return x
         b = state["momentum"]
-        b.mul_(self.beta).add_(x, alpha=1.0 if step == 1 else 1 - self.dampening)
+        b.mul_(self.beta).add_(x, alpha=1.0 if context.step == 1 else 1 - self.dampening)
         return x.add(b, alpha=self.beta) if self.nesterov else b

@@ -13,11 +13,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from normopt.batch import Batch, partition
 from normopt.constraints import Constraint
-from normopt.ingredient import Stage, nearest, parse
-from normopt.momentum import Momentum
-from normopt.roles import GEOMETRIES, ROLES, Geometry, entry, param_groups
+from normopt.ingredient import Context, Stage, nearest, parse
+from normopt.momentum import Momentum, NoMomentum
+from normopt.roles import Geometry, entry, overlaid, param_groups, with_beta
 from normopt.rule import INGREDIENTS, Rule
 from normopt.stepsize import Shared, StepSize
+from normopt.view import View
 
 #: Param-group entries that are no options of an ingredient: ours, and those that torch's schedulers and users write.
 _GROUP_KEYS = {"params", "param_names", "lr", "maximize", "role", "reasons", "rule", "name", "initial_lr", "lr_scale"}
@@ -29,10 +30,9 @@ class _Move:
     """What one batch is about to do."""
 
     batch: Batch
-    gradient: Tensor
+    context: Context
     averaged: Tensor
     direction: Tensor
-    weights: Tensor | None
     sums: dict[str, Tensor]
 
 
@@ -59,7 +59,12 @@ class SteepestDescent(Optimizer):
         geometry: with a model, a table role -> norm or dict of param-group options, or the name of one. It is laid over
             the optimizer's own table.
         overrides: with a model, glob pattern over parameter names -> role, norm or dict, see :func:`normopt.roles`.
+        view: how tensors are seen as matrices; a model's roles have views of their own.
         maximize: go up instead of down.
+        foreach: taken for torch's sake; tensors are always batched.
+        fused: likewise.
+        capturable: must be False.
+        differentiable: must be False.
 
     Raises:
         ValueError: an unknown name, a number out of range, a norm that does not fit a parameter's shape; and in
@@ -69,12 +74,14 @@ class SteepestDescent(Optimizer):
 
     #: What each role of a whole model gets; ``{}`` is the optimizer's own rule.
     geometry: ClassVar[Geometry] = {"*": {}}
-    #: Every subclass by its lower-case name, for :func:`normopt.create`.
+    #: Every subclass by its lower-case name, for :func:`normopt.create`; of two with one name the first.
     registry: ClassVar[dict[str, type[SteepestDescent]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        SteepestDescent.registry[cls.__name__.lower()] = cls
+        known = SteepestDescent.registry.setdefault(cls.__name__.lower(), cls)
+        if (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__):
+            SteepestDescent.registry[cls.__name__.lower()] = cls  # defined anew, as in a notebook
 
     def __init__(
         self,
@@ -88,14 +95,22 @@ class SteepestDescent(Optimizer):
         options: Mapping[str, Any] | None = None,
         geometry: str | Geometry | None = None,
         overrides: Mapping[str, Any] | None = None,
+        view: View | Mapping[str, Any] | None = None,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
-        rule = Rule().updated({"norm": norm, "momentum": momentum, "step_size": step_size, "constraint": constraint})
+        if capturable or differentiable:
+            raise ValueError("capturable and differentiable steps are not supported; leave both False")
+        given = {"norm": norm, "momentum": momentum, "step_size": step_size, "constraint": constraint}
+        rule = Rule().updated({**given, "view": view or View()})
         numbers = {**({"momentum": momentum} if isinstance(momentum, (int, float)) else {}), **(options or {})}
         for name in numbers.keys() - rule.options():
             raise TypeError(f"options: no ingredient of {rule} reads {name!r}; {nearest(name, rule.options())}")
         if isinstance(params, nn.Module):
-            params = param_groups(params, _overlaid(self.geometry, geometry), overrides)
+            params = param_groups(params, overlaid(self.geometry, geometry), overrides)
         elif geometry is not None or overrides is not None:
             raise ValueError("geometry and overrides need a whole model: pass the module instead of its parameters")
         self._batches_of: dict[int, list[Batch]] = {}
@@ -124,7 +139,8 @@ class SteepestDescent(Optimizer):
             del self.param_groups[-1]
             raise
         for name, value in rule.step_size.init_shared().items():
-            fresh = torch.tensor(value, dtype=torch.float32, device=group["params"][0].device)
+            device = group["params"][0].device if group["params"] else None
+            fresh = torch.tensor(value, dtype=torch.float32, device=device)
             group[name] = next((other[name] for other in self.param_groups if name in other), fresh)
 
     def _rule_of(self, group: dict[str, Any]) -> Rule:
@@ -134,9 +150,11 @@ class SteepestDescent(Optimizer):
             return _rule(group)
         given = {name: group.pop(name) for name in INGREDIENTS & group.keys()}
         if isinstance(given.get("momentum"), (int, float)):
-            group["momentum"] = given["momentum"]
-            if "momentum" in default.options():
-                del given["momentum"]
+            beta = given.pop("momentum")
+            if "momentum" in default.options() or default.momentum == NoMomentum():
+                group["momentum"] = beta
+            if "momentum" not in default.options():
+                given["momentum"] = beta if default.momentum == NoMomentum() else with_beta(default.momentum, beta)
         return default.updated(given)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -148,7 +166,7 @@ class SteepestDescent(Optimizer):
             ValueError: other param groups or other ingredients; nothing has been loaded.
         """
         for i, (mine, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
-            if mine["rule"] != saved.get("rule"):
+            if "rule" not in saved or _rule(mine) != _rule(saved):
                 raise ValueError(f"param group {i} does not match the saved one: {_difference(mine, saved)}")
         super().load_state_dict(state_dict)
         for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -189,18 +207,16 @@ class SteepestDescent(Optimizer):
 
     def _descend(self, batch: Batch) -> _Move:
         """From the gradient to the direction."""
-        rule, state, shared = batch.rule, batch.state, _shared(batch)
-        step = batch.advance()
-        needs_weights = rule.step_size.reads_weight or any(c.overrides("gradient", "update") for c in rule.constraint)
-        w = batch.weights() if needs_weights else None
-        g = batch.gradient()
+        rule, state = batch.rule, batch.state
+        raw, scale = batch.gradient(), rule.step_size.scale(_shared(batch))
+        context = Context(raw, raw, batch.advance(), batch.rate, scale, batch.weights)
         for constraint in rule.constraint:
             if constraint.overrides("gradient"):
-                g = constraint.gradient(g, w)  # type: ignore[arg-type]
-        g = rule.step_size.weigh(g, w, shared)
-        m = rule.momentum(g, g, state, step)
-        d = rule.norm(m, g, state, step)
-        return _Move(batch, g, m, d, w, rule.step_size.measure(m, g, d, w, state, batch.rate, rule.norm))
+                context.g = constraint.gradient(context.g, context)
+        context.g = rule.step_size.weigh(context.g, context)
+        m = rule.momentum(context.g, state, context)
+        d = rule.norm(m, state, context)
+        return _Move(batch, context, m, d, rule.step_size.measure(m, d, state, context, rule.norm))
 
     def _concluded(self, moves: list[_Move]) -> Iterator[tuple[_Move, Shared]]:
         """Every move with what the step sizes conclude from all of them.
@@ -209,7 +225,8 @@ class SteepestDescent(Optimizer):
         """
         for kind in dict.fromkeys(type(move.batch.rule.step_size) for move in moves):
             alike = [move for move in moves if type(move.batch.rule.step_size) is kind]
-            sums = {name: torch.stack([move.sums[name] for move in alike]).sum() for name in alike[0].sums}
+            home = alike[0].batch.params[0].device
+            sums = {name: torch.stack([m.sums[name].to(home) for m in alike]).sum() for name in alike[0].sums}
             before = _shared(alike[0].batch)
             shared = alike[0].batch.rule.step_size.conclude(sums, before)
             for group in self.param_groups:
@@ -220,12 +237,12 @@ class SteepestDescent(Optimizer):
 
 def _apply(move: _Move, shared: Shared) -> None:
     """From the direction to the new weights."""
-    batch, d, w = move.batch, move.direction, move.weights
+    batch, context, d = move.batch, move.context, move.direction
     rule, params, rate, shrink = batch.rule, batch.params, batch.rate, batch.shrink
     for constraint in rule.constraint:
         if constraint.overrides("update"):
-            d = constraint.update(d, w, move.gradient, rate)  # type: ignore[arg-type]
-    size = -rate * rule.step_size.length(move.averaged, d, w, shared)
+            d = constraint.update(d, context)
+    size = -rate * rule.step_size.length(move.averaged, d, context, shared)
     bounds = [constraint for constraint in rule.constraint if constraint.overrides("weight")]
     if bounds or batch.dtype != params[0].dtype:
         new = batch.weights() * shrink + d * size
@@ -275,6 +292,8 @@ def _check_options(options: Mapping[str, Any], rule: Rule, spare: Set[str]) -> N
 
 def _check_parameters(group: dict[str, Any], rule: Rule) -> None:
     for i, p in enumerate(group["params"]):
+        if type(p).__name__ == "DTensor":
+            raise ValueError(f"{_name(group, i)} is sharded (a DTensor), which is not supported; pass whole tensors")
         if not p.is_floating_point():
             raise ValueError(f"{_name(group, i)} has dtype {p.dtype}; only real floating-point ones can be trained")
         rule.check_fits(_name(group, i), tuple(p.shape))
@@ -299,11 +318,3 @@ def _difference(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
     a, b = _rule(mine), _rule(saved)
     names = [name for name in sorted(INGREDIENTS) if getattr(a, name) != getattr(b, name)]
     return "; ".join(f"{name} is {getattr(a, name)!r} here, {getattr(b, name)!r} in the saved state" for name in names)
-
-
-def _overlaid(own: Geometry, given: str | Geometry | None) -> Geometry:
-    """The user's geometry laid over the optimizer's own: role by role, entry by entry."""
-    if isinstance(given, str) and given not in GEOMETRIES:
-        raise ValueError(f"unknown geometry {given!r}; {nearest(given, GEOMETRIES)}")
-    table = GEOMETRIES[given] if isinstance(given, str) else given or {}
-    return {role: {**entry(own, role), **entry(table, role)} for role in ("*", *ROLES, *own, *table)}

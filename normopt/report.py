@@ -70,7 +70,8 @@ def _rows(optimizer: SteepestDescent, group: Mapping[str, Any]) -> list[tuple[st
 
 def _effective_lr(rule: Rule, group: Mapping[str, Any], shape: tuple[int, ...]) -> str:
     rms = rule.norm.rms(rule.view.shape(shape))
-    size = float(group["lr"]) * rms * getattr(rule.step_size, "radius", 1.0)
+    shared = {name: group[name] for name in rule.step_size.init_shared()}
+    size = float(rule.step_size.rate(group["lr"], 1, shared)) * rms * getattr(rule.step_size, "radius", 1.0)
     return f"{size:.3g}" + (" x dual norm" if type(rule.step_size).__name__ in ("Dual", "Sharp") else "")
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normopt.directions import Smoothed
 from normopt.ingredient import nearest
-from normopt.norms import Column, Euclidean, Max, Norm, Row, Spectral
+from normopt.momentum import EMA, Momentum
+from normopt.norms import Column, Euclidean, Max, Row, Spectral
 from normopt.view import View
 
-#: The roles that are inferred. Users may name their own in overrides and geometries.
+#: The roles that are inferred. Users may name their own, in overrides as ``{"role": "expert"}``.
 ROLES = ("embedding", "linear", "unembedding", "conv", "vector", "scalar", "other")
 
 _UNKNOWN = "a module type without a known role"
@@ -49,8 +51,8 @@ def roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[
     * ``nn.Embedding``: ``embedding``, seen transposed (one column a token). A weight shared with the output layer keeps
       this role.
     * ``nn.Linear``: ``linear``, except the output layer, ``unembedding``: the last ``nn.Linear`` with as many outputs
-      as an embedding has tokens; where there is none (a classifier), the last ``nn.Linear``, unless it is as wide as an
-      embedding or the only layer.
+      as an embedding has tokens and no later layer as many inputs; where there is none (a classifier), the last
+      ``nn.Linear``, unless it is as wide as an embedding or the only layer. An override that names the head settles it.
     * convolutions: ``conv``, seen as (out, in * k * k); transposed ones as (out * k * k, in).
     * ``nn.MultiheadAttention`` and recurrent layers: ``linear``, their fused matrices split into the 3 or 4 they hold.
     * anything with one dimension: ``vector``; with none: ``scalar``.
@@ -67,13 +69,18 @@ def roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[
     Raises:
         ValueError: a pattern matches no parameter.
     """
-    found = _inferred(model)
+    inferred = _inferred(model)
+    found = dict(inferred)
     for pattern, override in (overrides or {}).items():
         names = fnmatch.filter(found, pattern)
         if not names:
             raise ValueError(f"overrides: the pattern {pattern!r} matches no parameter; {nearest(pattern, found)}")
         for name in names:
             found[name] = _overridden(found[name], pattern, override)
+    if any(role.name == "unembedding" and inferred[name].name != "unembedding" for name, role in found.items()):
+        for name, role in found.items():  # the user has named the head, so what was taken for it is none
+            if role == inferred[name] and role.name == "unembedding":
+                found[name] = replace(role, name="linear", reason="another layer is named the head")
     unknown = [name for name, role in found.items() if role.name == "other" and role.reason.endswith(_UNKNOWN)]
     if unknown:
         warnings.warn(
@@ -89,13 +96,19 @@ def _overridden(role: Role, pattern: str, override: Any) -> Role:
         raise ValueError(f"overrides[{pattern!r}]: unknown role {override!r}; {nearest(override, ROLES)}")
     if isinstance(override, str):
         override = {"role": override}
-    elif isinstance(override, Norm):
-        override = {"norm": override}
-    options = dict(override)
-    name, view = options.pop("role", role.name), options.pop("view", role.view)
+    options = _options(override)
+    name = options.pop("role", role.name)
+    view = options.pop("view", _view_as(name, role))
     view = View(**view) if isinstance(view, Mapping) else view
-    reason = f"override {pattern!r}" if {"role", "view", "norm"} & override.keys() else role.reason
-    return replace(role, name=name, view=view, options={**role.options, **options}, reason=reason)
+    reason = f"override {pattern!r}" if {"role", "view", "norm"} & _options(override).keys() else role.reason
+    return replace(role, name=name, view=view, options=merged(role.options, options), reason=reason)
+
+
+def _view_as(name: str, role: Role) -> View:
+    """How a parameter is seen once it plays the role ``name``: only embeddings are stored one row a token."""
+    if name == role.name or "embedding" not in (name, role.name):
+        return role.view
+    return View(transpose=name == "embedding")
 
 
 def _inferred(model: nn.Module) -> dict[str, Role]:
@@ -106,7 +119,8 @@ def _inferred(model: nn.Module) -> dict[str, Role]:
     for name, module, key, parameter in _parameters(model):
         role = _role(module, key, parameter, is_head=module is head)
         if name in declared_roles:
-            role = replace(role, name=declared_roles[name], reason=f"declared by {type(module).__name__}")
+            kind = declared_roles[name]
+            role = replace(role, name=kind, view=_view_as(kind, role), reason=f"declared by {type(module).__name__}")
         if name in declared_views:
             role = replace(role, view=View(**declared_views[name]))
         first = names.setdefault(parameter, name)
@@ -140,7 +154,9 @@ def _head(model: nn.Module) -> nn.Module | None:
     tables = [module for module in model.modules() if isinstance(module, _EMBEDDING)]
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if tables:
-        readouts = [module for module in linears if module.out_features in {table.num_embeddings for table in tables}]
+        sizes = {table.num_embeddings for table in tables}
+        consumed = [{later.in_features for later in linears[i + 1 :]} for i in range(len(linears))]
+        readouts = [m for m, inputs in zip(linears, consumed, strict=True) if m.out_features in sizes - inputs]
         hidden = linears and linears[-1].out_features in {table.embedding_dim for table in tables}
         return readouts[-1] if readouts else linears[-1] if linears and not hidden else None
     return linears[-1] if len(linears) > 1 or (linears and _has(model, _CONV)) else None
@@ -189,9 +205,10 @@ Geometry = Mapping[str, Any]
 #: (with Adam's memory when the optimizer is ``normopt.zoo.Muon``). ``scion``: arXiv 2502.07529, table 3, for one-hot
 #: input. ``modula``: arXiv 2410.21265, where the readout is a linear layer too. ``anthology``: the norms that arXiv
 #: 2409.20325, section 4, recommends, with the RMS -> linf norm for the readout.
+ADAM: Mapping[str, Any] = {"norm": Smoothed(Max(), beta=0.95), "momentum": EMA(0.9, bias_correction=True)}
 GEOMETRIES: dict[str, Geometry] = {
-    "adam": {"*": Max()},
-    "muon": {"linear": Spectral(), "conv": Spectral(), "*": Max()},
+    "adam": {"*": ADAM},
+    "muon": {"linear": Spectral(), "conv": Spectral(), "*": ADAM},
     "scion": {
         "embedding": Column(),
         "linear": Spectral(),
@@ -248,7 +265,7 @@ def param_groups(
     for name, role in roles(model, overrides).items():
         if role.name not in table and "*" not in table:
             raise ValueError(f"the geometry says nothing of the role {role.name!r} (parameter {name!r}); add it or '*'")
-        options = {**entry(table, role.name), **role.options}
+        options = merged(entry(table, role.name), role.options)
         key = (role.name, role.view, repr(sorted(options.items(), key=lambda item: item[0])))
         groups.setdefault(key, options)
         members[key].append((name, role))
@@ -266,5 +283,42 @@ def param_groups(
 
 def entry(table: Geometry, role: str) -> dict[str, Any]:
     """The param-group options that a geometry gives to a role."""
-    found = table.get(role, table.get("*", {}))
-    return dict(found) if isinstance(found, Mapping) else {"norm": found}
+    return _options(table.get(role, table.get("*", {})))
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Param-group options laid over one another, the last on top.
+
+    ``lr`` and ``lr_ratio`` replace each other, and a number for ``momentum`` becomes the beta of a momentum below it.
+    """
+    options: dict[str, Any] = {}
+    for layer in layers:
+        below = options.get("momentum")
+        rates = {"lr", "lr_ratio"} if {"lr", "lr_ratio"} & layer.keys() else set()
+        options = {name: value for name, value in options.items() if name not in rates} | dict(layer)
+        if isinstance(below, Momentum) and isinstance(options["momentum"], (int, float)):
+            options["momentum"] = with_beta(below, options["momentum"])
+    return options
+
+
+def with_beta(momentum: Momentum, beta: float) -> Momentum:
+    """The same momentum with another ``beta``; a ``ValueError`` where it has none."""
+    if not hasattr(momentum, "beta"):
+        raise ValueError(f"momentum={beta!r} has no meaning for {momentum}; give a momentum such as EMA({beta!r})")
+    return replace(momentum, beta=beta)  # type: ignore[type-var]
+
+
+def overlaid(own: Geometry, given: str | Geometry | None) -> Geometry:
+    """The user's geometry laid over the optimizer's own, role by role; its ``"*"`` is for all roles it does not name.
+
+    Raises:
+        ValueError: the name of no geometry.
+    """
+    if isinstance(given, str) and given not in GEOMETRIES:
+        raise ValueError(f"unknown geometry {given!r}; {nearest(given, GEOMETRIES)}")
+    table = GEOMETRIES[given] if isinstance(given, str) else given or {}
+    return {role: merged(entry(own, role), entry(table, role)) for role in dict.fromkeys(("*", *ROLES, *own, *table))}
+
+
+def _options(spec: Any) -> dict[str, Any]:
+    return dict(spec) if isinstance(spec, Mapping) else {"norm": spec}

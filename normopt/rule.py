@@ -45,9 +45,17 @@ class Rule(Ingredient):
         levels = [self.norm.reduces, self.momentum.reduces, self.step_size.reduces]
         return {*levels, *(constraint.reduces for constraint in self.constraint)} == {"entry"}
 
-    def init_state(self, x: Tensor, w: Tensor | None) -> dict[str, Tensor]:
-        """The state of all ingredients for a batch ``x`` of weights ``w``, zero steps old."""
-        return self.momentum.init_state(x) | self.norm.init_state(x) | self.step_size.init_state(x, w)
+    def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """The state of all ingredients for a batch ``x``, zero steps old.
+
+        Raises:
+            ValueError: two ingredients use one name, or one is called ``step``.
+        """
+        parts = (self.momentum.init_state(x), self.norm.init_state(x), self.step_size.init_state(x, weights))
+        names = ["step", *(name for part in parts for name in part)]
+        if len(names) != len(set(names)):
+            raise ValueError(f"{self}: two ingredients keep their state under one name, of {sorted(names)}")
+        return parts[0] | parts[1] | parts[2]
 
     def check_fits(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise a ``ValueError`` unless a parameter of this shape can be seen and measured as the rule says."""
@@ -83,10 +91,14 @@ def _constraints(value: Any) -> tuple[Constraint, ...]:
     return tuple(get(Constraint, item) for item in several)
 
 
+def _view(value: Any) -> View:
+    return View(**value) if isinstance(value, Mapping) else get(View, value)
+
+
 _READERS: dict[str, Callable[[Any], Any]] = {
     "norm": partial(get, Direction),
     "momentum": _momentum,
     "step_size": partial(get, StepSize),
     "constraint": _constraints,
-    "view": partial(get, View),
+    "view": _view,
 }

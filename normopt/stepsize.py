@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from normopt.ingredient import Ingredient, check_range
+from normopt.ingredient import Context, Ingredient, check_range
 from normopt.norms.base import Direction, axes
 
 Shared = dict[str, Tensor]
@@ -18,42 +19,42 @@ Rate = float | Tensor
 class StepSize(Ingredient):
     """The length of a step, in units of the direction: ``w <- w - rate * length * d``.
 
-    At each step the loop calls ``weigh`` (before momentum and memory see the gradient), ``rate`` and ``measure`` for
+    At each step the loop calls ``rate``, ``weigh`` (before momentum and memory see the gradient) and ``measure`` for
     every batch; then, if ``joint``, before any weight moves, ``conclude`` with the sums over all batches; then
     ``length`` for every batch.
     """
 
     #: True when a step needs the sums over all batches: then no weight moves before every direction is known.
     joint: ClassVar[bool] = False
-    #: True when ``weigh`` or ``measure`` or ``length`` reads the weights.
-    reads_weight: ClassVar[bool] = False
-    #: ``"entry"``, or ``"all"`` when the length differs from matrix to matrix.
-    reduces: ClassVar[str] = "entry"
+    #: As for stages; ``"entry"`` when one length serves all entries, ``"all"`` when it differs from matrix to matrix.
+    reduces: ClassVar[str] = "matrix"
 
-    def init_state(self, x: Tensor, w: Tensor | None) -> dict[str, Tensor]:
-        """State for each parameter, like a stage's; ``w`` holds the initial weights if ``reads_weight``."""
+    def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """State for each parameter, like a stage's; ``weights`` returns the initial weights."""
         return {}
 
     def init_shared(self) -> dict[str, float]:
         """State of the whole optimizer; it is kept in the param groups under these names, as 0-dimensional tensors."""
         return {}
 
-    def weigh(self, g: Tensor, w: Tensor | None, shared: Shared) -> Tensor:
-        """The gradient as momentum and memory should see it."""
-        return g
+    def scale(self, shared: Shared) -> Rate:
+        """What gradients are multiplied by before momentum and memory see them."""
+        return 1.0
+
+    def weigh(self, g: Tensor, context: Context) -> Tensor:
+        """The gradient as momentum and memory should see it: multiplied by ``scale``."""
+        return g if isinstance(context.scale, float) and context.scale == 1.0 else g * context.scale
 
     def measure(
-        self, x: Tensor, g: Tensor, d: Tensor, w: Tensor | None, state: dict[str, Tensor], rate: Rate, norm: Direction
+        self, x: Tensor, d: Tensor, state: dict[str, Tensor], context: Context, norm: Direction
     ) -> dict[str, Tensor]:
         """This batch's summands, by name.
 
         Args:
             x: the averaged gradient.
-            g: the gradient as momentum saw it.
             d: the direction.
-            w: the weights, if ``reads_weight``.
             state: this step size's tensors among the batch's, updated in place.
-            rate: what ``rate`` returned.
+            context: the gradient, the weights, the rate.
             norm: what made ``d`` of ``x``.
         """
         return {}
@@ -66,7 +67,7 @@ class StepSize(Ingredient):
         """The learning rate of this step, as the constraints see it too; ``shared`` is from before ``conclude``."""
         return lr
 
-    def length(self, x: Tensor, d: Tensor, w: Tensor | None, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
         """What else multiplies the direction: a number, or one for each matrix, shape ``(..., 1, 1)``."""
         return 1.0
 
@@ -79,12 +80,13 @@ class Constant(StepSize):
         radius: positive; 1 by default.
     """
 
+    reduces: ClassVar[str] = "entry"
     radius: float = 1.0
 
     def __post_init__(self) -> None:
         check_range(self, "radius", self.radius, 0, float("inf"))
 
-    def length(self, x: Tensor, d: Tensor, w: Tensor | None, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
         return self.radius
 
 
@@ -98,16 +100,17 @@ class Dual(StepSize):
     """
 
     joint: ClassVar[bool] = True
+    reduces: ClassVar[str] = "entry"
 
     def measure(
-        self, x: Tensor, g: Tensor, d: Tensor, w: Tensor | None, state: dict[str, Tensor], rate: Rate, norm: Direction
+        self, x: Tensor, d: Tensor, state: dict[str, Tensor], context: Context, norm: Direction
     ) -> dict[str, Tensor]:
         return {"dual_norm": (x * d).sum()}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         return sums
 
-    def length(self, x: Tensor, d: Tensor, w: Tensor | None, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
         return shared["dual_norm"]
 
 
@@ -121,7 +124,7 @@ class Sharp(StepSize):
 
     reduces: ClassVar[str] = "all"
 
-    def length(self, x: Tensor, d: Tensor, w: Tensor | None, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
         return torch.sum(x * d, dim=axes(x), keepdim=True)
 
 
@@ -140,48 +143,49 @@ class Prodigy(StepSize):
         beta3: weight of the past in both sums, in [0, 1).
         d0: the first estimate.
         d_coef: factor on the estimate.
-        growth_rate: the most that ``d`` may grow by in one step.
+        growth_rate: the most that ``d`` may grow by in one step; ``None`` is without bound.
 
     Memory: two more numbers for each parameter. ``d`` is in every param group.
     """
 
     joint: ClassVar[bool] = True
-    reads_weight: ClassVar[bool] = True
+    reduces: ClassVar[str] = "entry"
     beta3: float = 0.999**0.5
     d0: float = 1e-6
     d_coef: float = 1.0
-    growth_rate: float = float("inf")
+    growth_rate: float | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "beta3", self.beta3, 0, 1)
         for name in ("d0", "d_coef"):
             check_range(self, name, getattr(self, name), 1e-300, float("inf"))
-        check_range(self, "growth_rate", self.growth_rate, 1, float("inf"), closed=True)
+        if self.growth_rate is not None:
+            check_range(self, "growth_rate", self.growth_rate, 1, float("inf"))
 
-    def init_state(self, x: Tensor, w: Tensor | None) -> dict[str, Tensor]:
-        assert w is not None
-        return {"initial": w.clone(), "gradient_sum": torch.zeros_like(x)}
+    def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
+        return {"initial": weights().clone(), "gradient_sum": torch.zeros_like(x)}
 
     def init_shared(self) -> dict[str, float]:
         return {"d": self.d0, "d_max": self.d0, "d_numerator": 0.0}
 
-    def weigh(self, g: Tensor, w: Tensor | None, shared: Shared) -> Tensor:
-        return g * shared["d"]
+    def scale(self, shared: Shared) -> Rate:
+        return shared["d"]
 
     def measure(
-        self, x: Tensor, g: Tensor, d: Tensor, w: Tensor | None, state: dict[str, Tensor], rate: Rate, norm: Direction
+        self, x: Tensor, d: Tensor, state: dict[str, Tensor], context: Context, norm: Direction
     ) -> dict[str, Tensor]:
         # 1 / d0 keeps both sums away from underflow and cancels in their ratio.
-        total = state["gradient_sum"].mul_(self.beta3).add_(g * (rate / self.d0))
-        assert w is not None
-        progress = (g * (state["initial"] - w)).sum() * (rate / self.d0)
+        weighted = context.g * (context.rate / self.d0)
+        total = state["gradient_sum"].mul_(self.beta3).add_(weighted)
+        progress = (weighted * (state["initial"] - context.w)).sum()
         return {"numerator": progress, "denominator": norm.dual_norm(total).sum()}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         numerator = self.beta3 * shared["d_numerator"] + sums["numerator"]
         estimate = torch.where(sums["denominator"] > 0, self.d_coef * numerator / sums["denominator"], shared["d"])
         largest = torch.maximum(shared["d_max"], estimate)
-        return {"d": torch.minimum(largest, shared["d"] * self.growth_rate), "d_max": largest, "d_numerator": numerator}
+        grown = largest if self.growth_rate is None else torch.minimum(largest, shared["d"] * self.growth_rate)
+        return {"d": grown, "d_max": largest, "d_numerator": numerator}
 
     def rate(self, lr: Rate, step: float, shared: Shared) -> Rate:
         return shared["d"] * lr

@@ -22,7 +22,13 @@ def gradients(weights: list[Tensor], seed: int) -> Iterator[list[Tensor]]:
 
 
 def assert_same_path(
-    ours: Make, reference: Make, shapes: list[tuple[int, ...]], tolerance: float, steps: int = STEPS, seed: int = 0
+    ours: Make,
+    reference: Make,
+    shapes: list[tuple[int, ...]],
+    tolerance: float,
+    steps: int = STEPS,
+    seed: int = 0,
+    scale: float = 1.0,
 ) -> None:
     """Run both on the same gradients: they never differ by more than ``tolerance`` times the distance travelled."""
     start = torch.Generator().manual_seed(seed + 1)
@@ -33,7 +39,7 @@ def assert_same_path(
     stream = gradients(b, seed)
     for _ in range(steps):
         for i, g in enumerate(next(stream)):
-            a[i].grad, b[i].grad = g.clone(), g.clone()
+            a[i].grad, b[i].grad = scale * g, scale * g
         before = [w.detach().clone() for w in b]
         first.step()
         second.step()

@@ -339,6 +339,6 @@ def test_substate_is_a_view() -> None:
 
 def test_a_stage_must_say_what_it_does() -> None:
     stage = Stage()
-    assert stage.init_state(None) == {} and stage.reduces == "entry"
+    assert stage.init_state(None) == {} and stage.reduces == "matrix"
     with pytest.raises(NotImplementedError):
-        stage(None, None, {}, 1)
+        stage(None, {}, None)

@@ -32,7 +32,7 @@ from normopt import (
     View,
     WeightDecay,
 )
-from normopt.ingredient import get, parse
+from normopt.ingredient import Context, get, parse
 
 #: Under these the update is the averaged gradient itself.
 IDENTITY: dict[str, Any] = {"norm": Euclidean(scale="unit"), "step_size": "sharp"}
@@ -423,12 +423,12 @@ def test_constraints_see_the_weights_the_raw_gradient_and_the_update(registry: N
 
     @dataclass(frozen=True)
     class Witness(Constraint):
-        def gradient(self, g: Tensor, w: Tensor) -> Tensor:
-            calls.append(("gradient", g.clone(), w.clone()))
+        def gradient(self, g: Tensor, context: Context) -> Tensor:
+            calls.append(("gradient", g.clone(), context.w.clone()))
             return 2 * g
 
-        def update(self, d: Tensor, w: Tensor, g: Tensor, rate: Any) -> Tensor:
-            calls.append(("update", d.clone(), w.clone(), g.clone(), rate))
+        def update(self, d: Tensor, context: Context) -> Tensor:
+            calls.append(("update", d.clone(), context.w.clone(), context.raw.clone(), context.rate, context.g.clone()))
             return d + 1
 
         def shrink(self, rate: Any) -> Any:
@@ -448,6 +448,8 @@ def test_constraints_see_the_weights_the_raw_gradient_and_the_update(registry: N
     assert_close(calls[0][2].flatten(), flat)
     assert_close(calls[1][1].flatten(), g.flatten().sign())
     assert_close(calls[1][2].flatten(), flat)
+    assert_close(calls[1][3].flatten(), g.flatten())
+    assert_close(calls[1][5].flatten(), 2 * g.flatten())
     assert calls[1][4] == calls[2][2] == 0.1
     moved = 0.5 * start - 0.1 * (g.sign() + 1)
     assert_close(calls[2][1].flatten(), moved.flatten())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import normopt.norms
 import normopt.polar
-from normopt.ingredient import Ingredient, Stage, parse
+from normopt.ingredient import Context, Ingredient, Stage, parse
 from normopt.norms import Column, Euclidean, Max, Norm, Row, Spectral
 from normopt.norms.base import Scale
 from normopt.polar import JORDAN, Schedule, polar
@@ -439,7 +439,8 @@ def test_rms_of_an_update(norm: Norm) -> None:
 def test_a_norm_is_a_direction_without_state(norm: Norm) -> None:
     g = full_rank(3, 4)
     assert isinstance(norm, Stage) and norm.init_state(g) == {}
-    assert torch.equal(norm(g, torch.zeros_like(g), {}, 1), norm.dualize(g))
+    context = Context(torch.zeros_like(g), g, step=1, rate=0.1, scale=1.0, weights=lambda: g)
+    assert torch.equal(norm(g, {}, context), norm.dualize(g))
 
 
 # Vectors, scalars, nothing -------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ MORE = {
     "sgd": {"momentum": 0.9, "weight_decay": 0.1},
     "adamw": {"amsgrad": True},
     "muon": {"orthogonalize": "exact", "orthogonalize_dtype": None},
-    "scion": {"constrained": True},
+    "scion": {"constrained": True, "radius": 1.0},
 }
 BARE = {
     "shampoo": {"norm": "Smoothed(Spectral(), 0.9, 1e-6)", "momentum": 0.9},
@@ -130,7 +130,8 @@ def test_learns(make: Make) -> None:
 @local
 def test_groups_have_their_own_options_and_ingredients(make: Make) -> None:
     """Each group moves as it would in an optimizer of its own."""
-    own = [{"lr": 0.2}, {"norm": "max", "momentum": 0.5, "lr": 0.03}, {"constraint": "WeightDecay(0.5)"}, {}]
+    ingredients = {"norm": "max", "momentum": "EMA(beta=0.5)", "lr": 0.03}
+    own = [{"lr": 0.2}, ingredients, {"constraint": "WeightDecay(0.5)"}, {}]
     together, apart = tensors(), tensors()
     optimizer = make([{"params": [p], **o} for p, o in zip(together, own, strict=True)], lr=0.1)
     alone = [make([{"params": [p], **o}], lr=0.1) for p, o in zip(apart, own, strict=True)]

@@ -71,6 +71,10 @@ class GPT(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 nn.init.normal_(weight, std=(2 * len(self.blocks) * weight.shape[1]) ** -0.5)
+            elif name.endswith("norm.weight"):
+                nn.init.ones_(weight)
+            elif name.endswith("attention.gain"):
+                nn.init.constant_(weight, (self.embed.embedding_dim / weight.numel()) ** 0.5)
         nn.init.normal_(self.embed.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:

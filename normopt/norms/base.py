@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normopt.ingredient import Stage, check_choice
+from normopt.ingredient import Context, Stage, check_choice
 
 Scale = str | float
+Eps = float | Tensor
 
 #: Scales that mean the same for every norm, as functions of (out, in); "rms" is each norm's own.
 SCALES: dict[str, Callable[[int, int], float]] = {
@@ -60,8 +61,6 @@ class Norm(Direction):
     _abstract: ClassVar[bool] = True
     #: False for norms that take vectors and scalars too.
     needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    #: False for norms without ``second_moment`` and ``whiten``.
-    has_memory: ClassVar[bool] = True
     #: 2 when ``whiten`` adds ``eps`` to the statistics instead of to their root.
     eps_degree: ClassVar[int] = 1
 
@@ -70,6 +69,11 @@ class Norm(Direction):
             check_choice(self, "scale", self.scale, ("rms", *SCALES))
         elif not (isinstance(self.scale, Real) and 0 < self.scale < math.inf):
             raise ValueError(f"{type(self).__name__}: scale must be positive and finite, got {self.scale!r}")
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the norm has a ``second_moment``, so that ``Smoothed`` can remember it."""
+        return type(self).second_moment is not Norm.second_moment
 
     # What a norm must say of itself, at scale 1 ---------------------------------------------------------------
 
@@ -93,9 +97,9 @@ class Norm(Direction):
         """``project`` at scale 1."""
         raise NotImplementedError
 
-    def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: float) -> Tensor:
+    def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: Eps) -> Tensor:
         """``whiten`` at scale 1, a new tensor; by default an entry-wise division by ``sqrt(stats[0]) + eps``."""
-        root = stats[0].sqrt().add_(eps) if eps else _nonzero(stats[0].sqrt())
+        root = _nonzero(stats[0].sqrt()) if is_zero(eps) else stats[0].sqrt().add_(eps)
         return torch.div(m, root, out=root) if root.shape == m.shape and root.dtype == m.dtype else m / root
 
     def unit_update_rms(self, m: int, n: int) -> float:
@@ -133,7 +137,7 @@ class Norm(Direction):
         """The duality map: a ``t`` with ``norm(t) = 1`` and ``<g, t> = dual_norm(g)``; 0 where ``g`` is 0."""
         return self._scaled(self.unit_dualize(self._matrix(g)), g.shape)
 
-    def whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: float = 0.0) -> Tensor:
+    def whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: Eps = 0.0) -> Tensor:
         """``m`` divided by the root of ``stats`` (plus ``eps``): ``whiten(g, second_moment(g)) == dualize(g)``."""
         return self._scaled(self.unit_whiten(self._matrix(m), stats, eps), m.shape)
 
@@ -154,7 +158,7 @@ class Norm(Direction):
         m, n = (shape[-2], shape[-1]) if len(shape) > 1 else (1, math.prod(shape))
         return self.unit_update_rms(m, n) * self.factor(shape)
 
-    def __call__(self, x: Tensor, g: Tensor, state: dict[str, Tensor], step: float) -> Tensor:
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         """As a direction, a norm is its duality map."""
         return self.dualize(x)
 
@@ -166,6 +170,11 @@ class Norm(Direction):
         if self.needs_matrix and x.ndim < 2:
             raise ValueError(f"{type(self).__name__} is a norm of matrices (..., out, in), got shape {tuple(x.shape)}")
         return x
+
+
+def is_zero(eps: Eps) -> bool:
+    """Whether ``eps`` is the number 0; tensors never are, so that nobody waits for their value."""
+    return not isinstance(eps, Tensor) and eps == 0
 
 
 def axes(x: Tensor) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient import check_choice
-from normopt.norms.base import Norm
+from normopt.norms.base import Eps, Norm, is_zero
 from normopt.polar import METHODS, Schedule, exact, normalized, polar
 
 
@@ -76,7 +76,7 @@ class Spectral(_Schatten):
         """``(G G^T, G^T G)``, shapes ``(..., out, out)`` and ``(..., in, in)``."""
         return g @ g.mT, g.mT @ g
 
-    def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: float) -> Tensor:
+    def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: Eps) -> Tensor:
         dtype = torch.promote_types(m.dtype, stats[0].dtype)
         left, right = (inverse_root(s.to(torch.promote_types(dtype, torch.float32)), 4, eps) for s in stats)
         return (left @ m.to(left.dtype) @ right).to(dtype)
@@ -95,8 +95,6 @@ class Nuclear(_Schatten):
     Dual norm: the largest singular value. Duality map: ``u_1 v_1^T``, the leading singular pair, from a singular value
     decomposition. No second moment. Scale ``"rms"``: sqrt(out/in).
     """
-
-    has_memory: ClassVar[bool] = False
 
     def unit_norm(self, w: Tensor) -> Tensor:
         return singular_values(w).sum(dim=-1)
@@ -155,13 +153,13 @@ def _project_simplex(s: Tensor, radius: float) -> Tensor:
     return (s - shift).clamp_(min=0)
 
 
-def inverse_root(stats: Tensor, order: int, eps: float) -> Tensor:
+def inverse_root(stats: Tensor, order: int, eps: Eps) -> Tensor:
     """``(stats + eps)^(-1/order)`` of symmetric positive semidefinite matrices, a pseudo-inverse where ``eps`` is 0."""
     if stats.numel() == 0:
         return stats.clone()
     eigenvalues, vectors = torch.linalg.eigh(stats)
     eigenvalues = eigenvalues + eps
     smallest = eigenvalues.amax(dim=-1, keepdim=True) * stats.shape[-1] * torch.finfo(stats.dtype).eps
-    kept = eigenvalues > (smallest if eps == 0 else 0.0)
+    kept = eigenvalues > (smallest if is_zero(eps) else 0.0)
     powers = torch.where(kept, eigenvalues.clamp(min=torch.finfo(stats.dtype).tiny) ** (-1.0 / order), 0.0)
     return (vectors * powers.unsqueeze(-2)) @ vectors.mT

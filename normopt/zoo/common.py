@@ -22,6 +22,10 @@ class Common(TypedDict, total=False):
     geometry: str | Geometry | None
     overrides: Mapping[str, Any] | None
     maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
 
 
 #: With a whole model: every tensor moves by the optimizer's own rule, but vectors and scalars are not decayed.

@@ -8,17 +8,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from normopt.constraints import L2
+from normopt.directions import Identity
 from normopt.ingredient import option
 from normopt.momentum import HeavyBall
-from normopt.norms import Euclidean
 from normopt.optimizer import SteepestDescent
 from normopt.roles import Geometry
-from normopt.stepsize import Sharp
 from normopt.zoo.common import NO_DECAY, Common, Unpack
 
 
 class SGD(SteepestDescent):
-    """Gradient descent with a heavy ball: steepest descent under the Euclidean norm, by the dual norm's length.
+    """Gradient descent with a heavy ball: steepest descent under the Euclidean norm, as long as the dual norm.
 
     ``g <- g + weight_decay w``, ``b <- momentum b + (1 - dampening) g``, ``w <- w - lr b``. Arguments and defaults are
     those of torch.optim.SGD.
@@ -49,10 +48,9 @@ class SGD(SteepestDescent):
         super().__init__(
             params,
             lr,
-            Euclidean(scale="unit"),
+            Identity(),
             HeavyBall(option("momentum"), option("dampening"), option("nesterov")),
-            Sharp(),
-            L2(option("weight_decay")),
+            constraint=L2(option("weight_decay")),
             options=numbers,
             **common,
         )

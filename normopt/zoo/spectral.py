@@ -16,7 +16,7 @@ from normopt.momentum import EMA
 from normopt.norms import Max, Norm, Spectral
 from normopt.optimizer import SteepestDescent
 from normopt.polar import Schedule
-from normopt.roles import GEOMETRIES
+from normopt.roles import GEOMETRIES, ROLES
 from normopt.stepsize import Constant
 from normopt.zoo.common import Common, Unpack
 
@@ -40,6 +40,7 @@ class Muon(SteepestDescent):
         momentum: weight of the past.
         nesterov: average once more with the gradient.
         ns_coefficients: ``(a, b, c)`` of the Newton-Schulz iteration; needs ``orthogonalize="newton-schulz"``.
+        eps: taken for torch's sake and not used: gradients of any length are normalized, in float32.
         ns_steps: its number of steps; ``None`` is the method's own (5 for ``"newton-schulz"``).
         adjust_lr_fn: scale of an (m x n) update. ``None`` or ``"original"``: sqrt(max(1, m/n)). ``"match_rms_adamw"``:
             0.2 sqrt(max(m, n)). ``"spectral_unclamped"``: sqrt(m/n), the RMS -> RMS norm.
@@ -51,8 +52,6 @@ class Muon(SteepestDescent):
         aux_eps: AdamW's eps.
         aux_weight_decay: AdamW's weight decay.
         common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
-
-    torch's ``eps`` is not needed: gradients of any length are normalized in float32.
     """
 
     def __init__(
@@ -63,6 +62,7 @@ class Muon(SteepestDescent):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_coefficients: tuple[float, float, float] | None = None,
+        eps: float = 1e-7,
         ns_steps: int | None = None,
         adjust_lr_fn: str | None = None,
         *,
@@ -106,8 +106,11 @@ def _adamw(betas: tuple[float, float], eps: float, weight_decay: float, lr: dict
     }
 
 
-#: Hidden layers 50 and head 3000 in the authors' GPT: 60 times as far for the head.
-SCION_RADII: Mapping[str, float] = {"unembedding": 60.0, "*": 1.0}
+#: Radii for GPTs, unconstrained and constrained.
+SCION_RADII: dict[bool, Mapping[str, float]] = {
+    False: {"unembedding": 60.0, "*": 1.0},
+    True: {"unembedding": 3000.0, "*": 50.0},
+}
 
 
 class Scion(SteepestDescent):
@@ -123,9 +126,10 @@ class Scion(SteepestDescent):
         lr: learning rate; when constrained, at most 1.
         momentum: weight of the past (1 minus the argument of the authors' code).
         radius: radius of the ball, or the factor of lr when there is none: a number, or with a model a table
-            role -> radius, ``"*"`` for the rest. By default 60 for the head and 1 elsewhere, the authors' ratio.
+            role -> radius, ``"*"`` for the rest. By default the authors' for GPTs: 3000 for the head and 50 elsewhere
+            when constrained; 60 and 1, the same ratio, otherwise.
         constrained: keep weights in the ball.
-        norm: the norm of parameters that no group and no role says anything about.
+        norm: the norm of parameters whose group names none; with a model, use ``geometry``.
         orthogonalize: the method of :func:`normopt.polar.polar` for the spectral norm.
         orthogonalize_dtype: the dtype of its iteration.
         common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
@@ -136,7 +140,7 @@ class Scion(SteepestDescent):
         params: ParamsT | nn.Module,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
-        radius: float | Mapping[str, float] = SCION_RADII,
+        radius: float | Mapping[str, float] | None = None,
         constrained: bool = False,
         norm: str | Norm | None = None,
         *,
@@ -145,7 +149,12 @@ class Scion(SteepestDescent):
         **common: Unpack[Common],
     ) -> None:
         spectral = Spectral("rms", orthogonalize, None, orthogonalize_dtype)
-        radii = radius if isinstance(radius, Mapping) else {"*": radius}
+        if norm is not None and isinstance(params, nn.Module):
+            raise ValueError("Scion: norm is for parameters; with a model, give geometry={role: norm}")
+        radii = SCION_RADII[constrained] if radius is None else radius
+        radii = radii if isinstance(radii, Mapping) else {"*": radii}
+        for role in radii.keys() - {"*", *ROLES, *(common.get("geometry") or ())}:
+            raise ValueError(f"Scion: radius names the unknown role {role!r}; {nearest(role, ROLES)}")
         norms = {**GEOMETRIES["scion"], "linear": spectral, "conv": spectral}
         self.geometry = {  # type: ignore[misc]
             role: {"norm": norms.get(role, norms["*"]), **({"radius": radii[role]} if role in radii else {})}
