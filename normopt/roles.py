@@ -57,8 +57,7 @@ def roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[
     * ``nn.MultiheadAttention`` and recurrent layers: ``linear``, their fused matrices split into the 3 or 4 they hold.
     * anything with one dimension: ``vector``; with none: ``scalar``.
     * matrices of other modules: ``other``, with a warning: say what they are in ``overrides``, or let the module say
-    how
-      its parts are seen, ``normopt_roles = {"weight": "linear"}`` and ``normopt_views = {"weight": {"split": 3}}``
+      it of its parts, ``normopt_roles = {"weight": "linear"}`` and ``normopt_views = {"weight": {"split": 3}}``
       (names relative to the module).
 
     Args:
@@ -94,13 +93,12 @@ def roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[
 def _overridden(role: Role, pattern: str, override: Any) -> Role:
     if isinstance(override, str) and override not in ROLES:
         raise ValueError(f"overrides[{pattern!r}]: unknown role {override!r}; {nearest(override, ROLES)}")
-    if isinstance(override, str):
-        override = {"role": override}
-    options = _options(override)
+    options: dict[str, Any] = {"role": override} if isinstance(override, str) else _options(override)
+    says_how = bool({"role", "view", "norm"} & options.keys())
     name = options.pop("role", role.name)
     view = options.pop("view", _view_as(name, role))
     view = View(**view) if isinstance(view, Mapping) else view
-    reason = f"override {pattern!r}" if {"role", "view", "norm"} & _options(override).keys() else role.reason
+    reason = f"override {pattern!r}" if says_how else role.reason
     return replace(role, name=name, view=view, options=merged(role.options, options), reason=reason)
 
 
