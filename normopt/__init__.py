@@ -1,8 +1,9 @@
 """normopt: optimizers as steepest descent under a norm chosen for each tensor's role."""
 
-from normopt import constraints, directions, momentum, nn, norms, polar, stepsize, zoo
+from normopt import bases, constraints, directions, momentum, nn, norms, polar, stepsize, zoo
+from normopt.bases import Basis, Eigenbasis
 from normopt.constraints import L2, Constraint, FrankWolfe, WeightDecay
-from normopt.directions import Chain, Grafted, Identity, Smoothed
+from normopt.directions import Blocked, Chain, Clipped, Decayed, Factored, Grafted, Identity, Rotated, Smoothed
 from normopt.ingredient import Option
 from normopt.momentum import EMA, HeavyBall, LookAhead, Momentum, Nesterov, NoMomentum
 from normopt.norms import Column, Direction, Euclidean, Max, Norm, Nuclear, Row, Spectral
@@ -11,7 +12,7 @@ from normopt.polar import Schedule
 from normopt.report import describe
 from normopt.roles import GEOMETRIES, Role, param_groups, roles
 from normopt.rule import Rule
-from normopt.stepsize import Constant, Dual, Prodigy, Sharp, StepSize
+from normopt.stepsize import Constant, DAdaptation, Dual, GradientTrust, Prodigy, Sharp, StepSize, TrustRatio
 from normopt.view import View
 from normopt.zoo import create, list_optimizers
 
@@ -21,14 +22,22 @@ __all__ = [
     "EMA",
     "GEOMETRIES",
     "L2",
+    "Basis",
+    "Blocked",
     "Chain",
+    "Clipped",
     "Column",
     "Constant",
     "Constraint",
+    "DAdaptation",
+    "Decayed",
     "Direction",
     "Dual",
+    "Eigenbasis",
     "Euclidean",
+    "Factored",
     "FrankWolfe",
+    "GradientTrust",
     "Grafted",
     "HeavyBall",
     "Identity",
@@ -42,6 +51,7 @@ __all__ = [
     "Option",
     "Prodigy",
     "Role",
+    "Rotated",
     "Row",
     "Rule",
     "Schedule",
@@ -50,8 +60,10 @@ __all__ = [
     "Spectral",
     "SteepestDescent",
     "StepSize",
+    "TrustRatio",
     "View",
     "WeightDecay",
+    "bases",
     "constraints",
     "create",
     "describe",

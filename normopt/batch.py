@@ -33,7 +33,9 @@ class Batch:
         self.flat = rule.elementwise
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
         self.steps = torch.tensor([age(state, p) for p in params])
-        self.state = rule.init_state(self.gradient(), self.weights)
+        g = self.gradient()
+        self._shape = g.shape
+        self.state = rule.init_state(g, self.weights)
         self._views = [{"step": step} for step in self.steps.unbind()]
         for name, tensor in self.state.items():
             for views, view in zip(self._views, self._state_views(tensor), strict=True):
@@ -65,7 +67,7 @@ class Batch:
         """Whether ``rule`` needs this state and no other: it may have got a momentum in place of 0 since."""
         if rule == self.rule:
             return True
-        x = torch.zeros(1, 1, 1)
+        x = torch.empty(self._shape, device="meta")
         return rule.elementwise == self.flat and rule.init_state(x, x.clone).keys() == self.state.keys()
 
     def gather(self, tensors: Iterable[Tensor]) -> Tensor:
@@ -93,16 +95,24 @@ class Batch:
 
     def prepare(self, rule: Rule, shared: Shared) -> None:
         """Take this step's numbers from the param group, before anything moves: they may be out of range."""
-        lr, step = self.group["lr"], self.steps[0].item() + 1
-        self.rule = rule
+        self.rule, lr = rule, self.group["lr"]
         if isinstance(lr, Tensor):
             lr = lr.squeeze().to(self.params[0].device, non_blocking=True)
+        step = max(1.0, self.steps[0].item() + 1 - rule.norm.looks_first)
         self.rate = rule.step_size.rate(lr, step, shared)
         self.shrink = reduce(mul, (constraint.shrink(self.rate) for constraint in rule.constraint), 1.0)
 
+    def look(self) -> bool:
+        """Whether this is a first gradient that only prepares the direction's state, which has been done."""
+        looks = self.rule.norm.looks_first and self.steps[0].item() == 0
+        if looks:
+            self.rule.norm.look(self.gradient(), self.state)
+            self.steps.add_(1)
+        return looks
+
     def advance(self) -> float:
         """Count one more step; returns its number, from 1."""
-        return self.steps.add_(1)[0].item()
+        return self.steps.add_(1)[0].item() - self.rule.norm.looks_first
 
     def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
         sizes = [p.numel() if self.flat else self.rule.view.shape(p.shape)[0] for p in self.params]

@@ -16,7 +16,7 @@ class Constraint(Ingredient):
     """What happens to the weights beside the update. Override any of four methods; the others cost nothing.
 
     In order: ``gradient`` (before momentum and memory), ``update``, ``shrink``, then the step
-    ``w <- shrink w - rate length d``, then ``weight``. Tensors have the batch's layout ``(..., out, in)`` and are never
+    ``w <- shrink w - length d``, then ``weight``. Tensors have the batch's layout ``(..., out, in)`` and are never
     modified in place.
     """
 
@@ -28,7 +28,7 @@ class Constraint(Ingredient):
         return g
 
     def update(self, d: Tensor, context: Context) -> Tensor:
-        """The update ``d``, to be multiplied by ``-rate length``; the context has the weights and the raw gradient."""
+        """The update ``d``, to be multiplied by ``-length``; the context has the weights and the raw gradient."""
         return d
 
     def shrink(self, rate: Rate) -> Rate:
@@ -50,16 +50,25 @@ class WeightDecay(Constraint):
 
     Args:
         weight_decay: not negative.
+        after: decay the new weights instead, the update included (SOAP).
     """
 
     reduces: ClassVar[str] = "entry"
     weight_decay: float = 0.1
+    after: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
 
     def shrink(self, rate: Rate) -> Rate:
         return 1 - rate * self.weight_decay
+
+    def update(self, d: Tensor, context: Context) -> Tensor:
+        return d * (1 - context.rate * self.weight_decay)
+
+    def overrides(self, *methods: str) -> bool:
+        """``update`` only with ``after``."""
+        return super().overrides(*(method for method in methods if method != "update" or self.after))
 
 
 @dataclass(frozen=True)

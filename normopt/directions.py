@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,10 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from normopt.ingredient import Context, Stage, check_choice, check_range, coarsest, substate
+from normopt.bases import Basis
+from normopt.ingredient import Context, Stage, check_choice, check_count, check_range, coarsest, substate
 from normopt.norms.base import Direction, Norm, axes, euclidean, normalize
+from normopt.norms.vector import Euclidean
 
-ACCUMULATE = ("ema", "sum")
+ACCUMULATE = ("ema", "sum", "max")
+EPS_AT = ("corrected", "raw", "moment")
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,24 @@ class Smoothed(Direction):
     Args:
         norm: the norm; it needs a second moment.
         beta: weight of the past, in [0, 1); not used by ``accumulate="sum"``.
-        eps: added, after the bias correction, to the root of the second moment; under the spectral norm to the second
-            moment itself, as in Shampoo. It follows the scale that a step size gives to gradients (Prodigy).
+        eps: added to the root of the second moment; under the spectral norm to the diagonal of the second moment
+            itself, as in Shampoo. It follows the scale that a step size gives to gradients (Prodigy).
         bias_correction: divide by ``1 - beta^step``.
-        accumulate: ``"ema"``, or ``"sum"`` over all steps (Adagrad, the Shampoo of arXiv 1802.09568).
-        initial: what every entry of the second moment starts from.
+        accumulate: ``"ema"``; ``"sum"`` over all steps (Adagrad, the Shampoo of arXiv 1802.09568); or ``"max"``,
+            ``sqrt(s) <- max(beta sqrt(s), sqrt(second_moment(g)) + eps)`` (Adamax, arXiv 1412.6980, section 7.1). The
+            latter two have no bias to correct.
+        initial: what every entry of the second moment starts from; ``"first"``: the first gradient's second moment,
+            without bias correction (NovoGrad).
         maximum: divide by the largest second moment so far, before the bias correction (AMSGrad as in torch.optim).
+        centered: subtract the second moment of the average gradient (RMSprop's variance).
+        eps_at: where ``eps`` is added: to the root, ``"corrected"`` for bias or still ``"raw"`` (SOAP), or to the
+            ``"moment"`` under the root (DASGO).
+        power: divide by this power of the root (Shampoo with another exponent).
+        frequency: compute the root at the first step and at every step that is a multiple of this, and keep it in
+            between, as another state; for the spectral norm, whose roots are expensive.
 
     Raises:
-        ValueError: the norm has no second moment, or a number is out of range.
+        ValueError: the norm has no second moment, a number is out of range, or options exclude each other.
     """
 
     norm: Norm
@@ -43,20 +54,31 @@ class Smoothed(Direction):
     eps: float = 1e-8
     bias_correction: bool = True
     accumulate: str = "ema"
-    initial: float = 0.0
+    initial: float | str = 0.0
     maximum: bool = False
+    centered: bool = False
+    eps_at: str = "corrected"
+    power: float = 1.0
+    frequency: int = 1
 
     def __post_init__(self) -> None:
-        check_range(self, "beta", self.beta, 0, 1)
+        check_range(self, "beta", self.beta, 0, 1, closed=self.accumulate == "sum")
         check_range(self, "eps", self.eps, 0, float("inf"))
-        check_range(self, "initial", self.initial, 0, float("inf"))
+        check_range(self, "power", self.power, 0, float("inf"))
+        check_count(self, "frequency", self.frequency)
         check_choice(self, "accumulate", self.accumulate, ACCUMULATE)
+        check_choice(self, "eps_at", self.eps_at, EPS_AT)
+        if self.initial != "first":
+            check_range(self, "initial", self.initial, 0, float("inf"))
         if not self.norm.has_memory:
             raise ValueError(f"Smoothed: {self.norm} has no second moment to remember")
-        if self.maximum is True and self.norm.reduces == "matrix":
-            raise ValueError(f"Smoothed: the second moments of {self.norm} are matrices, of which none is the largest")
-        if self.initial and self.norm.reduces == "matrix":
-            raise ValueError(f"Smoothed: the second moments of {self.norm} are matrices; they start from 0")
+        of_matrices = f"Smoothed: the second moments of {self.norm} are matrices"
+        if self.norm.matrix_memory and (self.maximum is True or self.accumulate == "max"):
+            raise ValueError(f"{of_matrices}, of which none is the largest")
+        if self.norm.matrix_memory and self.initial not in (0.0, "first"):
+            raise ValueError(f"{of_matrices}; they start from 0 or from the first one")
+        if self.accumulate == "max" and (self.maximum is True or self.centered is True or self.initial):
+            raise ValueError("Smoothed: accumulate='max' starts from 0 and is neither centered nor a maximum besides")
 
     @property
     def reduces(self) -> str:  # type: ignore[override]
@@ -68,32 +90,142 @@ class Smoothed(Direction):
         """That of the norm."""
         return self.norm.needs_matrix
 
+    @property
+    def takes_vectors(self) -> bool:
+        """Those norms that do, and those whose memory is of matrices: a vector's is Adagrad's full matrix."""
+        return self.norm.takes_vectors or self.norm.matrix_memory
+
+    @property
+    def rotation_invariant(self) -> bool:
+        """That of the norm."""
+        return self.norm.rotation_invariant
+
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         stats = self.norm.second_moment(x)
-        state = {f"second_moment{i or ''}": torch.full_like(s, self.initial) for i, s in enumerate(stats)}
+        start = 0.0 if isinstance(self.initial, str) else self.initial
+        state = {f"second_moment{i or ''}": torch.full_like(s, start) for i, s in enumerate(stats)}
+        if self.frequency > 1:
+            state |= {f"root{i or ''}": torch.zeros_like(s) for i, s in enumerate(stats)}
         if self.maximum:
-            state |= {f"max_{name}": tensor.clone() for name, tensor in state.items()}
-        return state
+            state |= {f"max_second_moment{i or ''}": torch.full_like(s, start) for i, s in enumerate(stats)}
+        return state | ({"mean": torch.zeros_like(x)} if self.centered else {})
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        averaged = self.accumulate == "ema"
-        keep, add = (self.beta, 1 - self.beta) if averaged else (1.0, 1.0)
-        stats = {name: tensor for name, tensor in state.items() if name.startswith("second_moment")}
-        self.norm.remember_(tuple(stats.values()), context.g, keep, add)
-        if self.maximum:
-            stats = {name: state[f"max_{name}"].copy_(s.maximum(state[f"max_{name}"])) for name, s in stats.items()}
-        # whiten(x, s / c, eps) = sqrt(c) whiten(x, s, sqrt(c)^degree eps): the correction costs nothing.
-        root = (1 - self.beta**context.step) ** 0.5 if averaged and self.bias_correction else 1.0
-        eps = self.eps * (root * context.scale) ** self.norm.eps_degree
-        return self.norm.whiten(x, tuple(stats.values()), eps).mul_(root)
+        self._remember(context.g, state, context)
+        if self.frequency > 1 and context.step == self._refreshed(context.step):
+            for kept, new in zip(_all(state, "root"), self._roots(state, context), strict=True):
+                kept.copy_(new)
+        return self.apply(x, state, context)
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        kept = _all(state, "root")
+        roots = kept or self._roots(state, context)
+        # (s / c^2)^(-1/2) = c s^(-1/2): the bias correction costs nothing.
+        correction = self._correction(self._refreshed(context.step)) ** self.power
+        return self.norm.divide(x, roots, out=None if kept else roots[0]).mul_(correction)
+
+    def _remember(self, g: Tensor, state: dict[str, Tensor], context: Context) -> None:
+        stats = _all(state, "second_moment")
+        if self.accumulate == "max":
+            for s, new in zip(stats, self.norm.second_moment(g), strict=True):
+                torch.maximum(s.mul_(self.beta**2), new.sqrt_().add_(self.eps * context.scale).square_(), out=s)
+            return
+        keep, add = (1.0, 1.0) if self.accumulate == "sum" else (self.beta, 1 - self.beta)
+        if self.initial == "first" and context.step == 1:
+            keep, add = 0.0, 1.0
+        self.norm.remember_(stats, g, keep, add)
+        for s, largest in zip(stats, _all(state, "max_second_moment"), strict=False):
+            torch.maximum(s, largest, out=largest)
+        if self.centered:
+            state["mean"].mul_(keep).add_(g, alpha=add)
+
+    def _refreshed(self, step: float) -> float:
+        """The last step at which the root was computed."""
+        return max(1.0, step - step % self.frequency)
+
+    def _correction(self, step: float) -> float:
+        """The root of what the second moment is to be divided by."""
+        plain = not self.bias_correction or self.accumulate != "ema" or self.initial == "first"
+        return 1.0 if plain else (1 - self.beta**step) ** 0.5
+
+    def _roots(self, state: dict[str, Tensor], context: Context) -> tuple[Tensor, ...]:
+        """The roots of the second moments, plus eps, both without bias correction."""
+        stats = _all(state, "max_second_moment" if self.maximum else "second_moment")
+        if self.centered:
+            means = self.norm.second_moment(state["mean"])
+            stats = tuple(s - mean for s, mean in zip(stats, means, strict=True))
+            stats = stats if self.norm.matrix_memory else tuple(s.clamp_(min=0.0) for s in stats)
+        unit = context.scale if self.eps_at == "raw" else context.scale * self._correction(context.step)
+        inside = self.eps_at == "moment" or self.norm.matrix_memory
+        eps = 0.0 if self.accumulate == "max" or not self.eps else self.eps * unit ** (2.0 if inside else self.power)
+        if inside and not self.norm.matrix_memory:
+            stats, eps = tuple(s + eps for s in stats), 0.0
+        return self.norm.unit_roots(stats, eps, self.power)
 
     def rms(self, shape: tuple[int, ...]) -> float:
         """That of the norm: the size of a step whose gradient is as large as those before it."""
         return self.norm.rms(shape)
 
-    def dual_norm(self, g: Tensor) -> Tensor:
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """That of the norm."""
-        return self.norm.dual_norm(g)
+        return self.norm.steepness(g, state)
+
+
+def _all(state: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    """The tensors called ``name``, ``name1`` ..."""
+    return tuple(tensor for key, tensor in state.items() if key.rstrip("0123456789") == name)
+
+
+@dataclass(frozen=True)
+class Factored(Direction):
+    """Adafactor's memory: a column and a row in place of the whole second moment (arXiv 1804.04235).
+
+    ``r <- r + t^decay (row means of g^2 - r)``, ``c`` likewise of columns, ``v = r c / mean(r)``, result
+    ``x / max(sqrt(v), eps)``. A vector is one row, so that ``v`` is its own second moment. This is no norm's duality
+    map: without memory (``decay=0``) it divides each entry by the sizes of its row and of its column at once, one step
+    of a Sinkhorn iteration.
+
+    Args:
+        decay: exponent of the step number in the weight of the newest gradient, at most 0.
+        eps: the least that is divided by; ``None``: the smallest ``eps`` with ``1 + eps > 1`` in the working dtype.
+    """
+
+    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    decay: float = -0.8
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "decay", self.decay, -float("inf"), 0, closed=True)
+        if self.eps is not None:
+            check_range(self, "eps", self.eps, 0, float("inf"))
+
+    @property
+    def takes_vectors(self) -> bool:
+        """Always."""
+        return True
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return {"row": torch.zeros_like(x[..., :1]), "column": torch.zeros_like(x[..., :1, :])}
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        square = context.g.square()
+        state["row"].lerp_(square.mean(dim=-1, keepdim=True), context.step**self.decay)
+        state["column"].lerp_(square.mean(dim=-2, keepdim=True), context.step**self.decay)
+        return self.apply(x, state, context)
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        row, column = state["row"], state["column"]
+        variance = (row * column).div_(row.mean(dim=-2, keepdim=True).clamp_(min=eps))
+        return torch.div(x, variance.sqrt_().clamp_(min=eps), out=variance)
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """1."""
+        return 1.0
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """``sqrt(numel) ||g||``: the update has root mean square 1."""
+        return Euclidean().dual_norm(g)
 
 
 @dataclass(frozen=True)
@@ -105,9 +237,60 @@ class Identity(Direction):
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         return x
 
-    def dual_norm(self, g: Tensor) -> Tensor:
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The Euclidean norm."""
         return euclidean(g, axes(g))
+
+
+@dataclass(frozen=True)
+class Clipped(Direction):
+    """The nearest point of a norm's ball: ``norm.project(x, radius)``.
+
+    ``Clipped(Euclidean())`` shortens updates to a root mean square of at most 1, as Adafactor does.
+
+    Args:
+        norm: whose ball.
+        radius: of the ball.
+    """
+
+    norm: Norm
+    radius: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "radius", self.radius, 0, float("inf"))
+
+    @property
+    def reduces(self) -> str:  # type: ignore[override]
+        """That of the norm."""
+        return self.norm.reduces
+
+    @property
+    def needs_matrix(self) -> bool:  # type: ignore[override]
+        """That of the norm."""
+        return self.norm.needs_matrix
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self.norm.project(x, self.radius)
+
+
+@dataclass(frozen=True)
+class Decayed(Direction):
+    """``x + weight_decay w``: weight decay as a part of the direction, before what comes after it sees the result.
+
+    In a ``Chain``, for methods that average decayed directions (NovoGrad) or measure their length (LAMB).
+
+    Args:
+        weight_decay: not negative.
+    """
+
+    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return x.add(context.w, alpha=self.weight_decay) if self.weight_decay else x
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -144,8 +327,26 @@ class Chain(Direction):
         """Whether any stage does."""
         return any(stage.needs_matrix for stage in self.stages)
 
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether all stages do."""
+        return all(stage.takes_vectors for stage in self.stages)
+
+    @property
+    def degree(self) -> int:  # type: ignore[override]
+        """1 if it is that for all stages."""
+        return min(stage.degree for stage in self.stages)
+
+    @property
+    def looks_first(self) -> bool:  # type: ignore[override]
+        """Whether the first stage does."""
+        return self.stages[0].looks_first
+
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {f"{i}.{k}": v for i, stage in enumerate(self.stages) for k, v in stage.init_state(x).items()}
+
+    def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
+        self.stages[0].look(g, substate(state, "0."))
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         for i, stage in enumerate(self.stages):
@@ -153,10 +354,25 @@ class Chain(Direction):
             context = context.seeing(x)
         return x
 
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        for i, stage in enumerate(self.stages):
+            x = stage.apply(x, substate(state, f"{i}."), context)
+            context = context.seeing(x)
+        return x
+
     def rms(self, shape: tuple[int, ...]) -> float:
         """That of the last direction."""
-        directions = [stage for stage in self.stages if isinstance(stage, Direction)]
-        return directions[-1].rms(shape) if directions else float("nan")
+        return self._last().rms(shape)
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """That of the last direction."""
+        last = self._last()
+        return last.steepness(g, substate(state, f"{self.stages.index(last)}."))
+
+    def _last(self) -> Direction:
+        """The last stage that says how large its result is."""
+        directions = [s for s in self.stages if isinstance(s, Direction) and not isinstance(s, (Clipped, Decayed))]
+        return directions[-1] if directions else Identity()
 
 
 @dataclass(frozen=True)
@@ -183,15 +399,191 @@ class Grafted(Direction):
         """Whether either does."""
         return self.direction.needs_matrix or self.magnitude.needs_matrix
 
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether both do."""
+        return self.direction.takes_vectors and self.magnitude.takes_vectors
+
+    @property
+    def degree(self) -> int:  # type: ignore[override]
+        """That of the magnitude."""
+        return self.magnitude.degree
+
+    @property
+    def looks_first(self) -> bool:  # type: ignore[override]
+        """Whether either does."""
+        return any(part.looks_first for part in self._parts().values())
+
+    def _parts(self) -> dict[str, Stage]:
+        return {"direction.": self.direction, "magnitude.": self.magnitude}
+
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {f"{name}.{k}": v for name, part in parts.items() for k, v in part.init_state(x).items()}
+        return {name + k: v for name, part in self._parts().items() for k, v in part.init_state(x).items()}
+
+    def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
+        for name, part in self._parts().items():
+            if part.looks_first:
+                part.look(g, substate(state, name))
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        d = self.direction(x, substate(state, "direction."), context)
-        length = self.magnitude(x, substate(state, "magnitude."), context)
+        return self._graft(*(part(x, substate(state, name), context) for name, part in self._parts().items()))
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self._graft(*(part.apply(x, substate(state, name), context) for name, part in self._parts().items()))
+
+    def _graft(self, d: Tensor, length: Tensor) -> Tensor:
         return normalize(d, axes(d)).mul_(euclidean(length, axes(length), keepdim=True))
 
     def rms(self, shape: tuple[int, ...]) -> float:
         """That of the magnitude."""
         return self.magnitude.rms(shape) if isinstance(self.magnitude, Direction) else float("nan")
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The Euclidean norm times the magnitude's usual length."""
+        size = self.rms(tuple(g.shape[-2:]))
+        if size != size:
+            return super().steepness(g, state)
+        return Euclidean().dual_norm(g) * size
+
+
+@dataclass(frozen=True)
+class Rotated(Direction):
+    """A direction in rotated coordinates: ``L direction(L^T x R) R^T`` with orthonormal ``L`` and ``R`` of the basis.
+
+    ``Rotated(Smoothed(Max()), Eigenbasis())`` is SOAP: Adam in the eigenbasis of Shampoo's statistics. The basis is
+    learnt from the gradients; after it has changed, the direction's memory, which lives in the old coordinates, is
+    kept as it is, its rows and columns in the order of the new basis.
+
+    Args:
+        direction: what happens in the rotated coordinates. Norms that are the same in every basis are refused.
+        basis: which coordinates.
+    """
+
+    direction: Direction
+    basis: Basis
+
+    def __post_init__(self) -> None:
+        if getattr(self.direction, "rotation_invariant", False):
+            raise ValueError(f"Rotated: {self.direction} is the same in every basis; leave the rotation out")
+        stages = self.direction.stages if isinstance(self.direction, Chain) else ()
+        if self.direction.looks_first or not all(isinstance(stage, Direction) for stage in stages):
+            raise ValueError(f"Rotated: {self.direction} has a memory of directions, which would have to turn")
+
+    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+
+    @property
+    def takes_vectors(self) -> bool:
+        """That of the direction."""
+        return self.direction.takes_vectors
+
+    @property
+    def degree(self) -> int:  # type: ignore[override]
+        """That of the direction."""
+        return self.direction.degree
+
+    @property
+    def looks_first(self) -> bool:  # type: ignore[override]
+        """That of the basis."""
+        return self.basis.looks_first
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        inner = {f"rotated.{name}": tensor for name, tensor in self.direction.init_state(x).items()}
+        return inner | self.basis.init_state(x)
+
+    def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
+        self.basis.look(g, state)
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        basis, inner = self.basis, substate(state, "rotated.")
+        there = context.through(lambda t: basis.rotate(t, state))
+        d = basis.unrotate(self.direction(basis.rotate(x, state), inner, there), state)
+        basis.learn(context.g, state, context, [t for name, t in state.items() if name.startswith("rotated.")])
+        return d
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        basis = self.basis
+        there = context.through(lambda t: basis.rotate(t, state))
+        return basis.unrotate(self.direction.apply(basis.rotate(x, state), substate(state, "rotated."), there), state)
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """That of the direction."""
+        return self.direction.rms(shape)
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """That of the direction in the rotated coordinates."""
+        return self.direction.steepness(self.basis.rotate(g, state), substate(state, "rotated."))
+
+
+@dataclass(frozen=True)
+class Blocked(Direction):
+    """A direction for each block of a large matrix: sides longer than ``size`` are cut into equal parts.
+
+    Bounds the cost of directions that keep or decompose square matrices (Shampoo's block size). A matrix whose sides
+    cannot be cut evenly is filled up with zeros.
+
+    Args:
+        direction: what happens in each block.
+        size: the longest side of a block.
+    """
+
+    direction: Direction
+    size: int = 1024
+
+    def __post_init__(self) -> None:
+        check_count(self, "size", self.size)
+
+    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+
+    @property
+    def takes_vectors(self) -> bool:
+        """That of the direction."""
+        return self.direction.takes_vectors
+
+    @property
+    def degree(self) -> int:  # type: ignore[override]
+        """That of the direction."""
+        return self.direction.degree
+
+    @property
+    def looks_first(self) -> bool:  # type: ignore[override]
+        """That of the direction."""
+        return self.direction.looks_first
+
+    def cut(self, x: Tensor) -> Tensor:
+        """``x`` of shape ``(..., out, in)`` as blocks ``(..., blocks, out / rows, in / columns)``."""
+        (rows, height), (columns, width) = (self._parts(n) for n in x.shape[-2:])
+        x = torch.nn.functional.pad(x, (0, columns * width - x.shape[-1], 0, rows * height - x.shape[-2]))
+        return x.reshape(*x.shape[:-2], rows, height, columns, width).transpose(-3, -2).flatten(-4, -3)
+
+    def join(self, blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of ``cut``; ``shape`` ends in ``(out, in)``."""
+        m, n = shape[-2:]
+        rows, columns = self._parts(m)[0], self._parts(n)[0]
+        whole = blocks.reshape(*blocks.shape[:-3], rows, columns, *blocks.shape[-2:]).transpose(-3, -2)
+        return whole.flatten(-4, -3).flatten(-2, -1)[..., :m, :n]
+
+    def _parts(self, n: int) -> tuple[int, int]:
+        """How many parts a side of ``n`` is cut into, and how long each is."""
+        parts = max(1, -(-n // self.size))
+        return parts, -(-n // parts)
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return self.direction.init_state(self.cut(x))
+
+    def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
+        self.direction.look(self.cut(g), state)
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self.join(self.direction(self.cut(x), state, context.through(self.cut)), x.shape)
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self.join(self.direction.apply(self.cut(x), state, context.through(self.cut)), x.shape)
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """That of the direction for a block."""
+        m, n = shape if len(shape) > 1 else (1, *shape)
+        return self.direction.rms((self._parts(m)[1], self._parts(n)[1]))
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The sum over all blocks."""
+        return self.direction.steepness(self.cut(g), state).sum(dim=-1)

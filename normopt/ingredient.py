@@ -122,16 +122,18 @@ class Context:
         raw: the gradient as it came.
         step: the number of this step, counted from 1.
         rate: the learning rate, as the step size sees it.
-        scale: what the step size has multiplied ``g`` by, so that an ``eps`` can follow.
+        direction: the rule's direction, resolved.
         weights: how to get the weights.
+        scale: what the step size has multiplied ``g`` by, so that an ``eps`` can follow.
     """
 
     g: Tensor
     raw: Tensor
     step: float
     rate: float | Tensor
-    scale: float | Tensor
+    direction: Any
     weights: Callable[[], Tensor]
+    scale: float | Tensor = 1.0
 
     @cached_property
     def w(self) -> Tensor:
@@ -140,7 +142,12 @@ class Context:
 
     def seeing(self, x: Tensor) -> Context:
         """The same for the next stage of a chain, whose gradient is ``x``."""
-        return Context(x, self.raw, self.step, self.rate, 1.0, lambda: self.w)
+        return dataclasses.replace(self, g=x, weights=lambda: self.w, scale=1.0)
+
+    def through(self, view: Callable[[Tensor], Tensor]) -> Context:
+        """The same in other coordinates: gradient and weights as ``view`` shows them."""
+        g = view(self.g)
+        return dataclasses.replace(self, g=g, raw=g, weights=lambda: view(self.w))
 
 
 class Stage(Ingredient):
@@ -152,12 +159,24 @@ class Stage(Ingredient):
     """
 
     reduces: str = "matrix"
-    #: Whether vectors and scalars are refused.
+    #: Whether matrices are what it works on: it needs to know how a tensor with more dimensions is seen as some.
     needs_matrix: bool = False
+    #: 1 if twice the input gives twice the result, 0 if the result is the same.
+    degree: int = 1
+    #: Whether the first gradient only prepares the state: ``look`` is called, nothing moves, no step is counted.
+    looks_first: bool = False
+
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether vectors and scalars, seen as one row, are taken too."""
+        return not self.needs_matrix
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         """The state before the first step for a batch ``x`` of shape ``(..., out, in)``; leading dimensions stay."""
         return {}
+
+    def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
+        """Prepare the state from the first gradient; only called if ``looks_first``."""
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         """Map ``x`` to the next stage's input.
@@ -169,6 +188,10 @@ class Stage(Ingredient):
         """
         raise NotImplementedError
 
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        """Map ``x`` with the state as it stands, which is left as it is. A stage with state must say how."""
+        return self(x, state, context)
+
 
 def coarsest(levels: Iterable[str]) -> str:
     """What a composition of stages ``reduces``: the common level of all that are not entry-wise, else ``"matrix"``."""
@@ -176,7 +199,7 @@ def coarsest(levels: Iterable[str]) -> str:
     return distinct.pop() if len(distinct) == 1 else "matrix" if distinct else "entry"
 
 
-def substate(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def substate(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The part of ``state`` whose names begin with ``prefix``, under the names without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
@@ -272,3 +295,9 @@ def check_choice(owner: object, name: str, value: str, known: Iterable[str]) -> 
     """Raise a ``ValueError`` that names ``owner`` and the nearest choice unless ``value`` is among ``known``."""
     if value not in known:
         raise ValueError(f"{type(owner).__name__}: unknown {name} {value!r}; {nearest(str(value), known)}")
+
+
+def check_count(owner: object, name: str, value: Any) -> None:
+    """Raise a ``ValueError`` that names ``owner`` unless ``value`` is a whole number from 1 up."""
+    if not isinstance(value, Option) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{type(owner).__name__}: {name} must be a whole number from 1 up, got {value!r}")

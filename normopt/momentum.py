@@ -15,6 +15,10 @@ class Momentum(Stage):
 
     reduces: str = "entry"
 
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        """The identity: an average of equal gradients is that gradient."""
+        return x
+
 
 @dataclass(frozen=True)
 class NoMomentum(Momentum):

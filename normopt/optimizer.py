@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -27,17 +28,22 @@ _GROUP_KEYS |= {f"{bound}_{name}" for bound in ("base", "max", "min") for name i
 
 @dataclass
 class _Move:
-    """What one batch is about to do."""
+    """What one batch is about to do, known step by step: the averaged gradient and the direction come last."""
 
     batch: Batch
     context: Context
-    averaged: Tensor
-    direction: Tensor
-    sums: dict[str, Tensor]
+    shared: Shared
+    averaged: Tensor = field(default_factory=lambda: torch.empty(0))
+    direction: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def step_size(self) -> StepSize:
+        """That of the batch's rule."""
+        return self.batch.rule.step_size
 
 
 class SteepestDescent(Optimizer):
-    """Steepest descent under a norm: ``w <- shrink(w) - lr * length * direction(momentum(g))``, then the constraint.
+    """Steepest descent under a norm: ``w <- shrink(w) - length * direction(momentum(g))``, then the constraint.
 
     Each param group answers four questions for its parameters: which gradient we trust (``momentum``), which direction
     is steepest (``norm``), how far we go (``step_size``) and where the weights may live (``constraint``). Each
@@ -187,10 +193,10 @@ class SteepestDescent(Optimizer):
         for group in self.param_groups:
             _check_gradients(group)
         batches = [batch for group in self.param_groups for batch in self._batches(group)]
-        moves = map(self._descend, batches)
-        joint = any(batch.rule.step_size.joint for batch in batches)
-        for move, shared in self._concluded(list(moves)) if joint else ((move, _shared(move.batch)) for move in moves):
-            _apply(move, shared)
+        moves = self._surveyed([_begin(batch) for batch in batches if not batch.look()])
+        directed = map(_direct, moves)
+        for move in self._measured(list(directed)) if any(map(_measures, moves)) else directed:
+            _apply(move)
         return loss
 
     def _batches(self, group: dict[str, Any]) -> list[Batch]:
@@ -205,44 +211,74 @@ class SteepestDescent(Optimizer):
             batch.prepare(rule, _shared(batch))
         return batches
 
-    def _descend(self, batch: Batch) -> _Move:
-        """From the gradient to the direction."""
-        rule, state = batch.rule, batch.state
-        raw, scale = batch.gradient(), rule.step_size.scale(_shared(batch))
-        context = Context(raw, raw, batch.advance(), batch.rate, scale, batch.weights)
-        for constraint in rule.constraint:
-            if constraint.overrides("gradient"):
-                context.g = constraint.gradient(context.g, context)
-        context.g = rule.step_size.weigh(context.g, context)
-        m = rule.momentum(context.g, state, context)
-        d = rule.norm(m, state, context)
-        return _Move(batch, context, m, d, rule.step_size.measure(m, d, state, context, rule.norm))
+    def _surveyed(self, moves: list[_Move]) -> list[_Move]:
+        """The same moves; step sizes that need all gradients have seen them."""
+        for kind in _kinds(moves, "survey"):
+            self._conclude(kind, [m.step_size.survey(m.batch.state, m.context, m.shared) for m in kind])
+        return moves
 
-    def _concluded(self, moves: list[_Move]) -> Iterator[tuple[_Move, Shared]]:
-        """Every move with what the step sizes conclude from all of them.
+    def _measured(self, moves: list[_Move]) -> list[_Move]:
+        """The same moves; step sizes that need all directions have seen them."""
+        for kind in _kinds(moves, "measure"):
+            self._conclude(kind, [m.step_size.measure(m.averaged, m.direction, m.context) for m in kind])
+        return moves
 
-        Step sizes of one kind share their sums and their state, in all groups; the first group's numbers count.
+    def _conclude(self, moves: list[_Move], summands: list[dict[str, Tensor]]) -> None:
+        """Give all moves what their step size concludes, and keep its state in all groups with such a step size.
+
+        Step sizes of one kind share sums and state, in all groups; the first group's numbers count.
         """
-        for kind in dict.fromkeys(type(move.batch.rule.step_size) for move in moves):
-            alike = [move for move in moves if type(move.batch.rule.step_size) is kind]
-            home = alike[0].batch.params[0].device
-            sums = {name: torch.stack([m.sums[name].to(home) for m in alike]).sum() for name in alike[0].sums}
-            before = _shared(alike[0].batch)
-            shared = alike[0].batch.rule.step_size.conclude(sums, before)
-            for group in self.param_groups:
-                if type(_rule(group).step_size) is kind:
-                    group.update({name: shared[name] for name in before})
-            yield from ((move, shared) for move in alike)
+        step_size, before = moves[0].step_size, moves[0].shared
+        home = moves[0].batch.params[0].device
+        sums = {name: torch.stack([each[name].to(home) for each in summands]).sum() for name in summands[0]}
+        shared = step_size.conclude(sums, before)
+        for move in moves:
+            move.shared = shared
+        for group in self.param_groups:
+            if type(_rule(group).step_size) is type(step_size):
+                group.update({name: shared[name] for name in before})
 
 
-def _apply(move: _Move, shared: Shared) -> None:
+def _begin(batch: Batch) -> _Move:
+    """From the gradient to what the step size sees."""
+    raw = batch.gradient()
+    context = Context(raw, raw, batch.advance(), batch.rate, batch.rule.norm, batch.weights)
+    for constraint in batch.rule.constraint:
+        if constraint.overrides("gradient"):
+            context.g = constraint.gradient(context.g, context)
+    return _Move(batch, context, _shared(batch))
+
+
+def _direct(move: _Move) -> _Move:
+    """From the gradient to the direction."""
+    rule, state, context = move.batch.rule, move.batch.state, move.context
+    leading, context.g = rule.step_size.weigh(context.g, context, move.shared)
+    move.averaged = rule.momentum(leading, state, context)
+    move.direction = rule.norm(move.averaged, state, context)
+    return move
+
+
+def _measures(move: _Move) -> bool:
+    return move.step_size.overrides("measure")
+
+
+def _kinds(moves: list[_Move], method: str) -> list[list[_Move]]:
+    """The moves whose step size overrides ``method``, those of one kind together."""
+    kinds: dict[type[StepSize], list[_Move]] = defaultdict(list)
+    for move in moves:
+        if move.step_size.overrides(method):
+            kinds[type(move.step_size)].append(move)
+    return list(kinds.values())
+
+
+def _apply(move: _Move) -> None:
     """From the direction to the new weights."""
     batch, context, d = move.batch, move.context, move.direction
     rule, params, rate, shrink = batch.rule, batch.params, batch.rate, batch.shrink
     for constraint in rule.constraint:
         if constraint.overrides("update"):
             d = constraint.update(d, context)
-    size = -rate * rule.step_size.length(move.averaged, d, context, shared)
+    size = -rule.step_size.length(move.averaged, d, context, move.shared)
     bounds = [constraint for constraint in rule.constraint if constraint.overrides("weight")]
     if bounds or batch.dtype != params[0].dtype:
         new = batch.weights() * shrink + d * size

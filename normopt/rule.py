@@ -39,6 +39,11 @@ class Rule(Ingredient):
         """This rule with the ingredients that ``given`` names, each a string, a number, ``None`` or an object."""
         return replace(self, **{name: _READERS[name](given[name]) for name in INGREDIENTS & given.keys()})
 
+    def __post_init__(self) -> None:
+        sliced = getattr(self.step_size, "slice_p", 1)
+        if isinstance(sliced, int) and sliced > 1 and self.norm.reduces != "entry":
+            raise ValueError(f"slice_p: the dual norm of {self.norm} is no sum over entries, so it needs slice_p=1")
+
     @property
     def elementwise(self) -> bool:
         """Whether every entry moves by itself, so that tensors of any shape can be laid end to end."""
@@ -59,7 +64,7 @@ class Rule(Ingredient):
 
     def check_fits(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise a ``ValueError`` unless a parameter of this shape can be seen and measured as the rule says."""
-        if self.norm.needs_matrix and len(shape) < 2:
+        if len(shape) < 2 and not self.norm.takes_vectors:
             raise ValueError(
                 f"{name} has shape {shape}, but {self.norm} is a norm of matrices. Give vectors and scalars a norm of "
                 "their own (a param group with norm='max' or 'euclidean'), or pass the model instead of its parameters."

@@ -9,25 +9,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normopt.ingredient import Context, Ingredient, check_range
-from normopt.norms.base import Direction, axes
+from normopt.ingredient import Context, Ingredient, check_count, check_range
+from normopt.norms.base import axes, euclidean
 
 Shared = dict[str, Tensor]
 Rate = float | Tensor
 
 
 class StepSize(Ingredient):
-    """The length of a step, in units of the direction: ``w <- w - rate * length * d``.
+    """The length of a step, in units of the direction: ``w <- w - length * d``.
 
-    At each step the loop calls ``rate``, ``weigh`` (before momentum and memory see the gradient) and ``measure`` for
-    every batch; then, if ``joint``, before any weight moves, ``conclude`` with the sums over all batches; then
-    ``length`` for every batch.
+    At each step the loop asks every batch for its ``rate``. Step sizes that override ``survey`` then see all gradients,
+    those that override ``measure`` all directions; ``conclude`` gets the sums over all batches before any weight moves.
+    ``weigh`` changes what momentum and memory see of a gradient, ``length`` says how far to go.
     """
 
-    #: True when a step needs the sums over all batches: then no weight moves before every direction is known.
-    joint: ClassVar[bool] = False
     #: As for stages; ``"entry"`` when one length serves all entries, ``"all"`` when it differs from matrix to matrix.
-    reduces: ClassVar[str] = "matrix"
+    reduces: str = "matrix"
 
     def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
         """State for each parameter, like a stage's; ``weights`` returns the initial weights."""
@@ -37,39 +35,42 @@ class StepSize(Ingredient):
         """State of the whole optimizer; it is kept in the param groups under these names, as 0-dimensional tensors."""
         return {}
 
-    def scale(self, shared: Shared) -> Rate:
-        """What gradients are multiplied by before momentum and memory see them."""
-        return 1.0
-
-    def weigh(self, g: Tensor, context: Context) -> Tensor:
-        """The gradient as momentum and memory should see it: multiplied by ``scale``."""
-        return g if isinstance(context.scale, float) and context.scale == 1.0 else g * context.scale
-
-    def measure(
-        self, x: Tensor, d: Tensor, state: dict[str, Tensor], context: Context, norm: Direction
-    ) -> dict[str, Tensor]:
-        """This batch's summands, by name.
-
-        Args:
-            x: the averaged gradient.
-            d: the direction.
-            state: this step size's tensors among the batch's, updated in place.
-            context: the gradient, the weights, the rate.
-            norm: what made ``d`` of ``x``.
-        """
-        return {}
-
-    def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
-        """What ``rate`` and ``length`` get, from the sums of ``measure`` over all batches."""
-        return shared
-
     def rate(self, lr: Rate, step: float, shared: Shared) -> Rate:
         """The learning rate of this step, as the constraints see it too; ``shared`` is from before ``conclude``."""
         return lr
 
+    def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
+        """This batch's summands, by name, from its gradient, before momentum and memory see it.
+
+        Args:
+            state: the batch's tensors; this step size's own are updated in place.
+            context: the gradient, the weights, the rate, the direction.
+            shared: the state of the whole optimizer.
+        """
+        return {}
+
+    def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
+        """This batch's summands, by name, from the averaged gradient ``x`` and its direction ``d``."""
+        return {}
+
+    def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
+        """What the methods below get, from the sums over all batches and the state of the whole optimizer.
+
+        Names of ``init_shared`` are kept for the next step.
+        """
+        return shared
+
+    def weigh(self, g: Tensor, context: Context, shared: Shared) -> tuple[Tensor, Tensor]:
+        """The gradient as momentum and as memory should see it; may set ``context.scale``, which an eps follows."""
+        return g, g
+
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
-        """What else multiplies the direction: a number, or one for each matrix, shape ``(..., 1, 1)``."""
-        return 1.0
+        """What multiplies the direction: a number, or one for each matrix, shape ``(..., 1, 1)``."""
+        return context.rate
+
+    def overrides(self, method: str) -> bool:
+        """Whether this step size does anything in ``method``."""
+        return getattr(type(self), method) is not getattr(StepSize, method)
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,14 @@ class Constant(StepSize):
         radius: positive; 1 by default.
     """
 
-    reduces: ClassVar[str] = "entry"
+    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
     radius: float = 1.0
 
     def __post_init__(self) -> None:
         check_range(self, "radius", self.radius, 0, float("inf"))
 
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
-        return self.radius
+        return context.rate * self.radius
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,16 @@ class Dual(StepSize):
     duality map it is.
     """
 
-    joint: ClassVar[bool] = True
-    reduces: ClassVar[str] = "entry"
+    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
 
-    def measure(
-        self, x: Tensor, d: Tensor, state: dict[str, Tensor], context: Context, norm: Direction
-    ) -> dict[str, Tensor]:
+    def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
         return {"dual_norm": (x * d).sum()}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         return sums
 
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
-        return shared["dual_norm"]
+        return context.rate * shared["dual_norm"]
 
 
 @dataclass(frozen=True)
@@ -122,70 +120,244 @@ class Sharp(StepSize):
     (arXiv 2505.21799). The dual norm is taken as ``<x, d>`` for each matrix.
     """
 
-    reduces: ClassVar[str] = "all"
+    reduces: ClassVar[str] = "all"  # type: ignore[misc]
 
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
-        return torch.sum(x * d, dim=axes(x), keepdim=True)
+        return torch.sum(x * d, dim=axes(x), keepdim=True) * context.rate
 
 
 @dataclass(frozen=True)
-class Prodigy(StepSize):
+class GradientTrust(StepSize):
+    """LARS' local rate: each gradient is multiplied by ``coefficient ||w|| / (||g|| + weight_decay ||w||)`` first.
+
+    Momentum then averages the products, so that a step's length is the rate times the size of the weights. The ratio is
+    1 where weights or gradient are 0; ``g`` is the gradient without L2 (You et al., arXiv 1708.03888).
+
+    Args:
+        coefficient: the trust coefficient.
+        weight_decay: that of the :class:`~normopt.constraints.L2` beside it.
+    """
+
+    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    coefficient: float = 1e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "coefficient", self.coefficient, 0, float("inf"))
+        check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
+
+    def weigh(self, g: Tensor, context: Context, shared: Shared) -> tuple[Tensor, Tensor]:
+        size, slope = (euclidean(x, axes(x), keepdim=True) for x in (context.w, context.raw))
+        trusted = g * _ratio(size * self.coefficient, slope + self.weight_decay * size)
+        return trusted, trusted
+
+
+@dataclass(frozen=True)
+class TrustRatio(StepSize):
+    """LAMB's trust ratio: a step as long as the rate times the size of the weights, ``||w|| / ||d||`` for each matrix.
+
+    The ratio is 1 where either is 0 (You et al., arXiv 1904.00962).
+
+    Args:
+        weight_decay: where it is 0, the ratio is 1 unless ``always_adapt``, as in timm.
+        always_adapt: see above.
+        clip: the largest ratio.
+        max_grad_norm: before anything else, all gradients together are shortened to at most this Euclidean norm.
+    """
+
+    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    weight_decay: float = 0.0
+    always_adapt: bool = True
+    clip: float = float("inf")
+    max_grad_norm: float = float("inf")
+
+    def __post_init__(self) -> None:
+        check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
+        for name in ("clip", "max_grad_norm"):
+            check_range(self, name, getattr(self, name), 1e-300, float("inf"), closed=True)
+
+    def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
+        norm = euclidean(context.raw, tuple(range(context.raw.ndim)))
+        return {"square": norm.to(torch.float64 if norm.device.type != "mps" else norm.dtype) ** 2}
+
+    def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
+        return {"shrink": (self.max_grad_norm / sums["square"].sqrt()).clamp(max=1.0).to(torch.float32)}
+
+    def weigh(self, g: Tensor, context: Context, shared: Shared) -> tuple[Tensor, Tensor]:
+        g = g if self.max_grad_norm == float("inf") else g * shared["shrink"]
+        return g, g
+
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+        if not self.weight_decay and not self.always_adapt:
+            return context.rate
+        size, length = (euclidean(y, axes(y), keepdim=True) for y in (context.w, d))
+        return _ratio(size, length).clamp_(max=self.clip) * context.rate
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """``a / b``, and 1 where either is 0."""
+    return torch.where((a > 0) & (b > 0), a / b, 1.0)
+
+
+@dataclass(frozen=True)
+class _Adaptive(StepSize):
+    """What learning-rate-free step sizes share: the step is ``lr d radius`` with one ``d`` for all tensors."""
+
+    _abstract: ClassVar[bool] = True
+    d0: float = 1e-6
+    growth_rate: float = float("inf")
+    radius: float = 1.0
+    bias_correction: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("d0", "radius"):
+            check_range(self, name, getattr(self, name), 1e-300, float("inf"))
+        check_range(self, "growth_rate", self.growth_rate, 1, float("inf"), closed=True)
+        for beta in self.bias_correction or ():
+            check_range(self, "bias_correction", beta, 0, 1)
+
+    def rate(self, lr: Rate, step: float, shared: Shared) -> Rate:
+        return shared["d"] * lr * self._correction(step)
+
+    def _correction(self, step: float) -> float:
+        if self.bias_correction is None:
+            return 1.0
+        beta1, beta2 = self.bias_correction
+        return (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+
+
+@dataclass(frozen=True)
+class Prodigy(_Adaptive):
     """A learning rate found on the way, for any norm: ``d``, a lower bound of the distance to the solution.
 
     ``d <- max(d, d_coef sum <g, w_0 - w> / dual_norm(sum g))``, where both sums weight each gradient by ``lr d^2`` and
     forget at the rate ``beta3``, and run over all tensors. The step is ``lr d``; momentum and memory see ``d g`` in
     place of ``g``, so that their past keeps its scale while ``d`` grows. The norm matters only through its dual: with
     the largest-entry norm it is the l1 norm of Mishchenko & Defazio (arXiv 2306.06101), with the spectral norm the
-    nuclear norm. Without averages and with ``beta3 = 0`` under sign descent it is the Anthology's escape-velocity rule
-    (arXiv 2409.20325, section 3.3).
+    nuclear norm; with several norms it is the sum, the dual of their largest (Anthology, Prop. 7). Without averages and
+    with ``beta3 = 0`` under sign descent it is the Anthology's escape-velocity rule (arXiv 2409.20325, section 3.3).
 
     Args:
-        beta3: weight of the past in both sums, in [0, 1).
         d0: the first estimate.
+        growth_rate: the most that ``d`` may grow by in one step.
+        radius: how far this tensor goes beside the others: the step is ``lr d radius``, the dual norm is ``radius``
+            times as large, and distances are measured by the largest of all ``norm(w - w_0) / radius``.
+        bias_correction: the betas of Adam whose correction ``sqrt(1 - beta2^step) / (1 - beta1^step)`` multiplies the
+            step, or ``None``.
+        beta3: weight of the past in both sums, in [0, 1).
         d_coef: factor on the estimate.
-        growth_rate: the most that ``d`` may grow by in one step; ``None`` is without bound.
+        safeguard_warmup: leave the learning rate and the bias correction out of the dual norm's sum, so that a small
+            learning rate at the start does not inflate ``d``.
+        slice_p: take both sums over every ``slice_p``-th entry of each tensor only, to save memory; for directions that
+            work entry by entry.
 
-    Memory: two more numbers for each parameter. ``d`` is in every param group.
+    Memory: two more numbers for each parameter, over ``slice_p``. Cost: one dual norm a step; for the spectral norm one
+    more polar factor. ``d`` is in every param group.
     """
 
-    joint: ClassVar[bool] = True
-    reduces: ClassVar[str] = "entry"
     beta3: float = 0.999**0.5
-    d0: float = 1e-6
     d_coef: float = 1.0
-    growth_rate: float | None = None
+    safeguard_warmup: bool = False
+    slice_p: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self, "beta3", self.beta3, 0, 1)
-        for name in ("d0", "d_coef"):
-            check_range(self, name, getattr(self, name), 1e-300, float("inf"))
-        if self.growth_rate is not None:
-            check_range(self, "growth_rate", self.growth_rate, 1, float("inf"))
+        check_range(self, "d_coef", self.d_coef, 1e-300, float("inf"))
+        check_count(self, "slice_p", self.slice_p)
+
+    @property
+    def reduces(self) -> str:  # type: ignore[override]
+        """``"entry"``, or ``"all"`` where each tensor is sliced."""
+        return "entry" if self.slice_p == 1 else "all"
 
     def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
-        return {"initial": weights().clone(), "gradient_sum": torch.zeros_like(x)}
+        initial = self._sliced(weights()).clone()
+        return {"initial": initial, "gradient_sum": torch.zeros_like(initial)}
 
     def init_shared(self) -> dict[str, float]:
         return {"d": self.d0, "d_max": self.d0, "d_numerator": 0.0}
 
-    def scale(self, shared: Shared) -> Rate:
-        return shared["d"]
-
-    def measure(
-        self, x: Tensor, d: Tensor, state: dict[str, Tensor], context: Context, norm: Direction
-    ) -> dict[str, Tensor]:
-        # 1 / d0 keeps both sums away from underflow and cancels in their ratio.
-        weighted = context.g * (context.rate / self.d0)
-        total = state["gradient_sum"].mul_(self.beta3).add_(weighted)
-        progress = (weighted * (state["initial"] - context.w)).sum()
-        return {"numerator": progress, "denominator": norm.dual_norm(total).sum()}
+    def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
+        g, w, d = self._sliced(context.g), self._sliced(context.w), shared["d"]
+        # d / d0 in place of d keeps both sums away from underflow and cancels in their ratio.
+        total = state["gradient_sum"].mul_(self.beta3)
+        total.add_(g * ((d if self.safeguard_warmup else context.rate) * (d / self.d0)))
+        progress = (g * (state["initial"] - w)).sum() * (context.rate * (d / self.d0))
+        return {"numerator": progress, "denominator": context.direction.steepness(total, state).sum() * self.radius}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         numerator = self.beta3 * shared["d_numerator"] + sums["numerator"]
         estimate = torch.where(sums["denominator"] > 0, self.d_coef * numerator / sums["denominator"], shared["d"])
         largest = torch.maximum(shared["d_max"], estimate)
-        grown = largest if self.growth_rate is None else torch.minimum(largest, shared["d"] * self.growth_rate)
-        return {"d": grown, "d_max": largest, "d_numerator": numerator}
+        d = torch.minimum(largest, shared["d"] * self.growth_rate)
+        return {"d": d, "d_max": largest, "d_numerator": numerator, "previous": shared["d"]}
 
-    def rate(self, lr: Rate, step: float, shared: Shared) -> Rate:
-        return shared["d"] * lr
+    def weigh(self, g: Tensor, context: Context, shared: Shared) -> tuple[Tensor, Tensor]:
+        context.scale = shared["d"]
+        weighted = g * shared["previous"]
+        return weighted, weighted
+
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+        return context.rate * self.radius
+
+    def _sliced(self, x: Tensor) -> Tensor:
+        return x if self.slice_p == 1 else x.flatten(-2)[..., :: self.slice_p]
+
+
+@dataclass(frozen=True)
+class DAdaptation(_Adaptive):
+    """D-Adaptation, for any norm: like :class:`Prodigy`, with the distance estimated by dual averaging.
+
+    With ``s <- sqrt(beta) s + (1 - sqrt(beta)) rate g`` and the direction ``D`` with its memory as it stands,
+    ``d <- max(d, r / ((1 - sqrt(beta)) dual_norm(s)))``, where ``r`` averages ``rate <g, D(s)>`` alike, times the rate
+    once more where the direction ignores the length of ``s``. Momentum sees ``rate g``, memory the gradient (Defazio
+    & Mishchenko, arXiv 2301.07733, algorithm 5, as in the dadaptation package).
+
+    Args:
+        d0: the first estimate.
+        growth_rate: the most that ``d`` may grow by in one step.
+        radius: how far this tensor goes beside the others; see :class:`Prodigy`.
+        bias_correction: see :class:`Prodigy`.
+        beta: the square of the weight of the past in ``s`` and ``r``, in [0, 1).
+
+    Memory: one more number for each parameter. Cost: one more duality map and one dual norm a step.
+    """
+
+    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    beta: float = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "beta", self.beta, 0, 1)
+
+    def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
+        return {"gradient_sum": torch.zeros_like(x)}
+
+    def init_shared(self) -> dict[str, float]:
+        return {"d": self.d0, "d_numerator": 0.0}
+
+    def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
+        total, keep = state["gradient_sum"], self.beta**0.5
+        weighted = context.g * context.rate
+        progress = (weighted * context.direction.apply(total, state, context)).sum() * self._length(context)
+        total.mul_(keep).add_(weighted, alpha=1 - keep)
+        denominator = context.direction.steepness(total, state).sum() * self.radius
+        return {"numerator": progress, "denominator": denominator}
+
+    def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
+        keep = self.beta**0.5
+        numerator = keep * shared["d_numerator"] + (1 - keep) * sums["numerator"]
+        estimate = numerator / ((1 - keep) * sums["denominator"])
+        grown = torch.minimum(estimate, shared["d"] * self.growth_rate)
+        d = torch.where(sums["denominator"] > 0, torch.maximum(shared["d"], grown), shared["d"])
+        return {"d": d, "d_numerator": numerator}
+
+    def weigh(self, g: Tensor, context: Context, shared: Shared) -> tuple[Tensor, Tensor]:
+        return g * context.rate, g
+
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+        return self._length(context)
+
+    def _length(self, context: Context) -> Rate:
+        return self.radius if context.direction.degree else context.rate * self.radius

@@ -205,7 +205,7 @@ def test_eps_shortens_the_whitened_matrix(norm: Norm, scale: Scale, eps: float, 
 def test_degree_of_eps(norm: Norm, c: float) -> None:
     m, g = full_rank(4, 6), full_rank(4, 6)
     stats = norm.second_moment(g)
-    eps = 0.1 * c ** (norm.eps_degree / 2)
+    eps = 0.1 * (c if norm.matrix_memory else c**0.5)
     multiplied = norm.whiten(m, tuple(c * stat for stat in stats), eps)
     assert_close(multiplied * c**0.5, norm.whiten(m, stats, 0.1))
 
@@ -439,7 +439,7 @@ def test_rms_of_an_update(norm: Norm) -> None:
 def test_a_norm_is_a_direction_without_state(norm: Norm) -> None:
     g = full_rank(3, 4)
     assert isinstance(norm, Stage) and norm.init_state(g) == {}
-    context = Context(torch.zeros_like(g), g, step=1, rate=0.1, scale=1.0, weights=lambda: g)
+    context = Context(torch.zeros_like(g), g, step=1, rate=0.1, direction=norm, weights=lambda: g)
     assert torch.equal(norm(g, {}, context), norm.dualize(g))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
@@ -32,9 +32,12 @@ class Direction(Stage):
         """The root mean square of an update's entries for a full-rank gradient of ``shape``; ``nan`` if unknown."""
         return math.nan
 
-    def dual_norm(self, g: Tensor) -> Tensor:
-        """The dual norm of each matrix under the norm that this direction is made of, shape ``(...)``."""
-        raise NotImplementedError(f"{self} is not made of one norm, so it has no dual norm")
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The dual norm of each matrix, shape ``(...)``, for step sizes: at most the cost of one duality map.
+
+        The norm is the one in which the result has norm 1, or had it if the direction were without memory.
+        """
+        raise ValueError(f"{self} bounds its result in no norm, so there is no dual norm for the step size")
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,13 @@ class Norm(Direction):
 
     scale: Scale = "rms"
     _abstract: ClassVar[bool] = True
+    degree: ClassVar[int] = 0  # type: ignore[misc]
     #: False for norms that take vectors and scalars too.
     needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    #: 2 when ``whiten`` adds ``eps`` to the statistics instead of to their root.
-    eps_degree: ClassVar[int] = 1
+    #: Whether the norm is the same in any orthonormal basis of rows and of columns.
+    rotation_invariant: ClassVar[bool] = False
+    #: Whether the second moments are matrices, to whose diagonals ``whiten`` adds ``eps``.
+    matrix_memory: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, str):
@@ -97,10 +103,19 @@ class Norm(Direction):
         """``project`` at scale 1."""
         raise NotImplementedError
 
-    def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: Eps) -> Tensor:
-        """``whiten`` at scale 1, a new tensor; by default an entry-wise division by ``sqrt(stats[0]) + eps``."""
-        root = _nonzero(stats[0].sqrt()) if is_zero(eps) else stats[0].sqrt().add_(eps)
-        return torch.div(m, root, out=root) if root.shape == m.shape and root.dtype == m.dtype else m / root
+    def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps, power: float = 1.0) -> tuple[Tensor, ...]:
+        """What ``whiten`` divides by: by default ``stats[0] ** (power / 2) + eps``; new tensors.
+
+        A norm whose second moments are matrices returns what ``unit_divide`` multiplies by.
+        """
+        root = stats[0].sqrt() if power == 1 else stats[0] ** (power / 2)
+        return (_nonzero(root) if is_zero(eps) else root.add_(eps),)
+
+    def unit_divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+        """``m`` divided by ``unit_roots``, a new tensor, or ``out`` where it has the result's shape and dtype."""
+        (root,) = roots
+        fits = out is not None and out.shape == m.shape and out.dtype == torch.promote_types(m.dtype, root.dtype)
+        return torch.div(m, root, out=out) if fits else m / root
 
     def unit_update_rms(self, m: int, n: int) -> float:
         """The root mean square of ``dualize`` at scale 1 for a full-rank (m x n) gradient."""
@@ -137,9 +152,17 @@ class Norm(Direction):
         """The duality map: a ``t`` with ``norm(t) = 1`` and ``<g, t> = dual_norm(g)``; 0 where ``g`` is 0."""
         return self._scaled(self.unit_dualize(self._matrix(g)), g.shape)
 
-    def whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: Eps = 0.0) -> Tensor:
-        """``m`` divided by the root of ``stats`` (plus ``eps``): ``whiten(g, second_moment(g)) == dualize(g)``."""
-        return self._scaled(self.unit_whiten(self._matrix(m), stats, eps), m.shape)
+    def whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: Eps = 0.0, power: float = 1.0) -> Tensor:
+        """``m`` divided by the root of ``stats`` (plus ``eps``): ``whiten(g, second_moment(g)) == dualize(g)``.
+
+        With another ``power`` than 1, by the root to that power.
+        """
+        roots = self.unit_roots(stats, eps, power)
+        return self.divide(self._matrix(m), roots, out=roots[0])
+
+    def divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+        """The second half of ``whiten``, by ``unit_roots``; it may use the memory of ``out``."""
+        return self._scaled(self.unit_divide(m, roots, out), m.shape)
 
     def project(self, w: Tensor, radius: float = 1.0) -> Tensor:
         """The point of the ball ``norm <= radius`` nearest to ``w`` in Euclidean distance; a new tensor."""
@@ -161,6 +184,10 @@ class Norm(Direction):
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         """As a direction, a norm is its duality map."""
         return self.dualize(x)
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """``dual_norm``."""
+        return self.dual_norm(g)
 
     def _scaled(self, d: Tensor, shape: tuple[int, ...]) -> Tensor:
         factor = self.factor(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,10 +14,13 @@ from normopt.ingredient import check_choice
 from normopt.norms.base import Eps, Norm, is_zero
 from normopt.polar import METHODS, Schedule, exact, normalized, polar
 
+SIDES = ("both", "smaller")
+
 
 @dataclass(frozen=True)
 class _Schatten(Norm):
     _abstract: ClassVar[bool] = True
+    rotation_invariant: ClassVar[bool] = True
     reduces: ClassVar[str] = "matrix"  # type: ignore[misc]
 
     def unit_rms(self, m: int, n: int) -> float:
@@ -31,8 +34,10 @@ class Spectral(_Schatten):
 
     Dual norm: the nuclear norm. Duality map: the polar factor ``U V^T``, by the chosen method (see
     :func:`normopt.polar.polar`; only ``"exact"`` satisfies the identities to rounding). Second moment:
-    ``(G G^T, G^T G)`` with ``whiten(M, (L, R)) = L^(-1/4) M R^(-1/4)`` (Shampoo, arXiv 1802.09568). ``norm``,
-    ``dual_norm`` and ``project`` use singular values. Scale ``"rms"``: sqrt(out/in), the RMS -> RMS norm.
+    ``(G G^T, G^T G)`` with ``whiten(M, (L, R)) = L^(-1/4) M R^(-1/4)`` (Shampoo, arXiv 1802.09568); a side of size 1 is
+    left out and the other then has power -1/2, so that vectors can be whitened too. ``norm``, ``dual_norm`` and
+    ``project`` use singular values; step sizes take ``<g, dualize(g)>`` for the dual norm, one more polar factor.
+    Scale ``"rms"``: sqrt(out/in), the RMS -> RMS norm.
 
     Args:
         scale: see :class:`~normopt.norms.Norm`.
@@ -40,12 +45,15 @@ class Spectral(_Schatten):
         steps: iterations; ``None`` is the method's own number.
         dtype: the name of the dtype of the iteration, such as ``"bfloat16"``, or a ``torch.dtype``; ``None`` is the
             tensor's own.
+        sides: what ``second_moment`` keeps: ``"both"``, or only the ``"smaller"`` of the two, ``whiten(M, (L,)) =
+            L^(-1/2) M`` (ASGO, arXiv 2503.20762).
     """
 
-    eps_degree: ClassVar[int] = 2
+    matrix_memory: ClassVar[bool] = True
     method: str | Schedule = "polar-express"
     steps: int | None = None
     dtype: str | torch.dtype | None = None
+    sides: str = "both"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +64,7 @@ class Spectral(_Schatten):
             raise ValueError(f"Spectral: method must be a name or a Schedule, got {self.method!r}")
         if self.steps is not None and (self.method == "exact" or self.steps != int(self.steps) or self.steps < 1):
             raise ValueError(f"Spectral: steps must be positive (and None for method 'exact'), got {self.steps}")
+        check_choice(self, "sides", self.sides, SIDES)
 
     def unit_norm(self, w: Tensor) -> Tensor:
         return singular_values(w).amax(dim=-1) if w.numel() else w.sum(dim=(-2, -1))
@@ -73,13 +82,31 @@ class Spectral(_Schatten):
         return 1.0 / math.sqrt(max(m, n, 1))
 
     def second_moment(self, g: Tensor) -> tuple[Tensor, ...]:
-        """``(G G^T, G^T G)``, shapes ``(..., out, out)`` and ``(..., in, in)``."""
-        return g @ g.mT, g.mT @ g
+        """``(G G^T, G^T G)``, shapes ``(..., out, out)`` and ``(..., in, in)``, or only the smaller one."""
+        if self.sides == "both":
+            return g @ g.mT, g.mT @ g
+        return (g @ g.mT if g.shape[-2] <= g.shape[-1] else g.mT @ g,)
 
-    def unit_whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: Eps) -> Tensor:
-        dtype = torch.promote_types(m.dtype, stats[0].dtype)
-        left, right = (inverse_root(s.to(torch.promote_types(dtype, torch.float32)), 4, eps) for s in stats)
-        return (left @ m.to(left.dtype) @ right).to(dtype)
+    def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps, power: float = 1.0) -> tuple[Tensor, ...]:
+        """``(stats + eps) ** -(power / (2 sides))``, the identity for a side of size 1 beside a larger one."""
+        stats = tuple(s.to(torch.promote_types(s.dtype, torch.float32)) for s in stats)
+        sides = [s for s in stats if s.shape[-1] > 1] or stats
+        exponent = -power / (2 * len(sides))
+        return tuple(
+            matrix_power(s, exponent, eps) if any(s is side for side in sides) else torch.ones_like(s) for s in stats
+        )
+
+    def unit_divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+        """``roots[0] @ m @ roots[1]``, or one of the two products."""
+        dtype = torch.promote_types(m.dtype, roots[0].dtype)
+        m, roots = m.to(dtype), tuple(root.to(dtype) for root in roots)
+        if self.sides == "both":
+            return roots[0] @ m @ roots[1]
+        return roots[0] @ m if m.shape[-2] <= m.shape[-1] else m @ roots[0]
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """``<g, dualize(g)>``: the dual norm as exactly as the method gives the polar factor."""
+        return (g * self.dualize(g)).sum(dim=(-2, -1))
 
     @torch.no_grad()
     def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -153,13 +180,36 @@ def _project_simplex(s: Tensor, radius: float) -> Tensor:
     return (s - shift).clamp_(min=0)
 
 
-def inverse_root(stats: Tensor, order: int, eps: Eps) -> Tensor:
-    """``(stats + eps)^(-1/order)`` of symmetric positive semidefinite matrices, a pseudo-inverse where ``eps`` is 0."""
+def matrix_power(stats: Tensor, exponent: float, eps: Eps = 0.0) -> Tensor:
+    """``(stats + eps)^exponent`` of symmetric positive semidefinite matrices, a pseudo-inverse where ``eps`` is 0."""
     if stats.numel() == 0:
         return stats.clone()
-    eigenvalues, vectors = torch.linalg.eigh(stats)
-    eigenvalues = eigenvalues + eps
+    eigenvalues, vectors = eigh(stats)
     smallest = eigenvalues.amax(dim=-1, keepdim=True) * stats.shape[-1] * torch.finfo(stats.dtype).eps
-    kept = eigenvalues > (smallest if is_zero(eps) else 0.0)
-    powers = torch.where(kept, eigenvalues.clamp(min=torch.finfo(stats.dtype).tiny) ** (-1.0 / order), 0.0)
+    kept = eigenvalues > smallest if is_zero(eps) else torch.ones_like(eigenvalues, dtype=torch.bool)
+    shifted = (eigenvalues.clamp(min=0.0) + eps).clamp_(min=torch.finfo(stats.dtype).tiny)
+    powers = torch.where(kept, shifted**exponent, 0.0)
     return (vectors * powers.unsqueeze(-2)) @ vectors.mT
+
+
+def eigh(stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and eigenvectors of symmetric matrices, in float32 or better; it does not fail.
+
+    Matrices are divided by their largest entry first, and entries that have overflown count as the largest number. If
+    the decomposition does not converge, it is repeated in float64 with a jitter of 1e-7 on the diagonal; and if that
+    fails too, the diagonal stands for the matrix.
+    """
+    working = torch.promote_types(stats.dtype, torch.float32)
+    a = torch.nan_to_num(stats.to(working))
+    largest = a.abs().amax(dim=(-2, -1), keepdim=True)
+    a = a / torch.where(largest == 0, 1.0, largest)
+    try:
+        values, vectors = torch.linalg.eigh(a)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        identity = torch.eye(a.shape[-1], dtype=torch.float64, device=a.device)
+        try:
+            values, vectors = (x.to(working) for x in torch.linalg.eigh(a.double() + 1e-7 * identity))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            values, order = a.diagonal(dim1=-2, dim2=-1).sort(dim=-1)
+            vectors = torch.nn.functional.one_hot(order, a.shape[-1]).to(working).mT
+    return values * largest.squeeze(-1), vectors

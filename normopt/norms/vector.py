@@ -64,6 +64,7 @@ class Euclidean(Norm):
     """
 
     needs_matrix: ClassVar[bool] = False  # type: ignore[misc]
+    rotation_invariant: ClassVar[bool] = True
     reduces: ClassVar[str] = "all"  # type: ignore[misc]
 
     def unit_rms(self, m: int, n: int) -> float:
