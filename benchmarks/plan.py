@@ -8,7 +8,7 @@ import torch
 
 import normopt
 from benchmarks.data import Corpus, load_or_fall_back
-from benchmarks.presets import PRESETS, Preset, RunConfig, tuned_options
+from benchmarks.presets import PRESETS, Preset, RunConfig, tuned_options, variants
 
 BASELINE = "adamw"
 
@@ -59,7 +59,7 @@ class Plan:
 
 def check_names(names: list[str]) -> list[str]:
     """The names without repetitions; an unknown one raises `PlanError` with the nearest known one."""
-    known = normopt.list_optimizers()
+    known = sorted({*normopt.list_optimizers(), *variants()})
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)

@@ -73,12 +73,19 @@ PRESETS = {
 def tuned_options(preset: str, optimizer: str) -> tuple[dict[str, Any], bool]:
     """The options for an optimizer, learning rate included, and whether they were tuned at this preset.
 
-    Without an entry for the preset those of "quick" are taken, and without any, a learning rate of 1e-3.
+    Without an entry for the preset those of "quick" are taken, and without any, a learning rate of 1e-3. An entry with
+    the key "optimizer" is a variant of that optimizer under a name of its own.
     """
     tuned = json.loads(TUNED.read_text())
     if optimizer in tuned.get(preset, {}):
         return tuned[preset][optimizer], True
     return tuned["quick"].get(optimizer, UNTUNED), False
+
+
+def variants() -> list[str]:
+    """The names of `tuned.json` that are no optimizers of normopt but variants of one."""
+    tuned = json.loads(TUNED.read_text())
+    return [name for entries in tuned.values() for name, options in entries.items() if "optimizer" in options]
 
 
 @dataclass(frozen=True)

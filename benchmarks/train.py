@@ -118,7 +118,7 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
         geometry = options.get("geometry", {})
         undecayed = {role: {"weight_decay": 0.0, **geometry.get(role, {})} for role in UNDECAYED}
         options["geometry"] = {**geometry, **undecayed}
-    return normopt.create(config.optimizer, model, lr=config.lr, **options)
+    return normopt.create(options.pop("optimizer", config.optimizer), model, lr=config.lr, **options)
 
 
 def train(config: RunConfig, checkpoint: Path, report: Report) -> Row:

@@ -5,14 +5,26 @@ from normopt.bases import Basis, Eigenbasis
 from normopt.constraints import L2, Constraint, FrankWolfe, WeightDecay
 from normopt.directions import Blocked, Chain, Clipped, Decayed, Factored, Grafted, Identity, Rotated, Smoothed
 from normopt.ingredient import Option
-from normopt.momentum import EMA, HeavyBall, LookAhead, Momentum, Nesterov, NoMomentum
+from normopt.momentum import EMA, HeavyBall, LookAhead, Momentum, Nesterov, NoMomentum, TwoSpeed, WarmNesterov
 from normopt.norms import Column, Direction, Euclidean, Max, Norm, Nuclear, Row, Spectral
 from normopt.optimizer import SteepestDescent
 from normopt.polar import Schedule
 from normopt.report import describe
 from normopt.roles import GEOMETRIES, Role, param_groups, roles
 from normopt.rule import Rule
-from normopt.stepsize import Constant, DAdaptation, Dual, GradientTrust, Prodigy, Sharp, StepSize, TrustRatio
+from normopt.stepsize import (
+    Constant,
+    DAdaptation,
+    Dual,
+    GradientTrust,
+    InverseTime,
+    LearningRateFree,
+    Prodigy,
+    Relative,
+    Sharp,
+    StepSize,
+    TrustRatio,
+)
 from normopt.view import View
 from normopt.zoo import create, list_optimizers
 
@@ -41,6 +53,8 @@ __all__ = [
     "Grafted",
     "HeavyBall",
     "Identity",
+    "InverseTime",
+    "LearningRateFree",
     "LookAhead",
     "Max",
     "Momentum",
@@ -50,6 +64,7 @@ __all__ = [
     "Nuclear",
     "Option",
     "Prodigy",
+    "Relative",
     "Role",
     "Rotated",
     "Row",
@@ -61,7 +76,9 @@ __all__ = [
     "SteepestDescent",
     "StepSize",
     "TrustRatio",
+    "TwoSpeed",
     "View",
+    "WarmNesterov",
     "WeightDecay",
     "bases",
     "constraints",

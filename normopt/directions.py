@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.bases import Basis
-from normopt.ingredient import Context, Stage, check_choice, check_count, check_range, coarsest, substate
+from normopt.ingredient import Context, Option, Stage, check_choice, check_count, check_range, coarsest, substate
 from normopt.norms.base import Direction, Norm, axes, euclidean, normalize
 from normopt.norms.vector import Euclidean
 
@@ -42,8 +42,9 @@ class Smoothed(Direction):
         eps_at: where ``eps`` is added: to the root, ``"corrected"`` for bias or still ``"raw"`` (SOAP), or to the
             ``"moment"`` under the root (DASGO).
         power: divide by this power of the root (Shampoo with another exponent).
-        frequency: compute the root at the first step and at every step that is a multiple of this, and keep it in
-            between, as another state; for the spectral norm, whose roots are expensive.
+        frequency: compute the roots at the first step and at every step that is a multiple of this, and keep them in
+            between, as another state; for the spectral norm, whose roots are expensive. While the gradients of a matrix
+            are 0, its root waits, at most to the first multiple.
 
     Raises:
         ValueError: the norm has no second moment, a number is out of range, or options exclude each other.
@@ -77,6 +78,8 @@ class Smoothed(Direction):
             raise ValueError(f"{of_matrices}, of which none is the largest")
         if self.norm.matrix_memory and self.initial not in (0.0, "first"):
             raise ValueError(f"{of_matrices}; they start from 0 or from the first one")
+        if not self.norm.matrix_memory and not isinstance(self.frequency, Option) and self.frequency > 1:
+            raise ValueError(f"Smoothed: frequency is for second moments that are matrices; those of {self.norm} are none")
         if self.accumulate == "max" and (self.maximum is True or self.centered is True or self.initial):
             raise ValueError("Smoothed: accumulate='max' starts from 0 and is neither centered nor a maximum besides")
 
@@ -112,17 +115,25 @@ class Smoothed(Direction):
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         self._remember(context.g, state, context)
-        if self.frequency > 1 and context.step == self._refreshed(context.step):
-            for kept, new in zip(_all(state, "root"), self._roots(state, context), strict=True):
-                kept.copy_(new)
+        if self.frequency > 1:
+            self._refresh(state, context)
         return self.apply(x, state, context)
 
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         kept = _all(state, "root")
         roots = kept or self._roots(state, context)
+        d = self.norm.divide(x, roots, out=None if kept else roots[0])
         # (s / c^2)^(-1/2) = c s^(-1/2): the bias correction costs nothing.
-        correction = self._correction(self._refreshed(context.step)) ** self.power
-        return self.norm.divide(x, roots, out=None if kept else roots[0]).mul_(correction)
+        return d if self.norm.matrix_memory else d.mul_(self._correction(context.step) ** self.power)
+
+    def _refresh(self, state: dict[str, Tensor], context: Context) -> None:
+        """Compute the roots that are kept: all when they are due, before that those that are still 0."""
+        kept = _all(state, "root")
+        due = context.step == 1 or context.step % self.frequency == 0
+        missing = None if due else (kept[0] == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+        if due or (context.step < self.frequency and bool(missing.any())):
+            for root, new in zip(kept, self._roots(state, context), strict=True):
+                root.copy_(new if missing is None else torch.where(missing, new, root))
 
     def _remember(self, g: Tensor, state: dict[str, Tensor], context: Context) -> None:
         stats = _all(state, "second_moment")
@@ -139,23 +150,22 @@ class Smoothed(Direction):
         if self.centered:
             state["mean"].mul_(keep).add_(g, alpha=add)
 
-    def _refreshed(self, step: float) -> float:
-        """The last step at which the root was computed."""
-        return max(1.0, step - step % self.frequency)
-
     def _correction(self, step: float) -> float:
         """The root of what the second moment is to be divided by."""
         plain = not self.bias_correction or self.accumulate != "ema" or self.initial == "first"
         return 1.0 if plain else (1 - self.beta**step) ** 0.5
 
     def _roots(self, state: dict[str, Tensor], context: Context) -> tuple[Tensor, ...]:
-        """The roots of the second moments, plus eps, both without bias correction."""
+        """The roots of the second moments, plus eps, both without bias correction unless the moments are matrices."""
         stats = _all(state, "max_second_moment" if self.maximum else "second_moment")
         if self.centered:
             means = self.norm.second_moment(state["mean"])
             stats = tuple(s - mean for s, mean in zip(stats, means, strict=True))
             stats = stats if self.norm.matrix_memory else tuple(s.clamp_(min=0.0) for s in stats)
-        unit = context.scale if self.eps_at == "raw" else context.scale * self._correction(context.step)
+        correction = self._correction(context.step)
+        unit = context.scale if self.eps_at == "raw" else context.scale * correction
+        if self.norm.matrix_memory and correction != 1.0:
+            stats, unit = tuple(s / correction**2 for s in stats), unit / correction
         inside = self.eps_at == "moment" or self.norm.matrix_memory
         eps = 0.0 if self.accumulate == "max" or not self.eps else self.eps * unit ** (2.0 if inside else self.power)
         if inside and not self.norm.matrix_memory:
@@ -216,7 +226,10 @@ class Factored(Direction):
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         row, column = state["row"], state["column"]
-        variance = (row * column).div_(row.mean(dim=-2, keepdim=True).clamp_(min=eps))
+        if x.shape[-2] == 1:
+            variance = column.clone()
+        else:
+            variance = (row * column).div_(row.mean(dim=-2, keepdim=True).clamp_(min=eps))
         return torch.div(x, variance.sqrt_().clamp_(min=eps), out=variance)
 
     def rms(self, shape: tuple[int, ...]) -> float:
@@ -306,6 +319,8 @@ class Chain(Direction):
     def __init__(self, *stages: Stage) -> None:
         if not stages or not all(isinstance(stage, Stage) for stage in stages):
             raise ValueError(f"Chain: needs one or more norms, directions or momenta, got {stages!r}")
+        for late in (stage for stage in stages[1:] if stage.looks_first):
+            raise ValueError(f"Chain: {late} must come first, because it has to see the first gradient before it moves")
         object.__setattr__(self, "stages", stages)
 
     def __repr__(self) -> str:
@@ -459,17 +474,15 @@ class Rotated(Direction):
         basis: which coordinates.
     """
 
+    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
     direction: Direction
     basis: Basis
 
     def __post_init__(self) -> None:
         if getattr(self.direction, "rotation_invariant", False):
             raise ValueError(f"Rotated: {self.direction} is the same in every basis; leave the rotation out")
-        stages = self.direction.stages if isinstance(self.direction, Chain) else ()
-        if self.direction.looks_first or not all(isinstance(stage, Direction) for stage in stages):
+        if self.direction.looks_first or _remembers_directions(self.direction):
             raise ValueError(f"Rotated: {self.direction} has a memory of directions, which would have to turn")
-
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
 
     @property
     def takes_vectors(self) -> bool:
@@ -514,6 +527,15 @@ class Rotated(Direction):
         return self.direction.steepness(self.basis.rotate(g, state), substate(state, "rotated."))
 
 
+def _remembers_directions(stage: Stage) -> bool:
+    """Whether a stage's memory has signs: averages of gradients, which turn with the basis; not those of squares."""
+    if isinstance(stage, Chain):
+        return any(map(_remembers_directions, stage.stages))
+    if isinstance(stage, Grafted):
+        return _remembers_directions(stage.direction) or _remembers_directions(stage.magnitude)
+    return not isinstance(stage, Direction) or (isinstance(stage, Smoothed) and stage.centered is True)
+
+
 @dataclass(frozen=True)
 class Blocked(Direction):
     """A direction for each block of a large matrix: sides longer than ``size`` are cut into equal parts.
@@ -526,13 +548,12 @@ class Blocked(Direction):
         size: the longest side of a block.
     """
 
+    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
     direction: Direction
     size: int = 1024
 
     def __post_init__(self) -> None:
         check_count(self, "size", self.size)
-
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
 
     @property
     def takes_vectors(self) -> bool:

@@ -18,7 +18,7 @@ from normopt.ingredient import Context, Stage, nearest, parse
 from normopt.momentum import Momentum, NoMomentum
 from normopt.roles import Geometry, entry, overlaid, param_groups, with_beta
 from normopt.rule import INGREDIENTS, Rule
-from normopt.stepsize import Shared, StepSize
+from normopt.stepsize import Shared, StepSize, double
 from normopt.view import View
 
 #: Param-group entries that are no options of an ingredient: ours, and those that torch's schedulers and users write.
@@ -145,8 +145,8 @@ class SteepestDescent(Optimizer):
             del self.param_groups[-1]
             raise
         for name, value in rule.step_size.init_shared().items():
-            device = group["params"][0].device if group["params"] else None
-            fresh = torch.tensor(value, dtype=torch.float32, device=device)
+            device = group["params"][0].device if group["params"] else torch.device("cpu")
+            fresh = torch.tensor(value, dtype=double(device), device=device)
             group[name] = next((other[name] for other in self.param_groups if name in other), fresh)
 
     def _rule_of(self, group: dict[str, Any]) -> Rule:
@@ -286,7 +286,9 @@ def _apply(move: _Move) -> None:
             new = constraint.weight(new, rate)
         torch._foreach_copy_(params, batch.scatter(new))
         return
-    if isinstance(shrink, Tensor) or shrink != 1.0:
+    if isinstance(shrink, Tensor):  # 1 - 1e-8 is 1 in float32, but w - 1e-8 w need not be w
+        torch._foreach_add_(params, torch._foreach_mul(params, shrink - 1))
+    elif shrink != 1.0:
         torch._foreach_mul_(params, shrink)
     if isinstance(size, Tensor):
         torch._foreach_add_(params, batch.scatter(d * size))

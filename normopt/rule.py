@@ -56,7 +56,8 @@ class Rule(Ingredient):
         Raises:
             ValueError: two ingredients use one name, or one is called ``step``.
         """
-        parts = (self.momentum.init_state(x), self.norm.init_state(x), self.step_size.init_state(x, weights))
+        of_step = self.step_size.init_state(x, weights, self.norm)
+        parts = (self.momentum.init_state(x), self.norm.init_state(x), of_step)
         names = ["step", *(name for part in parts for name in part)]
         if len(names) != len(set(names)):
             raise ValueError(f"{self}: two ingredients keep their state under one name, of {sorted(names)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,11 +10,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normopt.ingredient import Context, Ingredient, check_count, check_range
+from normopt.ingredient import Context, Ingredient, Stage, check_count, check_range
 from normopt.norms.base import axes, euclidean
 
 Shared = dict[str, Tensor]
 Rate = float | Tensor
+
+
+def double(device: torch.device) -> torch.dtype:
+    """The dtype of numbers that belong to the whole optimizer: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class StepSize(Ingredient):
@@ -27,7 +33,7 @@ class StepSize(Ingredient):
     #: As for stages; ``"entry"`` when one length serves all entries, ``"all"`` when it differs from matrix to matrix.
     reduces: str = "matrix"
 
-    def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
+    def init_state(self, x: Tensor, weights: Callable[[], Tensor], direction: Stage) -> dict[str, Tensor]:
         """State for each parameter, like a stage's; ``weights`` returns the initial weights."""
         return {}
 
@@ -148,7 +154,7 @@ class GradientTrust(StepSize):
 
     def weigh(self, g: Tensor, context: Context, shared: Shared) -> tuple[Tensor, Tensor]:
         size, slope = (euclidean(x, axes(x), keepdim=True) for x in (context.w, context.raw))
-        trusted = g * _ratio(size * self.coefficient, slope + self.weight_decay * size)
+        trusted = g * _ratio(size, slope + self.weight_decay * size, self.coefficient)
         return trusted, trusted
 
 
@@ -178,10 +184,10 @@ class TrustRatio(StepSize):
 
     def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
         norm = euclidean(context.raw, tuple(range(context.raw.ndim)))
-        return {"square": norm.to(torch.float64 if norm.device.type != "mps" else norm.dtype) ** 2}
+        return {"square": norm.to(double(norm.device)) ** 2}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
-        return {"shrink": (self.max_grad_norm / sums["square"].sqrt()).clamp(max=1.0).to(torch.float32)}
+        return {"shrink": (self.max_grad_norm / sums["square"].sqrt()).clamp(max=1.0)}
 
     def weigh(self, g: Tensor, context: Context, shared: Shared) -> tuple[Tensor, Tensor]:
         g = g if self.max_grad_norm == float("inf") else g * shared["shrink"]
@@ -194,14 +200,59 @@ class TrustRatio(StepSize):
         return _ratio(size, length).clamp_(max=self.clip) * context.rate
 
 
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b``, and 1 where either is 0."""
-    return torch.where((a > 0) & (b > 0), a / b, 1.0)
+def _ratio(a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+    """``factor a / b``, and 1 where ``a`` or ``b`` is 0."""
+    return torch.where((a > 0) & (b > 0), a / b * factor, 1.0)
 
 
 @dataclass(frozen=True)
-class _Adaptive(StepSize):
-    """What learning-rate-free step sizes share: the step is ``lr d radius`` with one ``d`` for all tensors."""
+class InverseTime(StepSize):
+    """A learning rate that falls like one over time, ``lr / (1 + (step - 1) decay)`` (torch.optim.Adagrad).
+
+    Args:
+        decay: not negative.
+    """
+
+    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "decay", self.decay, 0, float("inf"))
+
+    def rate(self, lr: Rate, step: float, shared: Shared) -> Rate:
+        return lr / (1 + (step - 1) * self.decay)
+
+
+@dataclass(frozen=True)
+class Relative(StepSize):
+    """Adafactor's relative step size: ``min(lr, 1 / sqrt(step))`` times the root mean square of each matrix' weights.
+
+    Weights smaller than ``eps`` count as ``eps`` (Shazeer & Stern, arXiv 1804.04235, section 8). Constraints see ``lr``
+    itself.
+
+    Args:
+        eps: the least root mean square, not negative.
+    """
+
+    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_range(self, "eps", self.eps, 0, float("inf"))
+
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+        entries = math.prod(context.w.shape[-2:])
+        size = euclidean(context.w, axes(context.w), keepdim=True) / math.sqrt(max(entries, 1))
+        limit, rate = context.step**-0.5, context.rate
+        return size.clamp_(min=self.eps) * (rate.clamp(max=limit) if isinstance(rate, Tensor) else min(rate, limit))
+
+
+@dataclass(frozen=True)
+class LearningRateFree(StepSize):
+    """What :class:`Prodigy` and :class:`DAdaptation` share: the step is ``lr d radius`` with one ``d`` for all tensors.
+
+    The learning rate is then a factor for schedules, 1 at its largest.
+    """
 
     _abstract: ClassVar[bool] = True
     d0: float = 1e-6
@@ -227,7 +278,7 @@ class _Adaptive(StepSize):
 
 
 @dataclass(frozen=True)
-class Prodigy(_Adaptive):
+class Prodigy(LearningRateFree):
     """A learning rate found on the way, for any norm: ``d``, a lower bound of the distance to the solution.
 
     ``d <- max(d, d_coef sum <g, w_0 - w> / dual_norm(sum g))``, where both sums weight each gradient by ``lr d^2`` and
@@ -271,7 +322,7 @@ class Prodigy(_Adaptive):
         """``"entry"``, or ``"all"`` where each tensor is sliced."""
         return "entry" if self.slice_p == 1 else "all"
 
-    def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
+    def init_state(self, x: Tensor, weights: Callable[[], Tensor], direction: Stage) -> dict[str, Tensor]:
         initial = self._sliced(weights()).clone()
         return {"initial": initial, "gradient_sum": torch.zeros_like(initial)}
 
@@ -306,13 +357,14 @@ class Prodigy(_Adaptive):
 
 
 @dataclass(frozen=True)
-class DAdaptation(_Adaptive):
-    """D-Adaptation, for any norm: like :class:`Prodigy`, with the distance estimated by dual averaging.
+class DAdaptation(LearningRateFree):
+    """D-Adaptation, for any norm: like :class:`Prodigy`, with gradients weighted by ``d`` and not by its square.
 
     With ``s <- sqrt(beta) s + (1 - sqrt(beta)) rate g`` and the direction ``D`` with its memory as it stands,
-    ``d <- max(d, r / ((1 - sqrt(beta)) dual_norm(s)))``, where ``r`` averages ``rate <g, D(s)>`` alike, times the rate
-    once more where the direction ignores the length of ``s``. Momentum sees ``rate g``, memory the gradient (Defazio
-    & Mishchenko, arXiv 2301.07733, algorithm 5, as in the dadaptation package).
+    ``d <- max(d, r / ((1 - sqrt(beta)) dual_norm(s)))``, where ``r`` averages ``rate <g, D(s)>`` alike. Momentum sees
+    ``rate g``, memory the gradient itself (Defazio & Mishchenko, arXiv 2301.07733, algorithm 5, as in the dadaptation
+    package). A direction that ignores the length of ``s``, one without memory, says nothing of the way that has been
+    gone: there ``w_0 - w`` stands for ``D(s) / (1 - sqrt(beta))``.
 
     Args:
         d0: the first estimate.
@@ -321,7 +373,8 @@ class DAdaptation(_Adaptive):
         bias_correction: see :class:`Prodigy`.
         beta: the square of the weight of the past in ``s`` and ``r``, in [0, 1).
 
-    Memory: one more number for each parameter. Cost: one more duality map and one dual norm a step.
+    Memory: one more number for each parameter, two for directions without memory. Cost: one dual norm a step, and one
+    more application of the direction where it has memory.
     """
 
     reduces: ClassVar[str] = "entry"  # type: ignore[misc]
@@ -331,19 +384,22 @@ class DAdaptation(_Adaptive):
         super().__post_init__()
         check_range(self, "beta", self.beta, 0, 1)
 
-    def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
-        return {"gradient_sum": torch.zeros_like(x)}
+    def init_state(self, x: Tensor, weights: Callable[[], Tensor], direction: Stage) -> dict[str, Tensor]:
+        initial = {} if direction.degree else {"initial": weights().clone()}
+        return {"gradient_sum": torch.zeros_like(x), **initial}
 
     def init_shared(self) -> dict[str, float]:
         return {"d": self.d0, "d_numerator": 0.0}
 
     def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
-        total, keep = state["gradient_sum"], self.beta**0.5
+        total, keep, direction = state["gradient_sum"], self.beta**0.5, context.direction
         weighted = context.g * context.rate
-        progress = (weighted * context.direction.apply(total, state, context)).sum() * self._length(context)
+        if direction.degree:
+            progress = (weighted * direction.apply(total, state, context)).sum() * self.radius
+        else:
+            progress = (weighted * (state["initial"] - context.w)).sum() * (1 - keep)
         total.mul_(keep).add_(weighted, alpha=1 - keep)
-        denominator = context.direction.steepness(total, state).sum() * self.radius
-        return {"numerator": progress, "denominator": denominator}
+        return {"numerator": progress, "denominator": direction.steepness(total, state).sum() * self.radius}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         keep = self.beta**0.5
@@ -357,7 +413,4 @@ class DAdaptation(_Adaptive):
         return g * context.rate, g
 
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
-        return self._length(context)
-
-    def _length(self, context: Context) -> Rate:
         return self.radius if context.direction.degree else context.rate * self.radius

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normopt.ingredient import check_choice
+from normopt.ingredient import check_choice, check_range
 from normopt.norms.base import Eps, Norm, is_zero
 from normopt.polar import METHODS, Schedule, exact, normalized, polar
 
@@ -45,8 +45,9 @@ class Spectral(_Schatten):
         steps: iterations; ``None`` is the method's own number.
         dtype: the name of the dtype of the iteration, such as ``"bfloat16"``, or a ``torch.dtype``; ``None`` is the
             tensor's own.
-        sides: what ``second_moment`` keeps: ``"both"``, or only the ``"smaller"`` of the two, ``whiten(M, (L,)) =
-            L^(-1/2) M`` (ASGO, arXiv 2503.20762).
+        sides: what ``second_moment`` keeps: ``"both"``, or only the ``"smaller"`` of the two, the right one of a square
+            matrix, with ``whiten(M, (L,)) = L^(-1/2) M`` or ``M R^(-1/2)`` (ASGO, arXiv 2503.20762).
+        exponent: the power of each inverse root in ``whiten``; ``None``: 1/4 for two sides, 1/2 for one.
     """
 
     matrix_memory: ClassVar[bool] = True
@@ -54,6 +55,7 @@ class Spectral(_Schatten):
     steps: int | None = None
     dtype: str | torch.dtype | None = None
     sides: str = "both"
+    exponent: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +67,8 @@ class Spectral(_Schatten):
         if self.steps is not None and (self.method == "exact" or self.steps != int(self.steps) or self.steps < 1):
             raise ValueError(f"Spectral: steps must be positive (and None for method 'exact'), got {self.steps}")
         check_choice(self, "sides", self.sides, SIDES)
+        if self.exponent is not None:
+            check_range(self, "exponent", self.exponent, 0, math.inf)
 
     def unit_norm(self, w: Tensor) -> Tensor:
         return singular_values(w).amax(dim=-1) if w.numel() else w.sum(dim=(-2, -1))
@@ -85,16 +89,16 @@ class Spectral(_Schatten):
         """``(G G^T, G^T G)``, shapes ``(..., out, out)`` and ``(..., in, in)``, or only the smaller one."""
         if self.sides == "both":
             return g @ g.mT, g.mT @ g
-        return (g @ g.mT if g.shape[-2] <= g.shape[-1] else g.mT @ g,)
+        return (g @ g.mT if g.shape[-2] < g.shape[-1] else g.mT @ g,)
 
     def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps, power: float = 1.0) -> tuple[Tensor, ...]:
-        """``(stats + eps) ** -(power / (2 sides))``, the identity for a side of size 1 beside a larger one."""
+        """``(stats + eps) ** -(power exponent)``, and 1 for a side of size 1 beside a larger one."""
         stats = tuple(s.to(torch.promote_types(s.dtype, torch.float32)) for s in stats)
-        sides = [s for s in stats if s.shape[-1] > 1] or stats
-        exponent = -power / (2 * len(sides))
-        return tuple(
-            matrix_power(s, exponent, eps) if any(s is side for side in sides) else torch.ones_like(s) for s in stats
-        )
+        larger = [s.shape[-1] > 1 for s in stats]
+        taken = larger if any(larger) else [True] * len(stats)
+        exponent = -power * (1 / (2 * sum(taken)) if self.exponent is None else self.exponent)
+        roots = zip(stats, taken, strict=True)
+        return tuple(matrix_power(s, exponent, eps) if is_taken else torch.ones_like(s) for s, is_taken in roots)
 
     def unit_divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
         """``roots[0] @ m @ roots[1]``, or one of the two products."""
@@ -102,7 +106,7 @@ class Spectral(_Schatten):
         m, roots = m.to(dtype), tuple(root.to(dtype) for root in roots)
         if self.sides == "both":
             return roots[0] @ m @ roots[1]
-        return roots[0] @ m if m.shape[-2] <= m.shape[-1] else m @ roots[0]
+        return roots[0] @ m if m.shape[-2] < m.shape[-1] else m @ roots[0]
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """``<g, dualize(g)>``: the dual norm as exactly as the method gives the polar factor."""
@@ -181,13 +185,20 @@ def _project_simplex(s: Tensor, radius: float) -> Tensor:
 
 
 def matrix_power(stats: Tensor, exponent: float, eps: Eps = 0.0) -> Tensor:
-    """``(stats + eps)^exponent`` of symmetric positive semidefinite matrices, a pseudo-inverse where ``eps`` is 0."""
+    """``(stats + eps)^exponent`` of symmetric positive semidefinite matrices, for negative exponents.
+
+    Eigenvalues below the dtype's epsilon times the largest one are rounding errors: they count as that bound, so that a
+    tiny ``eps`` does not magnify them. Where ``eps`` is 0, those below n times that bound are left out (a
+    pseudo-inverse). The result is 0 for a matrix that is 0 or has an entry that is not finite.
+    """
     if stats.numel() == 0:
         return stats.clone()
     eigenvalues, vectors = eigh(stats)
-    smallest = eigenvalues.amax(dim=-1, keepdim=True) * stats.shape[-1] * torch.finfo(stats.dtype).eps
-    kept = eigenvalues > smallest if is_zero(eps) else torch.ones_like(eigenvalues, dtype=torch.bool)
-    shifted = (eigenvalues.clamp(min=0.0) + eps).clamp_(min=torch.finfo(stats.dtype).tiny)
+    largest = eigenvalues.amax(dim=-1, keepdim=True)
+    bound = largest * torch.finfo(stats.dtype).eps
+    kept = torch.isfinite(stats).all(dim=-1).all(dim=-1, keepdim=True) & (largest > 0)
+    kept = kept & (eigenvalues > bound * stats.shape[-1]) if is_zero(eps) else kept
+    shifted = torch.maximum(eigenvalues, bound).add_(eps).clamp_(min=torch.finfo(stats.dtype).tiny)
     powers = torch.where(kept, shifted**exponent, 0.0)
     return (vectors * powers.unsqueeze(-2)) @ vectors.mT
 
@@ -195,21 +206,28 @@ def matrix_power(stats: Tensor, exponent: float, eps: Eps = 0.0) -> Tensor:
 def eigh(stats: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, rising, and eigenvectors of symmetric matrices, in float32 or better; it does not fail.
 
-    Matrices are divided by their largest entry first, and entries that have overflown count as the largest number. If
-    the decomposition does not converge, it is repeated in float64 with a jitter of 1e-7 on the diagonal; and if that
-    fails too, the diagonal stands for the matrix.
+    Matrices are divided by their largest entry first, and entries that are not finite count as the largest number or, if
+    they are none, as 0. If the decomposition does not converge, it is repeated in float64 with a jitter of 1e-7 on the
+    diagonal; and if that fails too, the diagonal stands for the matrix.
     """
     working = torch.promote_types(stats.dtype, torch.float32)
     a = torch.nan_to_num(stats.to(working))
+    if a.numel() == 0:
+        return a.diagonal(dim1=-2, dim2=-1).clone(), a
     largest = a.abs().amax(dim=(-2, -1), keepdim=True)
     a = a / torch.where(largest == 0, 1.0, largest)
+    values, vectors = _eigh(a)
+    return values * largest.squeeze(-1), vectors
+
+
+def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(a)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        identity = torch.eye(a.shape[-1], dtype=torch.float64, device=a.device)
+        jitter = 1e-7 * torch.eye(a.shape[-1], dtype=torch.float64)
         try:
-            values, vectors = (x.to(working) for x in torch.linalg.eigh(a.double() + 1e-7 * identity))
+            values, vectors = torch.linalg.eigh(a.cpu().double() + jitter)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             values, order = a.diagonal(dim1=-2, dim2=-1).sort(dim=-1)
-            vectors = torch.nn.functional.one_hot(order, a.shape[-1]).to(working).mT
-    return values * largest.squeeze(-1), vectors
+            vectors = torch.nn.functional.one_hot(order, a.shape[-1]).mT
+    return values.to(a), vectors.to(a)

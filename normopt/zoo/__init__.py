@@ -8,17 +8,39 @@ from torch.optim.optimizer import ParamsT
 
 from normopt.ingredient import nearest
 from normopt.optimizer import SteepestDescent
-from normopt.zoo.elementwise import Adagrad, Adam, AdamW, Lion, RMSprop, SignSGD, Signum
+from normopt.zoo.adaptive import DAdaptAdam, Prodigy
+from normopt.zoo.elementwise import (
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    AdEMAMix,
+    Lion,
+    NAdam,
+    RMSprop,
+    SignSGD,
+    Signum,
+)
 from normopt.zoo.euclidean import SGD
+from normopt.zoo.layerwise import LAMB, LARS, Adafactor, NovoGrad
 from normopt.zoo.spectral import Muon, Scion
 
 __all__ = [
+    "LAMB",
+    "LARS",
     "SGD",
+    "AdEMAMix",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
+    "DAdaptAdam",
     "Lion",
     "Muon",
+    "NAdam",
+    "NovoGrad",
+    "Prodigy",
     "RMSprop",
     "Scion",
     "SignSGD",

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypedDict
 
+from normopt.ingredient import get, option
 from normopt.roles import Geometry
+from normopt.stepsize import LearningRateFree, StepSize
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
 else:
     from typing_extensions import Unpack  # comes with torch
 
-__all__ = ["NO_DECAY", "Common", "Unpack"]
+__all__ = ["NO_DECAY", "Common", "Fixed", "Unpack", "with_radius"]
 
 
-class Common(TypedDict, total=False):
+class Fixed(TypedDict, total=False):
     """Keyword arguments that every optimizer hands on to :class:`~normopt.SteepestDescent`."""
 
     geometry: str | Geometry | None
@@ -28,5 +31,17 @@ class Common(TypedDict, total=False):
     differentiable: bool
 
 
+class Common(Fixed, total=False):
+    """The same for optimizers without a step size of their own: ``step_size="prodigy"`` finds their learning rate."""
+
+    step_size: str | StepSize
+
+
 #: With a whole model: every tensor moves by the optimizer's own rule, but vectors and scalars are not decayed.
 NO_DECAY: Geometry = {"vector": {"weight_decay": 0.0}, "scalar": {"weight_decay": 0.0}, "*": {}}
+
+
+def with_radius(step_size: str | StepSize) -> StepSize:
+    """The step size of that name; one that finds the learning rate reads ``radius`` from the param group."""
+    found = get(StepSize, step_size)
+    return replace(found, radius=option("radius")) if isinstance(found, LearningRateFree) else found

@@ -1,4 +1,4 @@
-"""Optimizers of the largest-entry norm: sign descent, and its relatives with memory, Adam and AdamW."""
+"""Optimizers of the largest-entry norm: sign descent, and its relatives with memory, Adam and its variants."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch.optim.optimizer import ParamsT
 from normopt.constraints import L2, WeightDecay
 from normopt.directions import Chain, Smoothed
 from normopt.ingredient import option
-from normopt.momentum import EMA, HeavyBall, LookAhead
+from normopt.momentum import EMA, HeavyBall, LookAhead, TwoSpeed, WarmNesterov
 from normopt.norms import Max
 from normopt.optimizer import SteepestDescent
 from normopt.roles import Geometry
+from normopt.stepsize import InverseTime
 from normopt.zoo.common import NO_DECAY, Common, Unpack
 
 
@@ -110,8 +111,7 @@ class RMSprop(SteepestDescent):
     """The largest-entry norm with memory, and no momentum before it: ``g / (sqrt(v) + eps)`` (Tieleman & Hinton 2012).
 
     ``v <- alpha v + (1 - alpha) g^2``; with ``momentum`` the normalized gradients are added up,
-    ``b <- momentum b + g / (sqrt(v) + eps)``. Arguments and defaults are those of torch.optim.RMSprop, without
-    ``centered``.
+    ``b <- momentum b + g / (sqrt(v) + eps)``. Arguments and defaults are those of torch.optim.RMSprop.
 
     Args:
         params: parameters, param groups or a model.
@@ -120,6 +120,7 @@ class RMSprop(SteepestDescent):
         eps: added to its root.
         weight_decay: L2 regularization, added to the gradient.
         momentum: weight of the past in the heavy ball after the normalization; 0 keeps no state.
+        centered: divide by the standard deviation of the gradients: ``v`` less the square of their average.
         common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
     """
 
@@ -129,20 +130,22 @@ class RMSprop(SteepestDescent):
         self,
         params: ParamsT | nn.Module,
         lr: float | Tensor = 1e-2,
-        *,
         alpha: float = 0.99,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
+        centered: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        adapted = Smoothed(Max(), option("alpha"), option("eps"), bias_correction=False)
+        numbers = {"alpha": alpha, "eps": eps, "momentum": momentum, "centered": centered, "weight_decay": weight_decay}
+        centered = option("centered")
+        adapted = Smoothed(Max(), option("alpha"), option("eps"), bias_correction=False, centered=centered)
         super().__init__(
             params,
             lr,
             Chain(adapted, HeavyBall(option("momentum"))),
             constraint=L2(option("weight_decay")),
-            options={"alpha": alpha, "eps": eps, "momentum": momentum, "weight_decay": weight_decay},
+            options=numbers,
             **common,
         )
 
@@ -150,15 +153,19 @@ class RMSprop(SteepestDescent):
 class Adagrad(SteepestDescent):
     """The largest-entry norm with the memory of everything: ``g / (sqrt(sum of g^2) + eps)`` (Duchi et al. 2011).
 
-    Arguments and defaults are those of torch.optim.Adagrad, without ``lr_decay``.
+    Arguments and defaults are those of torch.optim.Adagrad.
 
     Args:
         params: parameters, param groups or a model.
-        lr: learning rate.
+        lr: learning rate, divided by ``1 + (step - 1) lr_decay``.
+        lr_decay: not for use with another ``step_size``.
         weight_decay: L2 regularization, added to the gradient.
         initial_accumulator_value: what the sum starts from.
         eps: added to its root.
         common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+
+    Raises:
+        ValueError: ``lr_decay`` with another ``step_size``.
     """
 
     geometry: ClassVar[Geometry] = NO_DECAY
@@ -167,13 +174,17 @@ class Adagrad(SteepestDescent):
         self,
         params: ParamsT | nn.Module,
         lr: float | Tensor = 1e-2,
-        *,
+        lr_decay: float = 0.0,
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
         **common: Unpack[Common],
     ) -> None:
         options = {"initial_accumulator_value": initial_accumulator_value, "eps": eps, "weight_decay": weight_decay}
+        if "step_size" not in common:
+            common["step_size"], options["lr_decay"] = InverseTime(option("lr_decay")), lr_decay
+        elif lr_decay:
+            raise ValueError("Adagrad: lr_decay is a step size of its own; leave it 0 beside another step_size")
         start = option("initial_accumulator_value")
         super().__init__(
             params,
@@ -245,3 +256,133 @@ class AdamW(Adam):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **common)
+
+
+class NAdam(SteepestDescent):
+    """:class:`Adam` that looks ahead, by a momentum that grows over the steps (Dozat 2016).
+
+    ``u / (sqrt(v) + eps)``, where ``u`` is that of :class:`~normopt.momentum.WarmNesterov` and ``v`` is Adam's.
+    Arguments and defaults are those of torch.optim.NAdam.
+
+    Args:
+        params: parameters, param groups or a model.
+        lr: learning rate.
+        betas: weights of the past in the averages of the gradient and of its square.
+        eps: added to the root of the second moment.
+        weight_decay: L2 regularization, added to the gradient; decoupled with ``decoupled_weight_decay``.
+        momentum_decay: how fast the momentum grows from half of ``betas[0]`` to ``betas[0]``.
+        decoupled_weight_decay: shrink the weights instead.
+        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    """
+
+    geometry: ClassVar[Geometry] = NO_DECAY
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            Smoothed(Max(), option("betas", 1), option("eps")),
+            WarmNesterov(option("betas", 0), option("momentum_decay")),
+            constraint=(WeightDecay if decoupled_weight_decay else L2)(option("weight_decay")),
+            options={"betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum_decay": momentum_decay},
+            **common,
+        )
+
+
+class Adamax(SteepestDescent):
+    """:class:`Adam` whose second moment is a fading maximum: ``m / u`` (arXiv 1412.6980, section 7.1).
+
+    ``m <- beta1 m + (1 - beta1) g``, bias-corrected, ``u <- max(beta2 u, |g| + eps)``. Arguments and defaults are those
+    of torch.optim.Adamax.
+
+    Args:
+        params: parameters, param groups or a model.
+        lr: learning rate.
+        betas: weights of the past in the average of the gradient and in the maximum.
+        eps: added to the gradient's size.
+        weight_decay: L2 regularization, added to the gradient.
+        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    """
+
+    geometry: ClassVar[Geometry] = NO_DECAY
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            Smoothed(Max(), option("betas", 1), option("eps"), accumulate="max"),
+            EMA(option("betas", 0), bias_correction=True),
+            constraint=L2(option("weight_decay")),
+            options={"betas": betas, "eps": eps, "weight_decay": weight_decay},
+            **common,
+        )
+
+
+class AdEMAMix(SteepestDescent):
+    """:class:`AdamW` with a second, slow average of gradients: ``(m1 + alpha m2) / (sqrt(v) + eps)``.
+
+    ``m1``, bias-corrected, and ``m2``, not corrected, forget at the rates ``betas[0]`` and ``betas[2]``
+    (:class:`~normopt.momentum.TwoSpeed`). Arguments and defaults are those of the authors' code, apple/ml-ademamix
+    (arXiv 2409.03137).
+
+    Args:
+        params: parameters, param groups or a model.
+        lr: learning rate.
+        betas: weights of the past in the fast average, the second moment and the slow average.
+        alpha: factor of the slow average.
+        beta3_warmup: steps in which the slow average's half-life grows to that of ``betas[2]``, or ``None``.
+        alpha_warmup: steps in which ``alpha`` grows from 0, or ``None``.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    """
+
+    geometry: ClassVar[Geometry] = NO_DECAY
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 2.0,
+        beta3_warmup: int | None = None,
+        alpha_warmup: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        averages = TwoSpeed(
+            beta=option("betas", 0),
+            slow=option("betas", 2),
+            alpha=option("alpha"),
+            slow_warmup=option("beta3_warmup"),
+            alpha_warmup=option("alpha_warmup"),
+        )
+        warmups = {"beta3_warmup": beta3_warmup, "alpha_warmup": alpha_warmup}
+        super().__init__(
+            params,
+            lr,
+            Smoothed(Max(), option("betas", 1), option("eps")),
+            averages,
+            constraint=WeightDecay(option("weight_decay")),
+            options={"betas": betas, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, **warmups},
+            **common,
+        )

@@ -17,8 +17,8 @@ from normopt.norms import Max, Norm, Spectral
 from normopt.optimizer import SteepestDescent
 from normopt.polar import Schedule
 from normopt.roles import GEOMETRIES, ROLES
-from normopt.stepsize import Constant
-from normopt.zoo.common import Common, Unpack
+from normopt.stepsize import Constant, LearningRateFree
+from normopt.zoo.common import Common, Unpack, with_radius
 
 #: torch.optim.Muon's names for the scale of an update, and ours.
 ADJUST_LR = {None: "max1", "original": "max1", "match_rms_adamw": "adamw", "spectral_unclamped": "rms"}
@@ -48,6 +48,7 @@ class Muon(SteepestDescent):
         orthogonalize_dtype: the dtype of its iteration.
         aux_lr: learning rate of AdamW for everything that is no hidden matrix; by default ``lr`` under
             ``"match_rms_adamw"`` and ``lr / 2`` otherwise (tuned for a GPT of width 96; much wider models want less).
+            Under ``step_size="prodigy"`` or ``"d-adaptation"``, its ratio to ``lr`` is the ``radius`` of these tensors.
         aux_betas: AdamW's betas.
         aux_eps: AdamW's eps.
         aux_weight_decay: AdamW's weight decay.
@@ -81,7 +82,12 @@ class Muon(SteepestDescent):
             raise ValueError("Muon: ns_coefficients need orthogonalize='newton-schulz'")
         method = Schedule((ns_coefficients,)) if ns_coefficients else orthogonalize
         ratio = 1.0 if adjust_lr_fn == "match_rms_adamw" else 0.5
-        aux = _adamw(aux_betas, aux_eps, aux_weight_decay, {"lr_ratio": ratio} if aux_lr is None else {"lr": aux_lr})
+        rates: dict[str, float] = {"lr_ratio": ratio} if aux_lr is None else {"lr": aux_lr}
+        options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        common["step_size"] = step_size = with_radius(common.get("step_size", "constant"))
+        if isinstance(step_size, LearningRateFree):
+            rates, options["radius"] = {"radius": ratio if aux_lr is None else aux_lr / float(lr)}, 1.0
+        aux = _adamw(aux_betas, aux_eps, aux_weight_decay, rates)
         self.geometry = {"linear": {}, "conv": {}, "*": aux}  # type: ignore[misc]
         super().__init__(
             params,
@@ -89,7 +95,7 @@ class Muon(SteepestDescent):
             Spectral(ADJUST_LR[adjust_lr_fn], method, ns_steps, orthogonalize_dtype),
             EMA(option("momentum"), option("nesterov")),
             constraint=WeightDecay(option("weight_decay")),
-            options={"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay},
+            options=options,
             **common,
         )
 
@@ -160,13 +166,13 @@ class Scion(SteepestDescent):
             role: {"norm": norms.get(role, norms["*"]), **({"radius": radii[role]} if role in radii else {})}
             for role in {*norms, *radii}
         }
+        common["step_size"] = with_radius(common.get("step_size", Constant(option("radius"))))
         super().__init__(
             params,
             lr,
             spectral if norm is None else norm,
             EMA(option("momentum")),
-            Constant(option("radius")),
-            FrankWolfe() if constrained else None,
+            constraint=FrankWolfe() if constrained else None,
             options={"momentum": momentum, "radius": radii.get("*", 1.0)},
             **common,
         )
