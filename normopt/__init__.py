@@ -1,6 +1,6 @@
 """normopt: optimizers as steepest descent under a norm chosen for each tensor's role."""
 
-from normopt import bases, constraints, directions, momentum, nn, norms, polar, stepsize, zoo
+from normopt import bases, constraints, directions, momentum, nn, norms, polar, stepsize, whitening, zoo
 from normopt.bases import Basis, Eigenbasis
 from normopt.constraints import L2, Constraint, FrankWolfe, WeightDecay
 from normopt.directions import Blocked, Chain, Clipped, Decayed, Factored, Grafted, Identity, Rotated, Smoothed
@@ -9,7 +9,7 @@ from normopt.momentum import EMA, HeavyBall, LookAhead, Momentum, Nesterov, NoMo
 from normopt.norms import Column, Direction, Euclidean, Max, Norm, Nuclear, Row, Spectral
 from normopt.optimizer import SteepestDescent
 from normopt.polar import Schedule
-from normopt.report import describe
+from normopt.report import describe, periodic_table
 from normopt.roles import GEOMETRIES, Role, param_groups, roles
 from normopt.rule import Rule
 from normopt.stepsize import (
@@ -26,6 +26,7 @@ from normopt.stepsize import (
     TrustRatio,
 )
 from normopt.view import View
+from normopt.whitening import KLWhitened
 from normopt.zoo import create, list_optimizers
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ __all__ = [
     "HeavyBall",
     "Identity",
     "InverseTime",
+    "KLWhitened",
     "LearningRateFree",
     "LookAhead",
     "Max",
@@ -90,8 +92,10 @@ __all__ = [
     "nn",
     "norms",
     "param_groups",
+    "periodic_table",
     "polar",
     "roles",
     "stepsize",
+    "whitening",
     "zoo",
 ]

@@ -47,7 +47,7 @@ class Eigenbasis(Basis):
     The first gradient only builds the bases, from its own eigendecompositions. Then, after each step, ``S <- beta S +
     (1 - beta) g g^T``; every ``frequency`` steps the basis is sorted by its Rayleigh quotients, the largest first, and
     replaced by the orthonormal factor ``Q`` of ``S Q`` (SOAP, arXiv 2409.11321). Statistics and bases are kept in
-    float32 or better.
+    float32 or better; gradients whose squares overflow are not learnt from.
 
     Args:
         beta: weight of the past in the averages, in [0, 1).
@@ -76,13 +76,13 @@ class Eigenbasis(Basis):
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for side in self._sides(x):
-            gram = _gram(x, side)
+            gram = gram_matrix(x, side)
             state |= {f"{side}_gram": torch.zeros_like(gram), f"{side}_basis": torch.zeros_like(gram)}
         return state
 
     def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
         for side in self._sides(g):
-            gram = state[f"{side}_gram"].lerp_(_gram(g, side), 1 - self.beta)
+            gram = average_(state[f"{side}_gram"], gram_matrix(g, side), self.beta)
             state[f"{side}_basis"].copy_(eigh(gram)[1].flip(-1))
 
     def rotate(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -97,27 +97,42 @@ class Eigenbasis(Basis):
 
     def learn(self, g: Tensor, state: dict[str, Tensor], context: Context, memory: Sequence[Tensor]) -> None:
         for side in self._sides(g):
-            gram = state[f"{side}_gram"].lerp_(_gram(g, side), 1 - self.beta)
+            gram = average_(state[f"{side}_gram"], gram_matrix(g, side), self.beta)
             if context.step % self.frequency == 0:
                 order = power_iteration_(state[f"{side}_basis"], gram)
                 for tensor in memory:
                     reorder_(tensor, order, side)
 
 
-def _gram(g: Tensor, side: str) -> Tensor:
+def gram_matrix(g: Tensor, side: str) -> Tensor:
+    """``g g^T`` for ``side="left"``, ``g^T g`` for ``"right"``."""
     return g @ g.mT if side == "left" else g.mT @ g
 
 
-def power_iteration_(basis: Tensor, gram: Tensor) -> Tensor:
+def average_(old: Tensor, new: Tensor, beta: float) -> Tensor:
+    """``old <- beta old + (1 - beta) new`` in place, for those matrices of ``new`` whose entries are all finite."""
+    finite = torch.isfinite(new).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+    return old.lerp_(torch.where(finite, new, old), 1 - beta)
+
+
+def power_iteration_(basis: Tensor, gram: Tensor, ordered: bool = True) -> Tensor:
     """Replace ``basis`` by the orthonormal factor of ``gram @ basis``, its columns sorted by their Rayleigh quotients.
 
+    Args:
+        basis: orthonormal columns, shape ``(..., n, n)``, modified.
+        gram: symmetric positive semidefinite matrices of the same shape.
+        ordered: whether to sort.
+
     Returns:
-        The order of the old columns, the largest first, shape ``(..., n)``.
+        The order of the old columns, shape ``(..., n)``: the largest first, or as they are.
     """
-    product = gram @ basis
-    order = (basis * product).sum(dim=-2).argsort(dim=-1, descending=True)
-    sorted_product = product.take_along_dim(order.unsqueeze(-2), dim=-1)
-    basis.copy_(torch.linalg.qr(sorted_product)[0])
+    largest = gram.abs().amax(dim=(-2, -1), keepdim=True)
+    product = (gram / torch.where(largest == 0, 1.0, largest)) @ basis
+    order = torch.arange(basis.shape[-1], device=basis.device).expand(basis.shape[:-1])
+    if ordered:
+        order = (basis * product).sum(dim=-2).argsort(dim=-1, descending=True, stable=True)
+        product = product.take_along_dim(order.unsqueeze(-2), dim=-1)
+    basis.copy_(torch.linalg.qr(product)[0])
     return order
 
 

@@ -22,6 +22,8 @@ class Constraint(Ingredient):
 
     #: What one entry of the result depends on, as for stages: ``"entry"``, ``"row"`` ...
     reduces: ClassVar[str] = "matrix"
+    #: Whether it holds only if the step's length is the rate times a constant.
+    needs_bounded_step: ClassVar[bool] = False
 
     def gradient(self, g: Tensor, context: Context) -> Tensor:
         """The gradient that the optimizer works with."""
@@ -100,10 +102,12 @@ class FrankWolfe(Constraint):
     With a norm's duality map as ``d`` and ``Constant(radius)`` as step size, weights that start in the ball of that
     radius never leave it, for any gradient (constrained Scion, arXiv 2502.07529). It is decoupled weight decay of
     ``1 / radius`` at learning rate ``lr * radius``. An inexact duality map (a Newton-Schulz iteration) enlarges the
-    ball by as much as its result exceeds norm 1. The learning rate must not exceed 1.
+    ball by as much as its result exceeds norm 1. The learning rate must not exceed 1, and step sizes that go further
+    where the gradient is larger (``Dual``, ``Sharp``, trust ratios) are refused.
     """
 
     reduces: ClassVar[str] = "entry"
+    needs_bounded_step: ClassVar[bool] = True
 
     def shrink(self, rate: Rate) -> Rate:
         if (not isinstance(rate, Tensor) or rate.device.type == "cpu") and rate > 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normopt.bases import Basis
 from normopt.ingredient import Context, Option, Stage, check_choice, check_count, check_range, coarsest, substate
-from normopt.norms.base import Direction, Norm, axes, euclidean, normalize
+from normopt.norms.base import ROTATED, SECOND_MOMENT, Direction, Norm, axes, euclidean, normalize
 from normopt.norms.vector import Euclidean
 
 ACCUMULATE = ("ema", "sum", "max")
@@ -95,13 +95,18 @@ class Smoothed(Direction):
 
     @property
     def takes_vectors(self) -> bool:
-        """Those norms that do, and those whose memory is of matrices: a vector's is Adagrad's full matrix."""
-        return self.norm.takes_vectors or self.norm.matrix_memory
+        """Whether the norm remembers them."""
+        return self.norm.remembers_vectors
 
     @property
     def rotation_invariant(self) -> bool:
         """That of the norm."""
         return self.norm.rotation_invariant
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """The norm's row, with memory."""
+        return self.norm.cell[0], SECOND_MOMENT
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         stats = self.norm.second_moment(x)
@@ -129,11 +134,14 @@ class Smoothed(Direction):
     def _refresh(self, state: dict[str, Tensor], context: Context) -> None:
         """Compute the roots that are kept: all when they are due, before that those that are still 0."""
         kept = _all(state, "root")
-        due = context.step == 1 or context.step % self.frequency == 0
-        missing = None if due else (kept[0] == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-        if due or (context.step < self.frequency and bool(missing.any())):
+        if context.step == 1 or context.step % self.frequency == 0:
             for root, new in zip(kept, self._roots(state, context), strict=True):
-                root.copy_(new if missing is None else torch.where(missing, new, root))
+                root.copy_(new)
+        elif context.step < self.frequency:
+            missing = [(root == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True) for root in kept]
+            if any(bool(each.any()) for each in missing):
+                for root, each, new in zip(kept, missing, self._roots(state, context), strict=True):
+                    root.copy_(torch.where(each, new, root))
 
     def _remember(self, g: Tensor, state: dict[str, Tensor], context: Context) -> None:
         stats = _all(state, "second_moment")
@@ -247,6 +255,11 @@ class Identity(Direction):
 
     reduces: ClassVar[str] = "entry"  # type: ignore[misc]
 
+    @property
+    def cell(self) -> tuple[str, str]:
+        """The Euclidean norm's."""
+        return Euclidean().cell
+
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         return x
 
@@ -266,6 +279,7 @@ class Clipped(Direction):
         radius: of the ball.
     """
 
+    degree: ClassVar[None] = None  # type: ignore[misc]
     norm: Norm
     radius: float = 1.0
 
@@ -296,6 +310,7 @@ class Decayed(Direction):
         weight_decay: not negative.
     """
 
+    degree: ClassVar[None] = None  # type: ignore[misc]
     reduces: ClassVar[str] = "entry"  # type: ignore[misc]
     weight_decay: float = 0.0
 
@@ -348,9 +363,15 @@ class Chain(Direction):
         return all(stage.takes_vectors for stage in self.stages)
 
     @property
-    def degree(self) -> int:  # type: ignore[override]
-        """1 if it is that for all stages."""
-        return min(stage.degree for stage in self.stages)
+    def cell(self) -> tuple[str, str]:
+        """That of the first direction."""
+        return next((stage.cell for stage in self.stages if isinstance(stage, Direction)), super().cell)
+
+    @property
+    def degree(self) -> int | None:  # type: ignore[override]
+        """The product of all stages'."""
+        degrees = [stage.degree for stage in self.stages]
+        return None if None in degrees else min(degree for degree in degrees if degree is not None)
 
     @property
     def looks_first(self) -> bool:  # type: ignore[override]
@@ -420,7 +441,12 @@ class Grafted(Direction):
         return self.direction.takes_vectors and self.magnitude.takes_vectors
 
     @property
-    def degree(self) -> int:  # type: ignore[override]
+    def cell(self) -> tuple[str, str]:
+        """That of the direction."""
+        return self.direction.cell if isinstance(self.direction, Direction) else super().cell
+
+    @property
+    def degree(self) -> int | None:  # type: ignore[override]
         """That of the magnitude."""
         return self.magnitude.degree
 
@@ -490,7 +516,12 @@ class Rotated(Direction):
         return self.direction.takes_vectors
 
     @property
-    def degree(self) -> int:  # type: ignore[override]
+    def cell(self) -> tuple[str, str]:
+        """The direction's row, rotated."""
+        return self.direction.cell[0], ROTATED
+
+    @property
+    def degree(self) -> int | None:  # type: ignore[override]
         """That of the direction."""
         return self.direction.degree
 
@@ -561,7 +592,12 @@ class Blocked(Direction):
         return self.direction.takes_vectors
 
     @property
-    def degree(self) -> int:  # type: ignore[override]
+    def cell(self) -> tuple[str, str]:
+        """That of the direction."""
+        return self.direction.cell
+
+    @property
+    def degree(self) -> int | None:  # type: ignore[override]
         """That of the direction."""
         return self.direction.degree
 

@@ -140,6 +140,10 @@ class Context:
         """The weights before the step, shape ``(..., out, in)``, gathered when first asked for; never modified."""
         return self.weights()
 
+    def unscaled(self, x: Tensor) -> Tensor:
+        """``x``, a gradient or an average of them, without the step size's factor ``scale``."""
+        return x if isinstance(self.scale, float) and self.scale == 1.0 else x / self.scale
+
     def seeing(self, x: Tensor) -> Context:
         """The same for the next stage of a chain, whose gradient is ``x``."""
         return dataclasses.replace(self, g=x, weights=lambda: self.w, scale=1.0)
@@ -161,8 +165,8 @@ class Stage(Ingredient):
     reduces: str = "matrix"
     #: Whether matrices are what it works on: it needs to know how a tensor with more dimensions is seen as some.
     needs_matrix: bool = False
-    #: 1 if twice the input gives twice the result, 0 if the result is the same.
-    degree: int = 1
+    #: 1 if twice the input gives twice the result, 0 if the result is the same, ``None`` if neither.
+    degree: int | None = 1
     #: Whether the first gradient only prepares the state: ``look`` is called, nothing moves, no step is counted.
     looks_first: bool = False
 

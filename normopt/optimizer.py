@@ -325,7 +325,8 @@ def _check_options(options: Mapping[str, Any], rule: Rule, spare: Set[str]) -> N
     known = rule.options() | INGREDIENTS | {"lr", "maximize"}
     for name in options.keys() - known - _GROUP_KEYS - spare:
         raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {nearest(name, known)}")
-    rule.resolve(options)
+    resolved = rule.resolve(options)
+    resolved.step_size.check_composes(resolved.norm)
 
 
 def _check_parameters(group: dict[str, Any], rule: Rule) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from normopt.ingredient import parse
+from normopt.bases import Eigenbasis
+from normopt.directions import Rotated, Smoothed
+from normopt.ingredient import choices, parse
+from normopt.norms.base import NO_MEMORY, ROTATED, SECOND_MOMENT, Direction, Norm
 from normopt.optimizer import SteepestDescent
 from normopt.rule import Rule
 
@@ -35,12 +40,63 @@ def describe(optimizer: SteepestDescent) -> str:
     constraints; times the dual norm where the step size says so), reason for the role, state bytes (0 before the first
     step). Drawn by tabulate where it is installed.
     """
-    rows = [row for group in optimizer.param_groups for row in _rows(optimizer, group)]
+    return _table(COLUMNS, [row for group in optimizer.param_groups for row in _rows(optimizer, group)])
+
+
+#: The memories of the periodic table, and how each is put on a norm.
+MEMORIES: dict[str, Callable[[Norm], Direction]] = {
+    NO_MEMORY: lambda norm: norm,
+    SECOND_MOMENT: Smoothed,
+    ROTATED: lambda norm: Rotated(Smoothed(norm), Eigenbasis()),
+}
+
+
+def periodic_table() -> str:
+    """The grid of norms and memories, from the registry, with the optimizers that stand in each cell.
+
+    An optimizer stands where its direction for a matrix does. A cell without one holds, in brackets, the ingredient
+    that runs it (``SteepestDescent(params, norm="Smoothed(Column())")``), or a dash where there is none: norms without
+    a second moment, and rotations that change nothing. Directions that are no norm's duality map have rows of their
+    own, below.
+    """
+    names: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for cls in SteepestDescent.registry.values():
+        direction = _direction_of(cls)
+        if direction is not None:
+            names[direction.cell].append(cls.__name__)
+    norms: dict[str, Any] = {cls.__name__: cls() for cls in choices(Norm).values()}
+    rows = [
+        (name, *(", ".join(sorted(names[name, memory])) or _hole(norm, memory) for memory in MEMORIES))
+        for name, norm in norms.items()
+    ]
+    others = sorted({name for name, _ in names} - norms.keys())
+    rows += [(name, *(", ".join(sorted(names[name, memory])) for memory in MEMORIES)) for name in others]
+    return _table(("norm", *MEMORIES), rows)
+
+
+def _direction_of(cls: type[SteepestDescent]) -> Direction | None:
+    """What an optimizer does to a matrix with its default arguments; ``None`` if it has not got enough of them."""
+    try:
+        rule = parse(cls([torch.zeros(2, 2, requires_grad=True)]).param_groups[0]["rule"])
+    except TypeError:
+        return None
+    assert isinstance(rule, Rule)
+    return rule.norm
+
+
+def _hole(norm: Norm, memory: str) -> str:
+    try:
+        return f"({MEMORIES[memory](norm)})"
+    except ValueError:
+        return "-"
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     try:
         from tabulate import tabulate  # type: ignore[import-untyped]
     except ImportError:
-        return _plain([COLUMNS, *rows])
-    return str(tabulate(rows, headers=COLUMNS, disable_numparse=True))
+        return _plain([headers, *rows])
+    return str(tabulate(rows, headers=headers, disable_numparse=True))
 
 
 def _rows(optimizer: SteepestDescent, group: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -84,7 +140,7 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
 
 
-def _plain(rows: list[tuple[str, ...]]) -> str:
+def _plain(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in padded)

@@ -40,9 +40,9 @@ class Rule(Ingredient):
         return replace(self, **{name: _READERS[name](given[name]) for name in INGREDIENTS & given.keys()})
 
     def __post_init__(self) -> None:
-        sliced = getattr(self.step_size, "slice_p", 1)
-        if isinstance(sliced, int) and sliced > 1 and self.norm.reduces != "entry":
-            raise ValueError(f"slice_p: the dual norm of {self.norm} is no sum over entries, so it needs slice_p=1")
+        for constraint in self.constraint:
+            if constraint.needs_bounded_step and not self.step_size.bounded:
+                raise ValueError(f"{constraint} needs steps of bounded length, which {self.step_size} does not take")
 
     @property
     def elementwise(self) -> bool:

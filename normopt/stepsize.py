@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient import Context, Ingredient, Stage, check_count, check_range
-from normopt.norms.base import axes, euclidean
+from normopt.norms.base import Direction, axes, euclidean
 
 Shared = dict[str, Tensor]
 Rate = float | Tensor
@@ -32,6 +32,11 @@ class StepSize(Ingredient):
 
     #: As for stages; ``"entry"`` when one length serves all entries, ``"all"`` when it differs from matrix to matrix.
     reduces: str = "matrix"
+    #: Whether the length is the rate times a constant, so that the rate bounds how far weights go.
+    bounded: bool = True
+
+    def check_composes(self, direction: Direction) -> None:
+        """Raise a ``ValueError`` for directions that this step size makes no sense with; without options in either."""
 
     def init_state(self, x: Tensor, weights: Callable[[], Tensor], direction: Stage) -> dict[str, Tensor]:
         """State for each parameter, like a stage's; ``weights`` returns the initial weights."""
@@ -106,6 +111,7 @@ class Dual(StepSize):
     duality map it is.
     """
 
+    bounded: ClassVar[bool] = False  # type: ignore[misc]
     reduces: ClassVar[str] = "entry"  # type: ignore[misc]
 
     def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
@@ -126,6 +132,7 @@ class Sharp(StepSize):
     (arXiv 2505.21799). The dual norm is taken as ``<x, d>`` for each matrix.
     """
 
+    bounded: ClassVar[bool] = False  # type: ignore[misc]
     reduces: ClassVar[str] = "all"  # type: ignore[misc]
 
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
@@ -171,6 +178,7 @@ class TrustRatio(StepSize):
         max_grad_norm: before anything else, all gradients together are shortened to at most this Euclidean norm.
     """
 
+    bounded: ClassVar[bool] = False  # type: ignore[misc]
     reduces: ClassVar[str] = "all"  # type: ignore[misc]
     weight_decay: float = 0.0
     always_adapt: bool = True
@@ -234,6 +242,7 @@ class Relative(StepSize):
         eps: the least root mean square, not negative.
     """
 
+    bounded: ClassVar[bool] = False  # type: ignore[misc]
     reduces: ClassVar[str] = "all"  # type: ignore[misc]
     eps: float = 1e-3
 
@@ -266,6 +275,11 @@ class LearningRateFree(StepSize):
         check_range(self, "growth_rate", self.growth_rate, 1, float("inf"), closed=True)
         for beta in self.bias_correction or ():
             check_range(self, "bias_correction", beta, 0, 1)
+
+    def check_composes(self, direction: Direction) -> None:
+        """Raise a ``ValueError`` unless the dual norm can be measured."""
+        probe = torch.ones(2, 2)
+        direction.steepness(probe, direction.init_state(probe))
 
     def rate(self, lr: Rate, step: float, shared: Shared) -> Rate:
         return shared["d"] * lr * self._correction(step)
@@ -316,6 +330,12 @@ class Prodigy(LearningRateFree):
         check_range(self, "beta3", self.beta3, 0, 1)
         check_range(self, "d_coef", self.d_coef, 1e-300, float("inf"))
         check_count(self, "slice_p", self.slice_p)
+
+    def check_composes(self, direction: Direction) -> None:
+        """Raise a ``ValueError`` unless the dual norm can be measured, on slices if need be."""
+        super().check_composes(direction)
+        if self.slice_p > 1 and direction.reduces != "entry":
+            raise ValueError(f"slice_p: the dual norm of {direction} is no sum over entries, so it needs slice_p=1")
 
     @property
     def reduces(self) -> str:  # type: ignore[override]
@@ -383,6 +403,12 @@ class DAdaptation(LearningRateFree):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "beta", self.beta, 0, 1)
+
+    def check_composes(self, direction: Direction) -> None:
+        """Raise a ``ValueError`` unless the dual norm can be measured, and averages of ``rate g`` have a meaning."""
+        super().check_composes(direction)
+        if direction.degree is None:
+            raise ValueError(f"DAdaptation: {direction} is neither linear nor independent of length; use Prodigy")
 
     def init_state(self, x: Tensor, weights: Callable[[], Tensor], direction: Stage) -> dict[str, Tensor]:
         initial = {} if direction.degree else {"initial": weights().clone()}

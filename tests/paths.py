@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Make = Callable[[list[Tensor]], Optimizer]
@@ -29,20 +29,26 @@ def assert_same_path(
     steps: int = STEPS,
     seed: int = 0,
     scale: float = 1.0,
+    share: Callable[[Optimizer, Optimizer], None] | None = None,
 ) -> None:
-    """Run both on the same gradients: they never differ by more than ``tolerance`` times the distance travelled."""
+    """Run both on the same gradients: they never differ by more than ``tolerance`` times the distance travelled.
+
+    After the first step, ``share`` may give ours what the reference was free to choose.
+    """
     start = torch.Generator().manual_seed(seed + 1)
     initial = [torch.randn(shape, generator=start) for shape in shapes]
     a, b = ([torch.nn.Parameter(w.clone()) for w in initial] for _ in range(2))
     first, second = ours(a), reference(b)
     travelled, worst = torch.zeros(len(initial)), torch.zeros(len(initial))
     stream = gradients(b, seed)
-    for _ in range(steps):
+    for step in range(steps):
         for i, g in enumerate(next(stream)):
             a[i].grad, b[i].grad = scale * g, scale * g
         before = [w.detach().clone() for w in b]
         first.step()
         second.step()
+        if share is not None and step == 0:
+            share(first, second)
         travelled += largest(b, before)
         worst = worst.maximum(largest(a, b))
     assert (travelled > 0).all(), "the reference did not move"
@@ -52,3 +58,16 @@ def assert_same_path(
 def largest(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """The largest difference of each pair."""
     return torch.stack([(x - y).detach().abs().max() for x, y in zip(a, b, strict=True)])
+
+
+def as_model(params: list[Tensor]) -> nn.Module:
+    """A model of linear layers, convolutions, vectors and scalars with these parameters."""
+    model = nn.Module()
+    for i, p in enumerate(params):
+        layer = {2: nn.Linear(1, 1, bias=False), 3: nn.Conv1d(1, 1, 1, bias=False)}.get(p.ndim)
+        if layer is None:
+            model.register_parameter(f"vector{i}", p)
+        else:
+            layer.weight = p
+            model.add_module(f"layer{i}", layer)
+    return model

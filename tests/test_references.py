@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normopt import zoo
-from tests.paths import Make, assert_same_path
+from tests.paths import Make, as_model, assert_same_path
 
 SHAPES = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8), "vector": (7,)}
 MATRICES = [shape for shape in SHAPES.values() if len(shape) == 2]
@@ -38,8 +38,18 @@ TORCH = [
     case("Adam", lr=0.02, eps=0.1, maximize=True),
     case("RMSprop", lr=0.02),
     case("RMSprop", lr=0.02, alpha=0.9, momentum=0.8, weight_decay=0.1, eps=1e-3),
+    case("RMSprop", lr=0.02, centered=True),
+    case("RMSprop", lr=0.02, alpha=0.9, momentum=0.8, weight_decay=0.1, centered=True, eps=1e-3),
     case("Adagrad", lr=0.1),
     case("Adagrad", lr=0.1, weight_decay=0.1, initial_accumulator_value=0.3, eps=1e-3),
+    case("Adagrad", lr=0.1, lr_decay=0.1),
+    case("NAdam", lr=0.02),
+    case("NAdam", lr=0.02, weight_decay=0.1, betas=(0.8, 0.9), momentum_decay=0.1),
+    case("NAdam", lr=0.02, weight_decay=0.1, decoupled_weight_decay=True, eps=1e-3, maximize=True),
+    case("Adamax", lr=0.02),
+    case("Adamax", lr=0.02, weight_decay=0.1, betas=(0.8, 0.9), eps=0.1),
+    case("Adafactor"),
+    case("Adafactor", lr=0.5, weight_decay=0.1, beta2_decay=-0.5, eps=(0.5, 2.0), d=2.0),
     case("AdamW", lr=0.02),
     case("AdamW", lr=0.02, weight_decay=0.5, betas=(0.9, 0.95), eps=1e-6),
     case("AdamW", lr=0.02, amsgrad=True, betas=(0.8, 0.9)),
@@ -144,5 +154,102 @@ def test_constrained_scion_is_muon_with_weight_decay() -> None:
             p, 0.01 * radius, 1 / radius, 0.9, nesterov=False, adjust_lr_fn="spectral_unclamped", **exact
         ),
         MATRICES,
+        2e-5,
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-5, 1e-9])
+def test_adafactor_is_torchs_for_small_gradients(scale: float) -> None:
+    """Where its least divisor counts, for the whole second moment of a vector and for the factors of a matrix."""
+    assert_same_path(zoo.Adafactor, torch.optim.Adafactor, list(SHAPES.values()), 2e-5, scale=scale)
+
+
+ADEMAMIX = [
+    {},
+    {"betas": (0.8, 0.9, 0.99), "alpha": 5.0, "weight_decay": 0.1},
+    {"betas": (0.8, 0.9, 0.99), "alpha": 5.0, "warmup": 60},
+    {"betas": (0.9, 0.999, 0.9999), "alpha": 8.0, "warmup": 20, "maximize": True},
+]
+
+
+@pytest.mark.parametrize("options", ADEMAMIX, ids=str)
+def test_ademamix_is_pytorch_optimizers(options: dict[str, Any]) -> None:
+    """Its half-lives are interpolated without apple's 1e-8, of which nothing is seen here."""
+    from pytorch_optimizer import AdEMAMix
+
+    options = {"lr": 0.02, "alpha": 2.0, **options}
+    warmup = options.pop("warmup", None)
+    assert_same_path(
+        lambda p: zoo.AdEMAMix(p, beta3_warmup=warmup, alpha_warmup=warmup, **options),
+        lambda p: AdEMAMix(p, t_alpha_beta3=warmup, weight_decouple=True, **options),
+        list(SHAPES.values()),
+        2e-5,
+    )
+
+
+def test_ademamix_without_the_slow_average_is_adamw() -> None:
+    options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
+    assert_same_path(
+        lambda p: zoo.AdEMAMix(p, alpha=0.0, **options),
+        lambda p: torch.optim.AdamW(p, **options),
+        list(SHAPES.values()),
+        2e-5,
+    )
+
+
+LARS = [
+    {"lr": 1.0},
+    {"lr": 1.0, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1, "trust_coefficient": 0.02},
+    {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.1, "trust_coefficient": 0.02},
+    {"lr": 1.0, "nesterov": True, "weight_decay": 0.1, "trust_coefficient": 0.02, "maximize": True},
+]
+
+
+@pytest.mark.parametrize("options", LARS, ids=str)
+@pytest.mark.parametrize("start", [1.0, 0.0], ids=["", "from 0"])
+def test_lars_is_pytorch_optimizers(options: dict[str, Any], start: float) -> None:
+    """Matrices from random weights, and from 0, where nothing is rescaled."""
+    from pytorch_optimizer import LARS as Reference
+
+    def scaled(p: list[Tensor]) -> list[Tensor]:
+        for w in p:
+            w.detach().mul_(start)
+        return p
+
+    assert_same_path(
+        lambda p: zoo.LARS(scaled(p), **options), lambda p: Reference(scaled(p), **options), MATRICES, 2e-5
+    )
+
+
+@pytest.mark.parametrize("options", LARS, ids=str)
+def test_lars_is_pytorch_optimizers_on_a_model(options: dict[str, Any]) -> None:
+    """Its vectors and scalars, too: plain SGD without decay."""
+    from pytorch_optimizer import LARS as Reference
+
+    options = {**options, "lr": 0.1}
+    assert_same_path(
+        lambda p: zoo.LARS(as_model(p), **options),
+        lambda p: Reference(p, **options),
+        [*SHAPES.values(), (), (4, 3, 2)],
+        2e-5,
+    )
+
+
+NOVOGRAD = [
+    {},
+    {"betas": (0.8, 0.9), "weight_decay": 0.1},
+    {"grad_averaging": True},
+    {"grad_averaging": True, "weight_decay": 0.1, "eps": 0.1, "maximize": True},
+]
+
+
+@pytest.mark.parametrize("options", NOVOGRAD, ids=str)
+def test_novograd_is_pytorch_optimizers(options: dict[str, Any]) -> None:
+    from pytorch_optimizer import NovoGrad
+
+    assert_same_path(
+        lambda p: zoo.NovoGrad(p, lr=0.02, **options),
+        lambda p: NovoGrad(p, lr=0.02, **options),
+        [*SHAPES.values(), ()],
         2e-5,
     )

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from normopt.ingredient import Context, Stage, check_choice
 
+#: The columns of the periodic table.
+NO_MEMORY, SECOND_MOMENT, ROTATED = "no memory", "second moment", "second moment, rotated"
+
 Scale = str | float
 Eps = float | Tensor
 
@@ -31,6 +34,11 @@ class Direction(Stage):
     def rms(self, shape: tuple[int, ...]) -> float:
         """The root mean square of an update's entries for a full-rank gradient of ``shape``; ``nan`` if unknown."""
         return math.nan
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """Where it stands in the periodic table: the norm that it comes from, and its memory; else its own name."""
+        return type(self).__name__, NO_MEMORY
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The dual norm of each matrix, shape ``(...)``, for step sizes: at most the cost of one duality map.
@@ -80,6 +88,11 @@ class Norm(Direction):
     def has_memory(self) -> bool:
         """Whether the norm has a ``second_moment``, so that ``Smoothed`` can remember it."""
         return type(self).second_moment is not Norm.second_moment
+
+    @property
+    def remembers_vectors(self) -> bool:
+        """Whether ``Smoothed`` may remember the second moments of vectors, seen as one row."""
+        return self.takes_vectors
 
     # What a norm must say of itself, at scale 1 ---------------------------------------------------------------
 

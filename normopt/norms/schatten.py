@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient import check_choice, check_range
-from normopt.norms.base import Eps, Norm, is_zero
+from normopt.norms.base import Eps, Norm
 from normopt.polar import METHODS, Schedule, exact, normalized, polar
 
 SIDES = ("both", "smaller")
@@ -69,6 +69,11 @@ class Spectral(_Schatten):
         check_choice(self, "sides", self.sides, SIDES)
         if self.exponent is not None:
             check_range(self, "exponent", self.exponent, 0, math.inf)
+
+    @property
+    def remembers_vectors(self) -> bool:
+        """With both sides: Adagrad's full matrix."""
+        return self.sides == "both"
 
     def unit_norm(self, w: Tensor) -> Tensor:
         return singular_values(w).amax(dim=-1) if w.numel() else w.sum(dim=(-2, -1))
@@ -187,19 +192,18 @@ def _project_simplex(s: Tensor, radius: float) -> Tensor:
 def matrix_power(stats: Tensor, exponent: float, eps: Eps = 0.0) -> Tensor:
     """``(stats + eps)^exponent`` of symmetric positive semidefinite matrices, for negative exponents.
 
-    Eigenvalues below the dtype's epsilon times the largest one are rounding errors: they count as that bound, so that a
-    tiny ``eps`` does not magnify them. Where ``eps`` is 0, those below n times that bound are left out (a
-    pseudo-inverse). The result is 0 for a matrix that is 0 or has an entry that is not finite.
+    Directions in which an eigenvalue plus ``eps`` is not above the rounding errors of the others, sqrt(n) times the
+    dtype's epsilon times the largest, are left out (a pseudo-inverse): nothing is known about them, and a tiny ``eps``
+    would magnify what a gradient has there. The result is 0 for a matrix that is 0 or has an entry that is not finite.
     """
     if stats.numel() == 0:
         return stats.clone()
     eigenvalues, vectors = eigh(stats)
     largest = eigenvalues.amax(dim=-1, keepdim=True)
-    bound = largest * torch.finfo(stats.dtype).eps
-    kept = torch.isfinite(stats).all(dim=-1).all(dim=-1, keepdim=True) & (largest > 0)
-    kept = kept & (eigenvalues > bound * stats.shape[-1]) if is_zero(eps) else kept
-    shifted = torch.maximum(eigenvalues, bound).add_(eps).clamp_(min=torch.finfo(stats.dtype).tiny)
-    powers = torch.where(kept, shifted**exponent, 0.0)
+    known = torch.isfinite(stats).all(dim=-1).all(dim=-1, keepdim=True) & (largest > 0)
+    shifted = eigenvalues.clamp(min=0.0) + eps
+    kept = known & (shifted > largest * (math.sqrt(stats.shape[-1]) * torch.finfo(stats.dtype).eps))
+    powers = torch.where(kept, shifted, 1.0) ** exponent * kept
     return (vectors * powers.unsqueeze(-2)) @ vectors.mT
 
 

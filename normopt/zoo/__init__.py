@@ -23,12 +23,16 @@ from normopt.zoo.elementwise import (
 )
 from normopt.zoo.euclidean import SGD
 from normopt.zoo.layerwise import LAMB, LARS, Adafactor, NovoGrad
+from normopt.zoo.preconditioned import ASGO, DASGO, SOAP, KLShampoo, Shampoo
 from normopt.zoo.spectral import Muon, Scion
 
 __all__ = [
+    "ASGO",
+    "DASGO",
     "LAMB",
     "LARS",
     "SGD",
+    "SOAP",
     "AdEMAMix",
     "Adafactor",
     "Adagrad",
@@ -36,6 +40,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "DAdaptAdam",
+    "KLShampoo",
     "Lion",
     "Muon",
     "NAdam",
@@ -43,6 +48,7 @@ __all__ = [
     "Prodigy",
     "RMSprop",
     "Scion",
+    "Shampoo",
     "SignSGD",
     "Signum",
     "create",

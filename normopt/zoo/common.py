@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypedDict
 
+from normopt.directions import Smoothed
 from normopt.ingredient import get, option
+from normopt.momentum import EMA
+from normopt.norms import Max
 from normopt.roles import Geometry
 from normopt.stepsize import LearningRateFree, StepSize
 
@@ -16,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import Unpack  # comes with torch
 
-__all__ = ["NO_DECAY", "Common", "Fixed", "Unpack", "with_radius"]
+__all__ = ["NO_DECAY", "Common", "Fixed", "Unpack", "adamw", "with_radius"]
 
 
 class Fixed(TypedDict, total=False):
@@ -45,3 +48,15 @@ def with_radius(step_size: str | StepSize) -> StepSize:
     """The step size of that name; one that finds the learning rate reads ``radius`` from the param group."""
     found = get(StepSize, step_size)
     return replace(found, radius=option("radius")) if isinstance(found, LearningRateFree) else found
+
+
+def adamw(betas: tuple[float, float], eps: float, weight_decay: float, lr: dict[str, float]) -> dict[str, Any]:
+    """AdamW as the options of a param group."""
+    return {
+        "norm": Smoothed(Max(), option("betas", 1), option("eps")),
+        "momentum": EMA(option("betas", 0), bias_correction=True),
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        **lr,
+    }

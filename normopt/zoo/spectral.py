@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from normopt.constraints import FrankWolfe, WeightDecay
-from normopt.directions import Smoothed
 from normopt.ingredient import nearest, option
 from normopt.momentum import EMA
-from normopt.norms import Max, Norm, Spectral
+from normopt.norms import Norm, Spectral
 from normopt.optimizer import SteepestDescent
 from normopt.polar import Schedule
 from normopt.roles import GEOMETRIES, ROLES
 from normopt.stepsize import Constant, LearningRateFree
-from normopt.zoo.common import Common, Unpack, with_radius
+from normopt.zoo.common import Common, Unpack, adamw, with_radius
 
 #: torch.optim.Muon's names for the scale of an update, and ours.
 ADJUST_LR = {None: "max1", "original": "max1", "match_rms_adamw": "adamw", "spectral_unclamped": "rms"}
@@ -48,7 +46,7 @@ class Muon(SteepestDescent):
         orthogonalize_dtype: the dtype of its iteration.
         aux_lr: learning rate of AdamW for everything that is no hidden matrix; by default ``lr`` under
             ``"match_rms_adamw"`` and ``lr / 2`` otherwise (tuned for a GPT of width 96; much wider models want less).
-            Under ``step_size="prodigy"`` or ``"d-adaptation"``, its ratio to ``lr`` is the ``radius`` of these tensors.
+            Under ``step_size="prodigy"`` or ``"dadaptation"``, its ratio to ``lr`` is the ``radius`` of these tensors.
         aux_betas: AdamW's betas.
         aux_eps: AdamW's eps.
         aux_weight_decay: AdamW's weight decay.
@@ -87,7 +85,7 @@ class Muon(SteepestDescent):
         common["step_size"] = step_size = with_radius(common.get("step_size", "constant"))
         if isinstance(step_size, LearningRateFree):
             rates, options["radius"] = {"radius": ratio if aux_lr is None else aux_lr / float(lr)}, 1.0
-        aux = _adamw(aux_betas, aux_eps, aux_weight_decay, rates)
+        aux = adamw(aux_betas, aux_eps, aux_weight_decay, rates)
         self.geometry = {"linear": {}, "conv": {}, "*": aux}  # type: ignore[misc]
         super().__init__(
             params,
@@ -98,18 +96,6 @@ class Muon(SteepestDescent):
             options=options,
             **common,
         )
-
-
-def _adamw(betas: tuple[float, float], eps: float, weight_decay: float, lr: dict[str, float]) -> dict[str, Any]:
-    """AdamW as the options of a param group."""
-    return {
-        "norm": Smoothed(Max(), option("betas", 1), option("eps")),
-        "momentum": EMA(option("betas", 0), bias_correction=True),
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        **lr,
-    }
 
 
 #: Radii for GPTs, unconstrained and constrained.
