@@ -638,7 +638,7 @@ class Blocked(Direction):
 
     def rms(self, shape: tuple[int, ...]) -> float:
         """That of the direction for a block."""
-        m, n = shape if len(shape) > 1 else (1, *shape)
+        m, n = shape[-2:] if len(shape) > 1 else (1, *shape)
         return self.direction.rms((self._parts(m)[1], self._parts(n)[1]))
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:

@@ -37,7 +37,7 @@ def describe(optimizer: SteepestDescent) -> str:
 
     Columns: parameter, shape, role, matrix view (matrices x out x in), norm, momentum, step size, constraint, lr,
     effective lr (the root mean square of the update's entries for a full-rank gradient of the usual size, before
-    constraints; times the dual norm where the step size says so), reason for the role, state bytes (0 before the first
+    constraints; times the dual norm or the trust ratio where the step size says so), reason for the role, state bytes (0 before the first
     step). Drawn by tabulate where it is installed.
     """
     return _table(COLUMNS, [row for group in optimizer.param_groups for row in _rows(optimizer, group)])
@@ -128,7 +128,7 @@ def _effective_lr(rule: Rule, group: Mapping[str, Any], shape: tuple[int, ...]) 
     rms = rule.norm.rms(rule.view.shape(shape))
     shared = {name: group[name] for name in rule.step_size.init_shared()}
     size = float(rule.step_size.rate(group["lr"], 1, shared)) * rms * getattr(rule.step_size, "radius", 1.0)
-    return f"{size:.3g}" + (" x dual norm" if type(rule.step_size).__name__ in ("Dual", "Sharp") else "")
+    return f"{size:.3g}" + (f" x {rule.step_size.times}" if rule.step_size.times else "")
 
 
 def state_bytes(state: Mapping[str, Any]) -> int:

@@ -41,8 +41,8 @@ class Rule(Ingredient):
 
     def __post_init__(self) -> None:
         for constraint in self.constraint:
-            if constraint.needs_bounded_step and not self.step_size.bounded:
-                raise ValueError(f"{constraint} needs steps of bounded length, which {self.step_size} does not take")
+            if constraint.needs_bounded_step and self.step_size.times:
+                raise ValueError(f"{constraint} needs steps of bounded length; those of {self.step_size} are not")
 
     @property
     def elementwise(self) -> bool:

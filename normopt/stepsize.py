@@ -32,8 +32,8 @@ class StepSize(Ingredient):
 
     #: As for stages; ``"entry"`` when one length serves all entries, ``"all"`` when it differs from matrix to matrix.
     reduces: str = "matrix"
-    #: Whether the length is the rate times a constant, so that the rate bounds how far weights go.
-    bounded: bool = True
+    #: What the length is multiplied by beside the rate and constants, for people to read.
+    times: str = ""
 
     def check_composes(self, direction: Direction) -> None:
         """Raise a ``ValueError`` for directions that this step size makes no sense with; without options in either."""
@@ -111,7 +111,7 @@ class Dual(StepSize):
     duality map it is.
     """
 
-    bounded: ClassVar[bool] = False  # type: ignore[misc]
+    times: ClassVar[str] = "dual norm"  # type: ignore[misc]
     reduces: ClassVar[str] = "entry"  # type: ignore[misc]
 
     def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ class Sharp(StepSize):
     (arXiv 2505.21799). The dual norm is taken as ``<x, d>`` for each matrix.
     """
 
-    bounded: ClassVar[bool] = False  # type: ignore[misc]
+    times: ClassVar[str] = "dual norm"  # type: ignore[misc]
     reduces: ClassVar[str] = "all"  # type: ignore[misc]
 
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
@@ -178,7 +178,7 @@ class TrustRatio(StepSize):
         max_grad_norm: before anything else, all gradients together are shortened to at most this Euclidean norm.
     """
 
-    bounded: ClassVar[bool] = False  # type: ignore[misc]
+    times: ClassVar[str] = "trust ratio"  # type: ignore[misc]
     reduces: ClassVar[str] = "all"  # type: ignore[misc]
     weight_decay: float = 0.0
     always_adapt: bool = True
@@ -242,7 +242,7 @@ class Relative(StepSize):
         eps: the least root mean square, not negative.
     """
 
-    bounded: ClassVar[bool] = False  # type: ignore[misc]
+    times: ClassVar[str] = "size of the weights"  # type: ignore[misc]
     reduces: ClassVar[str] = "all"  # type: ignore[misc]
     eps: float = 1e-3
 

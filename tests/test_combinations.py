@@ -142,7 +142,7 @@ def check(rule: Rule) -> None:
 
 def combine(direction: Direction, momentum: Momentum, step_size: StepSize, constraint: Constraint | None) -> None:
     """Check a combination, or that one which makes no sense is refused at construction."""
-    if isinstance(constraint, FrankWolfe) and not step_size.bounded:
+    if isinstance(constraint, FrankWolfe) and step_size.times:
         with pytest.raises(ValueError, match="needs steps of bounded length"):
             Rule(direction, momentum, step_size, (constraint,))
         return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import normopt
-from normopt import SteepestDescent, View, describe
+from normopt import SteepestDescent, View, describe, periodic_table, zoo
 from normopt.nn import GPT
 from normopt.norms import SCALES, names
-from normopt.report import COLUMNS, state_bytes
+from normopt.report import COLUMNS, MEMORIES, state_bytes
 
 SPECTRAL = {"method": "exact"}
 
@@ -121,9 +123,9 @@ def test_the_effective_lr_counts_the_radius_and_names_what_it_leaves_out() -> No
     constant = SteepestDescent([w], lr=0.5, norm="max", step_size="Constant(4.0)")
     step_once(constant)
     assert float(table(constant)[0]["effective lr"]) == measured(w) == 2.0
-    for step_size in ("dual", "sharp"):
+    for step_size, factor in ("dual", "dual norm"), ("sharp", "dual norm"), ("trust-ratio", "trust ratio"):
         optimizer = SteepestDescent([w], lr=0.5, norm="max", step_size=step_size)
-        assert table(optimizer)[0]["effective lr"] == "0.5 x dual norm"
+        assert table(optimizer)[0]["effective lr"] == f"0.5 x {factor}"
 
 
 def test_the_effective_lr_of_composed_directions() -> None:
@@ -135,3 +137,72 @@ def test_the_effective_lr_of_composed_directions() -> None:
         optimizer = SteepestDescent([w], lr=0.5, norm=norm)
         step_once(optimizer)
         assert float(table(optimizer)[0]["effective lr"]) == pytest.approx(measured(w), rel=5e-3)
+
+
+# The periodic table --------------------------------------------------------------------------------------------------
+
+
+ZOO = {name for name in zoo.__all__ if name[0].isupper()}
+
+
+def cells() -> dict[str, dict[str, str]]:
+    """The printed table: norm -> memory -> what stands there."""
+    lines = periodic_table().splitlines()
+    columns = [match.span() for match in re.finditer(r"-+", lines[1])]
+    rows = [[line[start : end + 1].strip() for start, end in columns] for line in (lines[0], *lines[2:])]
+    return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[1:]}
+
+
+def test_published_optimizers_stand_where_their_norms_and_memories_put_them() -> None:
+    pytest.importorskip("tabulate")
+    table = cells()
+    plain, memory, rotated = ({norm: row[name] for norm, row in table.items()} for name in MEMORIES)
+    for name in "SignSGD", "Signum", "Lion":
+        assert name in plain["Max"].split(", ")
+    for name in "Adam", "AdamW", "NAdam", "Adamax", "Adagrad", "RMSprop", "Prodigy", "LAMB":
+        assert name in memory["Max"].split(", ")
+    assert {"Muon", "Scion"} <= {*plain["Spectral"].split(", ")}
+    assert {"Shampoo", "ASGO"} <= {*memory["Spectral"].split(", ")}
+    assert "SOAP" in rotated["Max"] and "NovoGrad" in memory["Euclidean"] and "DASGO" in memory["Column"]
+    assert memory["Nuclear"] == rotated["Nuclear"] == rotated["Spectral"] == rotated["Euclidean"] == "-"
+    assert table["Factored"]["no memory"] == "Adafactor"
+    everyone = {name for row in table.values() for cell in row.values() for name in cell.split(", ")}
+    assert ZOO <= everyone
+
+
+def test_every_hole_of_the_table_can_be_run() -> None:
+    pytest.importorskip("tabulate")
+    holes = [cell[1:-1] for row in cells().values() for cell in row.values() if cell.startswith("(")]
+    assert len(holes) >= 4
+    for hole in holes:
+        w = nn.Parameter(torch.zeros(4, 6))
+        optimizer = SteepestDescent([w], lr=0.5, norm=hole)
+        step_once(optimizer)
+        step_once(optimizer)  # a basis is built first
+        assert w.detach().any()
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_new_norm_and_a_new_optimizer_appear_in_the_table(drawn_by: bool) -> None:
+    @dataclass(frozen=True)
+    class Corner(normopt.Max):
+        """The largest entry under another name."""
+
+    class CornerDescent(SteepestDescent):
+        def __init__(self, params: Any, lr: float = 0.1) -> None:
+            super().__init__(params, lr, Corner())
+
+    class Demanding(SteepestDescent):
+        def __init__(self, params: Any, needed: float) -> None:
+            super().__init__(params, needed)
+
+    row = next(line for line in periodic_table().splitlines() if line.startswith("Corner"))
+    assert "CornerDescent" in row and "(Smoothed(norm=Corner()))" in row
+    assert "Demanding" not in periodic_table()
+
+
+def test_the_documented_table_is_the_printed_one() -> None:
+    pytest.importorskip("tabulate")
+    page = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text()
+    assert periodic_table() in page
+    assert not [name for name in ZOO if f"`{name}`" not in page]
