@@ -132,7 +132,9 @@ def power_iteration_(basis: Tensor, gram: Tensor, ordered: bool = True) -> Tenso
     if ordered:
         order = (basis * product).sum(dim=-2).argsort(dim=-1, descending=True, stable=True)
         product = product.take_along_dim(order.unsqueeze(-2), dim=-1)
-    basis.copy_(torch.linalg.qr(product)[0])
+    q = torch.linalg.qr(product)[0]
+    finite = q.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+    basis.copy_(torch.where(finite, q, basis.take_along_dim(order.unsqueeze(-2), dim=-1)))
     return order
 
 

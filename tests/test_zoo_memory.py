@@ -232,27 +232,29 @@ def test_lamb_by_hand(options: dict[str, Any]) -> None:
 
 def test_lamb_is_not_pytorch_optimizers_on_purpose() -> None:
     """Theirs corrects the step for bias after the trust ratio, so that it begins ten times as long; takes weights for
-    no longer than 10; decays beside the trust ratio; and corrects no second moment. Ours, as timm's, is as long as
-    ``lr ||w||`` at every step, decay included.
+    no longer than 10; decays first, beside the trust ratio; and corrects no second moment. Ours, as timm's, is as long
+    as ``lr ||w||`` at every step, decay included.
     """
     from pytorch_optimizer import Lamb
 
-    lr, shapes = 1e-3, [(4, 6), (30, 30)]
-    ours, theirs, decayed = (weights(shapes, dtype=torch.float32) for _ in range(3))
-    first = zoo.LAMB(ours, lr, weight_decay=0.1)
+    lr, decay, shapes = 1e-2, 0.1, [(4, 6), (30, 30)]
+    ours, theirs, twins = (weights(shapes, dtype=torch.float32) for _ in range(3))
+    first, second = zoo.LAMB(ours, lr, weight_decay=decay), Lamb(theirs, lr, weight_decay=decay, eps=1e-12)
     bare: dict[str, Any] = {"eps": 1e-12, "weight_decay": 0.0, "always_adapt": True, "max_grad_norm": None}
-    uncorrected = zoo.LAMB(decayed, lr, False, **bare)
-    second = Lamb(theirs, lr, eps=1e-12)
+    uncorrected = zoo.LAMB(twins, lr, bias_correction=False, **bare)
     for t, gs in zip(range(1, STEPS + 1), stream(ours), strict=False):
-        sizes = [[float(w.detach().norm()) for w in params] for params in (ours, theirs)]
-        for p, q in zip(decayed, theirs, strict=True):
-            p.detach().copy_(q.detach())
-        for change, size in zip(move(first, ours, gs), sizes[0], strict=True):
+        sizes = [float(w.detach().norm()) for w in ours]
+        for change, size in zip(move(first, ours, gs), sizes, strict=True):
             assert float(change.norm()) == pytest.approx(lr * size, rel=1e-4)
-        steps = zip(move(uncorrected, decayed, gs), move(second, theirs, gs), sizes[1], strict=True)
-        for change, other, size in steps:
-            assert_close(other, change * min(size, 10.0) / size / (1 - 0.9**t), 1e-3)
-    assert sizes[1][1] > 20
+        for twin, w in zip(twins, theirs, strict=True):
+            twin.detach().copy_((1 - lr * decay) * w.detach())
+        sizes = [float(twin.detach().norm()) for twin in twins]
+        starts = [w.detach().clone() for w in theirs]
+        changes = zip(move(uncorrected, twins, gs), move(second, theirs, gs), starts, sizes, strict=True)
+        for change, other, w, size in changes:
+            longer = min(size, 10.0) / size / (1 - 0.9**t)
+            assert_close(other, longer * change - lr * decay * w, 1e-4)
+        assert sizes[0] < 10 < sizes[1]
 
 
 # Without memory ------------------------------------------------------------------------------------------------------

@@ -210,9 +210,9 @@ def matrix_power(stats: Tensor, exponent: float, eps: Eps = 0.0) -> Tensor:
 def eigh(stats: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, rising, and eigenvectors of symmetric matrices, in float32 or better; it does not fail.
 
-    Matrices are divided by their largest entry first, and entries that are not finite count as the largest number or, if
-    they are none, as 0. If the decomposition does not converge, it is repeated in float64 with a jitter of 1e-7 on the
-    diagonal; and if that fails too, the diagonal stands for the matrix.
+    Matrices are divided by their largest entry first; entries and eigenvalues that are infinite count as the largest
+    number, those that are no numbers as 0. If the decomposition does not converge, it is repeated in float64 with a jitter of 1e-7 on the
+    diagonal, which is taken off the eigenvalues; and if that fails too, the diagonal stands for the matrix.
     """
     working = torch.promote_types(stats.dtype, torch.float32)
     a = torch.nan_to_num(stats.to(working))
@@ -221,17 +221,25 @@ def eigh(stats: Tensor) -> tuple[Tensor, Tensor]:
     largest = a.abs().amax(dim=(-2, -1), keepdim=True)
     a = a / torch.where(largest == 0, 1.0, largest)
     values, vectors = _eigh(a)
-    return values * largest.squeeze(-1), vectors
+    return torch.nan_to_num(values * largest.squeeze(-1)), vectors
 
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
+    jitter = 1e-7
+    found = _attempt(a)
+    if found is None:
+        found = _attempt(a.cpu().double() + jitter * torch.eye(a.shape[-1], dtype=torch.float64))
+        if found is None:
+            values, order = a.diagonal(dim1=-2, dim2=-1).sort(dim=-1)
+            return values, torch.nn.functional.one_hot(order, a.shape[-1]).mT.to(a)
+        found = found[0] - jitter, found[1]
+    return found[0].to(a), found[1].to(a)
+
+
+def _attempt(a: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``torch.linalg.eigh``, which can return NaNs in place of an error where rows are 0; ``None`` in either case."""
     try:
         values, vectors = torch.linalg.eigh(a)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        jitter = 1e-7 * torch.eye(a.shape[-1], dtype=torch.float64)
-        try:
-            values, vectors = torch.linalg.eigh(a.cpu().double() + jitter)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            values, order = a.diagonal(dim1=-2, dim2=-1).sort(dim=-1)
-            vectors = torch.nn.functional.one_hot(order, a.shape[-1]).mT
-    return values.to(a), vectors.to(a)
+        return None
+    return (values, vectors) if bool((values.isfinite() & vectors.isfinite().all(dim=-2)).all()) else None
