@@ -79,7 +79,7 @@ class Smoothed(Direction):
         if self.norm.matrix_memory and self.initial not in (0.0, "first"):
             raise ValueError(f"{of_matrices}; they start from 0 or from the first one")
         if not self.norm.matrix_memory and not isinstance(self.frequency, Option) and self.frequency > 1:
-            raise ValueError(f"Smoothed: frequency is for second moments that are matrices; those of {self.norm} are none")
+            raise ValueError(f"Smoothed: frequency is for norms whose second moments are matrices, not for {self.norm}")
         if self.accumulate == "max" and (self.maximum is True or self.centered is True or self.initial):
             raise ValueError("Smoothed: accumulate='max' starts from 0 and is neither centered nor a maximum besides")
 

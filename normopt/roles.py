@@ -179,7 +179,7 @@ def _role(module: nn.Module, key: str, parameter: Tensor, *, is_head: bool) -> R
         return Role("conv", View(flatten=True), f"{kind}: seen as (out, in * kernel)")
     if isinstance(module, _CONV_TRANSPOSE):
         return Role("conv", View(flatten=True, transpose=True), f"{kind}: seen as (out * kernel, in)")
-    return _fused(module, key, kind) or Role("other", View(), f"{kind}.{key}: {_UNKNOWN}")
+    return _fused(module, key, kind) or Role("other", View(True), f"{kind}.{key}: {_UNKNOWN}")
 
 
 def _fused(module: nn.Module, key: str, kind: str) -> Role | None:

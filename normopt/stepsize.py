@@ -439,4 +439,6 @@ class DAdaptation(LearningRateFree):
         return g * context.rate, g
 
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
-        return self.radius if context.direction.degree else context.rate * self.radius
+        if not context.direction.degree:
+            return context.rate * self.radius
+        return torch.sign(torch.as_tensor(context.rate)) * self.radius  # the rate is in the average; 0 stays where it is

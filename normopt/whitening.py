@@ -22,14 +22,15 @@ LARGEST_ROOTS = (10, 4000)
 class KLWhitened(Direction):
     """``L^(-1/2) x R^(-1/2)``, where each factor is learnt from gradients that the other has whitened (KL-Shampoo).
 
-    ``L <- beta L + (1 - beta) g R^-1 g^T / in`` and ``R <- beta R + (1 - beta) g^T L^-1 g / out``: the Kronecker factors
-    nearest to the gradients' covariance in Kullback-Leibler divergence (arXiv 2509.03378). At a fixed point the result
-    ``u`` has ``mean(u u^T) / in = 1`` and ``mean(u^T u) / out = 1``.
+    ``L <- beta L + (1 - beta) g R^-1 g^T / in`` and ``R <- beta R + (1 - beta) g^T L^-1 g / out``: the Kronecker
+    factors nearest to the gradients' covariance in Kullback-Leibler divergence (arXiv 2509.03378). At a fixed point the
+    result ``u`` has ``mean(u u^T) / in = 1`` and ``mean(u^T u) / out = 1``.
 
     The inverses are those of eigenvalues in a basis. The first gradient only builds the bases, from its own
     eigendecompositions. Each step uses the factors as the step before left them, then averages the eigenvalues in their
     bases, and the factors; every ``frequency`` steps a basis becomes the orthonormal factor ``Q`` of ``L Q``. All are
-    kept in float32 or better, in units of the gradients before a step size scales them; gradients whose squares overflow are not learnt from.
+    kept in float32 or better, in units of the gradients before a step size scales them; gradients whose squares
+    overflow are not learnt from.
 
     Args:
         beta: weight of the past in the averages, in [0, 1).

@@ -29,11 +29,11 @@ def assert_same_path(
     steps: int = STEPS,
     seed: int = 0,
     scale: float = 1.0,
-    share: Callable[[Optimizer, Optimizer], None] | None = None,
+    share: Callable[[Optimizer, Optimizer, int], None] | None = None,
 ) -> None:
     """Run both on the same gradients: they never differ by more than ``tolerance`` times the distance travelled.
 
-    After the first step, ``share`` may give ours what the reference was free to choose.
+    After each step (with its number, from 1), ``share`` may give ours what the reference was free to choose.
     """
     start = torch.Generator().manual_seed(seed + 1)
     initial = [torch.randn(shape, generator=start) for shape in shapes]
@@ -41,14 +41,14 @@ def assert_same_path(
     first, second = ours(a), reference(b)
     travelled, worst = torch.zeros(len(initial)), torch.zeros(len(initial))
     stream = gradients(b, seed)
-    for step in range(steps):
+    for step in range(1, steps + 1):
         for i, g in enumerate(next(stream)):
             a[i].grad, b[i].grad = scale * g, scale * g
         before = [w.detach().clone() for w in b]
         first.step()
         second.step()
-        if share is not None and step == 0:
-            share(first, second)
+        if share is not None:
+            share(first, second, step)
         travelled += largest(b, before)
         worst = worst.maximum(largest(a, b))
     assert (travelled > 0).all(), "the reference did not move"

@@ -41,7 +41,7 @@ BARE = {
 }
 JOINT = {
     "dual": {"norm": "Spectral(method='exact')", "step_size": "dual"},
-    "prodigy": {"norm": "Smoothed(Max())", "step_size": "prodigy"},
+    "free": {"norm": "Smoothed(Max())", "step_size": "prodigy"},
 }
 ZOO: dict[str, Make] = {name: partial(normopt.create, name) for name in normopt.list_optimizers()}
 ZOO |= {f"{name}+": partial(ZOO[name], **options) for name, options in MORE.items()}
@@ -432,7 +432,8 @@ def test_the_size_of_batches_does_not_matter(make: Make, monkeypatch: pytest.Mon
 @zoo
 def test_trains_a_whole_model(make: Make) -> None:
     model = Net()
-    optimizer = make(model, lr=0.02)
+    free = make in (ZOO["prodigy"], ZOO["dadaptadam"])  # which multiply lr by an estimate that begins at d0
+    optimizer = make(model, lr=1.0, d0=0.01, growth_rate=1.02) if free else make(model, lr=0.02)
     held = [name for group in optimizer.param_groups for name in group["param_names"]]
     assert sorted(held) == sorted(name for name, _ in model.named_parameters())
     before = model.loss().item()

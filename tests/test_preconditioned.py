@@ -52,21 +52,29 @@ class Plain(Optimizer):
 
 
 def inverse_power(gram: Tensor, exponent: float, eps: float) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram.double())
-    return ((vectors * (values.clamp(min=0) + eps) ** -exponent) @ vectors.mT).to(gram.dtype)
+    values, vectors = torch.linalg.eigh(gram)
+    return (vectors * (values.clamp(min=0) + eps) ** -exponent) @ vectors.mT
 
 
 # Shampoo ----------------------------------------------------------------------------------------------------------
 
 
 class PlainShampoo(Plain):
-    """Distributed Shampoo (arXiv 2309.06497) as facebookresearch/optimizers runs it, roots from the first step on."""
+    """Distributed Shampoo (arXiv 2309.06497) as facebookresearch/optimizers runs it, roots from the first step on.
+
+    It computes in float64: with eps=1e-12, rounding errors of float32 in directions that no gradient has seen yet would
+    be multiplied by up to a million, and be the largest part of a vector's first updates.
+    """
 
     def move(self, p: Tensor, g: Tensor, s: dict[str, Any], block: int = 1024, **options: Any) -> None:
-        cut = [part for rows in p.split(block, 0) for part in (rows.split(block, 1) if p.ndim > 1 else [rows])]
-        cut_g = [part for rows in g.split(block, 0) for part in (rows.split(block, 1) if p.ndim > 1 else [rows])]
-        for i, (w, x) in enumerate(zip(cut, cut_g, strict=True)):
+        for i, (w, x) in enumerate(zip(self.cut(p, block), self.cut(g.double(), block), strict=True)):
             self.move_block(w, x, s.setdefault(i, {}), s["step"], **options)
+
+    def cut(self, x: Tensor, block: int) -> list[Tensor]:
+        parts = [x]
+        for dim, n in enumerate(x.shape):
+            parts = [piece for part in parts for piece in part.split(-(-n // -(-n // block)), dim)]
+        return parts
 
     def move_block(
         self, w: Tensor, g: Tensor, s: dict[str, Any], t: int, lr: float, betas: tuple[float, float], eps: float,
@@ -102,8 +110,8 @@ SHAMPOO = {
     "exponent": {"exponent": 0.5, "graft": "adam", "betas": (0.9, 0.9)},
     "frequency": {"frequency": 3, "eps": 1e-2, "betas": (0.9, 0.99)},
     "frequency of sums": {"frequency": 4, "eps": 1e-2, "graft": "adam"},
-    "even blocks": {"block": 5, "graft": "adam"},
-    "uneven blocks": {"block": 4, "graft": "sgd", "betas": (0.9, 0.99)},
+    "blocks": {"block": 4, "graft": "adam"},
+    "blocks without a graft": {"block": 5, "betas": (0.9, 0.99)},
     "blocks and frequency": {"block": 5, "frequency": 3, "eps": 1e-2},
 }
 
@@ -113,7 +121,7 @@ def test_shampoo_is_the_distributed_one(case: str) -> None:
     options = {"lr": 0.05, "betas": (0.9, 1.0), "eps": 1e-12, **SHAMPOO[case]}
     names = {"frequency": "preconditioning_frequency", "block": "block_size"}
     ours = {names.get(name, name): value for name, value in options.items()}
-    assert_same_path(lambda p: Shampoo(p, **ours), lambda p: PlainShampoo(p, **options), [*MATRICES, VECTOR], 1e-4)
+    assert_same_path(lambda p: Shampoo(p, **ours), lambda p: PlainShampoo(p, **options), [*MATRICES, VECTOR], 2e-5)
 
 
 @pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.1, "weight_decouple": True}, {"weight_decay": 0.1}], ids=str)
@@ -144,23 +152,23 @@ def test_pytorch_optimizers_shampoo_waits_for_the_first_multiple() -> None:
 # SOAP -------------------------------------------------------------------------------------------------------------
 
 
-def share_bases(ours: Optimizer, reference: Optimizer) -> None:
-    """Give ours the bases that the reference has built from the first gradient.
+def share_bases(ours: Optimizer, reference: Optimizer, step: int) -> None:
+    """Give ours the reference's bases while it is free to choose them.
 
-    The Gram matrix of one gradient on the longer side of a matrix is rank deficient. Which orthonormal vectors stand
-    for its null space is up to rounding, and two implementations that differ there part for good.
+    The Gram matrix of the first gradients is rank deficient on the longer side of a matrix, and for a vector. Which
+    orthonormal vectors stand for its null space is up to rounding, and implementations that differ there part for good.
+    What is determined, the span of the others, is compared.
     """
     for p, q in zip(*(o.param_groups[0]["params"] for o in (ours, reference)), strict=True):
-        bases = reference.state[q]["Q"]
         sides = ["left", "right"] if p.ndim == 2 else ["right"]
-        for side, basis in zip(sides, bases, strict=True):
-            mine = ours.state[p].get(f"{side}_basis")
+        rank = step * min(p.shape) if p.ndim == 2 else step
+        state = {name.removeprefix("0."): value for name, value in ours.state[p].items()}
+        for side, basis in zip(sides, reference.state[q]["Q"], strict=True):
+            mine = state.get(f"{side}_basis")
             assert (mine is None) == (len(basis) == 0)
-            if mine is not None:
-                gram = ours.state[p][f"{side}_gram"]
-                rank = min(p.shape) if p.ndim == 2 else 1
-                again = basis[:, :rank] @ (basis[:, :rank].mT @ gram)
-                torch.testing.assert_close(again.view_as(gram), gram, rtol=0, atol=1e-5 * float(gram.abs().max()))
+            if mine is not None and (step == 1 or rank < len(basis)):
+                top, seen = mine.view_as(basis)[:, :1], basis[:, :rank]
+                torch.testing.assert_close(seen @ (seen.mT @ top), top, rtol=0, atol=1e-3)
                 mine.copy_(basis)
 
 
@@ -279,7 +287,7 @@ def test_kl_shampoo_is_the_authors(frequency: int, options: dict[str, Any]) -> N
         lambda p: KLShampoo(p, precondition_frequency=frequency, **ours),
         lambda p: PlainKLShampoo(p, frequency=frequency, **options),
         MATRICES,
-        1e-4,
+        2e-5,
         share=share_bases,
     )
 
@@ -295,6 +303,10 @@ def test_the_eigenvalues_of_kl_shampoo_have_a_lower_bound() -> None:
     assert (optimizer.state[w]["right_eigenvalues"] == torch.tensor(1 / 144)).all()
 
 
+def seeing(g: Tensor, step: int = 1) -> Context:
+    return Context(g, g, step, 1.0, None, lambda: g)
+
+
 def whitened(gradients: list[Tensor], beta: float, steps: int) -> list[Tensor]:
     """What KLWhitened makes of gradients that come round and round, in the last round."""
     direction = KLWhitened(beta, eps=0.0, frequency=1, init_factor=1.0)
@@ -303,7 +315,7 @@ def whitened(gradients: list[Tensor], beta: float, steps: int) -> list[Tensor]:
     results = []
     for t in range(1, steps + 1):
         g = gradients[t % len(gradients)]
-        results.append(direction(g, state, Context(g, g, t, 1.0, direction, lambda: g)))
+        results.append(direction(g, state, seeing(g, t)))
     return results[-len(gradients) :]
 
 
@@ -360,7 +372,7 @@ class PlainASGO(Plain):
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "beta2": 0.95, "weight_decay": 0.5}], ids=str)
 def test_asgo_is_the_authors(options: dict[str, Any]) -> None:
     theirs = {"lr": 0.01, "beta2": 0.8, "eps": 0.0, "diagonal": False, **options}
-    assert_same_path(lambda p: ASGO(p, **options), lambda p: PlainASGO(p, **theirs), MATRICES, 1e-4)
+    assert_same_path(lambda p: ASGO(p, **options), lambda p: PlainASGO(p, **theirs), MATRICES, 2e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "beta2": 0.8, "weight_decay": 0.5, "eps": 1.0}], ids=str)
@@ -473,12 +485,11 @@ def test_blocks_know_how_large_they_are() -> None:
 
 def test_a_graft_takes_its_length_from_the_other() -> None:
     g = torch.randn(3, 4, 6)
-    context = Context(g, g, 1, 1.0, None, lambda: g)
-    d = Grafted(Row("unit"), Identity())(g, {}, context)
+    d = Grafted(Row("unit"), Identity())(g, {}, seeing(g))
     torch.testing.assert_close(d.norm(dim=(1, 2)), g.norm(dim=(1, 2)))
     row = Row("unit").dualize(g)
     torch.testing.assert_close(d / d.norm(dim=(1, 2), keepdim=True), row / row.norm(dim=(1, 2), keepdim=True))
-    assert (Grafted(Row("unit"), Identity())(torch.zeros(1, 4, 6), {}, context) == 0).all()
+    assert (Grafted(Row("unit"), Identity())(torch.zeros(1, 4, 6), {}, seeing(g)) == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -498,7 +509,7 @@ def test_memory_follows_the_order_of_the_basis(memory: Any) -> None:
     rotated, g = Rotated(memory, Eigenbasis(0.9, 1)), torch.randn(2, 5, 6, dtype=torch.float64)
     state = rotated.init_state(g)
     rotated.look(g, state)
-    context = Context(g, g, 1, 1.0, rotated, lambda: g)
+    context = seeing(g)
     rotated(g, state, context)
     expected = rotated.apply(g, state, context)
     left, right = torch.randperm(5), torch.randperm(6)
@@ -549,7 +560,7 @@ def test_what_looks_first_must_come_first() -> None:
         (lambda p: KLShampoo(p, init_factor=0.0), "KLWhitened: init_factor must lie in"),
         (lambda p: KLShampoo(p, eps=-1.0), "KLWhitened: eps must lie in"),
         (lambda p: ASGO(p, beta2=1.0), "Smoothed: beta must lie in"),
-        (lambda p: SteepestDescent(p, norm="Smoothed(Max(), frequency=3)"), "frequency is for second moments that"),
+        (lambda p: SteepestDescent(p, norm="Smoothed(Max(), frequency=3)"), "frequency is for norms whose second moments are matrices"),
         (lambda p: SteepestDescent(p, norm="Spectral(sides='larger')"), "unknown sides 'larger'"),
     ],
 )
@@ -662,7 +673,7 @@ def test_a_matrix_whose_first_gradients_are_zero_does_not_wait_for_the_next_root
 
 @pytest.mark.parametrize("shape", [(12,), (3, 12), (12, 3)], ids=str)
 def test_an_old_root_does_not_magnify_what_it_has_not_seen(shape: tuple[int, ...]) -> None:
-    """Where the second moments of the first gradient are 0, eps=1e-12 would multiply later ones by a thousand or more."""
+    """Where the second moments of the first gradient are 0, eps=1e-12 would multiply later ones a thousandfold."""
     w = nn.Parameter(torch.zeros(shape))
     optimizer = Shampoo([w], 1.0, (0.0, 1.0), preconditioning_frequency=10)
     for i in range(9):
@@ -672,16 +683,32 @@ def test_an_old_root_does_not_magnify_what_it_has_not_seen(shape: tuple[int, ...
         assert (w.detach() - before).norm() < 10
 
 
+def test_matrices_with_rows_of_zeros_are_decomposed() -> None:
+    """torch.linalg.eigh fails on some of these in float32, or returns NaNs: gradients of an embedding are such."""
+    torch.manual_seed(0)
+    for _ in range(100):
+        a = torch.randn(64, 16)
+        a[torch.randperm(64)[:40]] = 0
+        gram = a @ a.mT
+        values, vectors = eigh(gram)
+        size = float(gram.abs().max())
+        torch.testing.assert_close((vectors * values) @ vectors.mT, gram, rtol=0, atol=1e-5 * size)
+        torch.testing.assert_close(vectors.mT @ vectors, torch.eye(64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["error", "nan"])
 @pytest.mark.parametrize("failures", [1, 2])
-def test_failed_decompositions_are_repeated(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_decompositions_are_repeated(failures: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once: in float64 with a jitter. Twice: the diagonal stands for the matrix."""
     original, calls = torch.linalg.eigh, []
 
     def failing(x: Tensor) -> Any:
         calls.append(x.dtype)
-        if len(calls) <= failures:
+        if len(calls) > failures:
+            return original(x)
+        if kind == "error":
             raise torch.linalg.LinAlgError("did not converge")
-        return original(x)
+        return original(x)[0], torch.full_like(x, torch.nan)
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)
     a = torch.randn(3, 5, 8)
@@ -736,9 +763,9 @@ def test_extreme_gradients_leave_everything_finite(name: str, options: Any, when
     frequency = {"preconditioning_frequency": 3} if name == "shampoo" else {}
     frequency = {"precondition_frequency": 3} if name in LOOKING else frequency
     optimizer = normopt.create(name, w, lr=1e-3, **frequency, **options)
-    for i in range(12):
+    for i in range(8):
         give_gradients(w, i)
-        if when == "always" or i == (0 if when == "first" else 5):
+        if when == "always" or i == (0 if when == "first" else 3):
             for p in w:
                 p.grad = EXTREMES[kind](p.grad)
         optimizer.step()
@@ -799,7 +826,8 @@ def test_power_iteration_finds_the_eigenvectors_in_order() -> None:
     basis = torch.linalg.qr(torch.randn(3, 6, 6, dtype=torch.float64))[0]
     for _ in range(80):
         power_iteration_(basis, gram)
-    torch.testing.assert_close((basis.mT @ q).abs(), torch.eye(6, dtype=torch.float64).expand(3, 6, 6), atol=1e-9, rtol=0)
+    identity = torch.eye(6, dtype=torch.float64).expand(3, 6, 6)
+    torch.testing.assert_close((basis.mT @ q).abs(), identity, atol=1e-9, rtol=0)
     shuffled = basis[..., [3, 1, 0, 2, 5, 4]]
     order = power_iteration_(shuffled, gram)
     assert order.tolist() == [[2, 1, 3, 0, 5, 4]] * 3

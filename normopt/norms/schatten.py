@@ -211,8 +211,9 @@ def eigh(stats: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, rising, and eigenvectors of symmetric matrices, in float32 or better; it does not fail.
 
     Matrices are divided by their largest entry first; entries and eigenvalues that are infinite count as the largest
-    number, those that are no numbers as 0. If the decomposition does not converge, it is repeated in float64 with a jitter of 1e-7 on the
-    diagonal, which is taken off the eigenvalues; and if that fails too, the diagonal stands for the matrix.
+    number, those that are no numbers as 0. If the decomposition does not converge, it is repeated in float64 with a
+    jitter of 1e-7 on the diagonal, which is taken off the eigenvalues; and if that fails too, the diagonal stands for
+    the matrix.
     """
     working = torch.promote_types(stats.dtype, torch.float32)
     a = torch.nan_to_num(stats.to(working))

@@ -28,14 +28,15 @@ GRAFTS: dict[str, Direction] = {
 
 
 class Shampoo(SteepestDescent):
-    """The spectral norm with memory: ``L^(-1/4) m R^(-1/4)``, where ``L`` and ``R`` sum or average ``g g^T``, ``g^T g``.
+    """The spectral norm with memory: ``L^(-1/4) m R^(-1/4)``, where ``L`` and ``R`` sum up ``g g^T`` and ``g^T g``.
 
     ``m`` is the bias-corrected average of gradients; ``w <- (1 - lr weight_decay) w - lr L^(-1/4) m R^(-1/4)``. Vectors
-    are multiplied by ``R^(-1/2)``, the full-matrix Adagrad. ``betas=(0, 1)`` without grafting is arXiv 1802.09568. Names
-    and defaults are those of facebookresearch/optimizers' Distributed Shampoo (arXiv 2309.06497), which differs in this:
-    it starts to precondition at step ``preconditioning_frequency`` and takes the length of the momentum before, where
-    here roots are computed at the first step already; and it cuts blocks of ``block_size`` and a rest, here all blocks
-    of a side are equally long.
+    are multiplied by ``R^(-1/2)``, the full-matrix Adagrad. ``betas=(0, 1)`` without grafting is arXiv 1802.09568.
+    Defaults are those of facebookresearch/optimizers' Distributed Shampoo (arXiv 2309.06497), which differs in this: it
+    starts to precondition at step ``preconditioning_frequency``, and moves by the graft or the momentum before, where
+    here roots are computed at the first step already; it cuts blocks of ``block_size`` and a rest, where here all
+    blocks of a side are equally long; and it damps directions that no root has seen by ``eps`` alone, where here they
+    wait for the next root if ``eps`` is below rounding errors.
 
     Args:
         params: parameters, param groups or a model.
@@ -165,7 +166,7 @@ class KLShampoo(SteepestDescent):
     """Shampoo with factors that are learnt from gradients whitened by each other, and exponents 1/2 (arXiv 2509.03378).
 
     The first call builds the bases and moves nothing. Then ``m <- beta1 m + (1 - beta1) g`` and ``w <- (1 - lr
-    weight_decay) (w - lr L^(-1/2) m R^(-1/2))``, see :class:`~normopt.whitening.KLWhitened`; there is no bias correction.
+    weight_decay) (w - lr L^(-1/2) m R^(-1/2))``, see :class:`~normopt.KLWhitened`; there is no bias correction.
     Arguments and defaults are those of yorkerlin/KL-Methods, which computes in bfloat16; this is float32.
 
     Given a whole model, hidden matrices (linear layers and convolutions) move by this rule, everything else by AdamW.
@@ -223,9 +224,9 @@ class KLShampoo(SteepestDescent):
 class ASGO(SteepestDescent):
     """One-sided Shampoo with a fixed length: ``m`` over the root of averaged ``g g^T`` (arXiv 2503.20762).
 
-    ``m <- momentum m + (1 - momentum) g``, ``V <- beta2 V + (1 - beta2) g g^T`` for wide matrices, ``g^T g`` for tall and
-    square ones; ``u = V^(-1/2) m`` or ``m V^(-1/2)``; ``w <- (1 - lr weight_decay) w - lr 0.2 u / rms(u)``. Arguments and
-    defaults are those of infinity-stars/ASGO; roots are exact, by eigendecomposition.
+    ``m <- momentum m + (1 - momentum) g``; ``V <- beta2 V + (1 - beta2) g g^T`` for wide matrices, ``g^T g`` for tall
+    and square ones; ``u = V^(-1/2) m`` or ``m V^(-1/2)``; ``w <- (1 - lr weight_decay) w - lr 0.2 u / rms(u)``.
+    Arguments and defaults are those of infinity-stars/ASGO; roots are exact, by eigendecomposition.
 
     Given a whole model, hidden matrices (linear layers and convolutions) and the head move by this rule, embeddings and
     vectors by AdamW with the same learning rate.
@@ -310,9 +311,7 @@ class DASGO(SteepestDescent):
         aux_weight_decay: float = 0.0,
         **common: Unpack[Fixed],
     ) -> None:
-        columns = Smoothed(
-            Column("unit"), option("beta2"), option("eps"), bias_correction=False, eps_at="moment"
-        )
+        columns = Smoothed(Column("unit"), option("beta2"), option("eps"), bias_correction=False, eps_at="moment")
         aux = adamw(aux_betas, aux_eps, aux_weight_decay, {} if aux_lr is None else {"lr": aux_lr})
         self.geometry = _with_head(aux)  # type: ignore[misc]
         super().__init__(
