@@ -193,9 +193,10 @@ class SteepestDescent(Optimizer):
         for group in self.param_groups:
             _check_gradients(group)
         batches = [batch for group in self.param_groups for batch in self._batches(group)]
-        moves = self._surveyed([_begin(batch) for batch in batches if not batch.look()])
-        directed = map(_direct, moves)
-        for move in self._measured(list(directed)) if any(map(_measures, moves)) else directed:
+        # One batch after the other, so that temporary memory stays small, unless a step size must see all of them.
+        begun = map(_begin, (batch for batch in batches if not batch.look()))
+        moves = map(_direct, self._surveyed(list(begun)) if _any(batches, "survey") else begun)
+        for move in self._measured(list(moves)) if _any(batches, "measure") else moves:
             _apply(move)
         return loss
 
@@ -258,8 +259,9 @@ def _direct(move: _Move) -> _Move:
     return move
 
 
-def _measures(move: _Move) -> bool:
-    return move.step_size.overrides("measure")
+def _any(batches: list[Batch], method: str) -> bool:
+    """Whether some batch's step size overrides ``method``."""
+    return any(batch.rule.step_size.overrides(method) for batch in batches)
 
 
 def _kinds(moves: list[_Move], method: str) -> list[list[_Move]]:
