@@ -134,7 +134,7 @@ class Smoothed(Direction):
     def _refresh(self, state: dict[str, Tensor], context: Context) -> None:
         """Compute the roots that are kept: all when they are due, before that those that are still 0."""
         kept = _all(state, "root")
-        if context.step == 1 or context.step % self.frequency == 0:
+        if context.step % self.frequency == 0:
             for root, new in zip(kept, self._roots(state, context), strict=True):
                 root.copy_(new)
         elif context.step < self.frequency:

@@ -178,7 +178,7 @@ def share_bases(ours: Optimizer, reference: Optimizer, step: int) -> None:
     [
         ({}, {}),
         ({"lr": 0.02, "betas": (0.8, 0.9), "shampoo_beta": 0.7, "weight_decay": 0.5, "eps": 1e-4}, {}),
-        ({"max_precond_dim": 9}, {"max_precondition_dim": 9}),
+        ({"max_precond_dim": 8}, {"max_precondition_dim": 8}),
         ({"precondition_1d": True}, {}),
         ({"normalize_grads": True, "correct_bias": False, "lr": 0.02}, {"normalize_gradient": True}),
         ({"correct_bias": False}, {}),
@@ -560,7 +560,7 @@ def test_what_looks_first_must_come_first() -> None:
         (lambda p: KLShampoo(p, init_factor=0.0), "KLWhitened: init_factor must lie in"),
         (lambda p: KLShampoo(p, eps=-1.0), "KLWhitened: eps must lie in"),
         (lambda p: ASGO(p, beta2=1.0), "Smoothed: beta must lie in"),
-        (lambda p: SteepestDescent(p, norm="Smoothed(Max(), frequency=3)"), "frequency is for norms whose second moments are matrices"),
+        (lambda p: SteepestDescent(p, norm="Smoothed(Max(), frequency=3)"), "frequency is for norms whose"),
         (lambda p: SteepestDescent(p, norm="Spectral(sides='larger')"), "unknown sides 'larger'"),
     ],
 )
@@ -712,7 +712,7 @@ def test_failed_decompositions_are_repeated(failures: int, kind: str, monkeypatc
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)
     a = torch.randn(3, 5, 8)
-    gram = a @ a.mT
+    gram = a @ a.mT * 1e-20
     values, vectors = eigh(gram)
     assert calls == [torch.float32, torch.float64] and values.dtype == vectors.dtype == torch.float32
     again = (vectors * values.unsqueeze(-2)) @ vectors.mT
@@ -832,8 +832,13 @@ def test_power_iteration_finds_the_eigenvectors_in_order() -> None:
     order = power_iteration_(shuffled, gram)
     assert order.tolist() == [[2, 1, 3, 0, 5, 4]] * 3
     torch.testing.assert_close(shuffled.abs(), basis.abs())
-    unordered = basis[..., [3, 1, 0, 2, 5, 4]]
-    assert power_iteration_(unordered, gram, ordered=False).tolist() == [list(range(6))] * 3
+    low = torch.linalg.qr(torch.randn(6, 6))[0]
+    high = low.clone()
+    gram = torch.ones(6, 6) + torch.diag(torch.arange(6.0)) / 10
+    power_iteration_(low, gram)
+    power_iteration_(high, gram * 2e38)  # sums of these overflow
+    torch.testing.assert_close(high, low)
+    assert power_iteration_(low, gram, ordered=False).tolist() == list(range(6))
 
 
 @pytest.mark.parametrize("name", NAMES)
