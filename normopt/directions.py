@@ -41,7 +41,6 @@ class Smoothed(Direction):
         centered: subtract the second moment of the average gradient (RMSprop's variance).
         eps_at: where ``eps`` is added: to the root, ``"corrected"`` for bias or still ``"raw"`` (SOAP), or to the
             ``"moment"`` under the root (DASGO).
-        power: divide by this power of the root (Shampoo with another exponent).
         frequency: compute the roots at the first step and at every step that is a multiple of this, and keep them in
             between, as another state; for the spectral norm, whose roots are expensive. While the gradients of a matrix
             are 0, its root waits, at most to the first multiple.
@@ -59,13 +58,11 @@ class Smoothed(Direction):
     maximum: bool = False
     centered: bool = False
     eps_at: str = "corrected"
-    power: float = 1.0
     frequency: int = 1
 
     def __post_init__(self) -> None:
         check_range(self, "beta", self.beta, 0, 1, closed=self.accumulate == "sum")
         check_range(self, "eps", self.eps, 0, float("inf"))
-        check_range(self, "power", self.power, 0, float("inf"))
         check_count(self, "frequency", self.frequency)
         check_choice(self, "accumulate", self.accumulate, ACCUMULATE)
         check_choice(self, "eps_at", self.eps_at, EPS_AT)
@@ -129,7 +126,7 @@ class Smoothed(Direction):
         roots = kept or self._roots(state, context)
         d = self.norm.divide(x, roots, out=None if kept else roots[0])
         # (s / c^2)^(-1/2) = c s^(-1/2): the bias correction costs nothing.
-        return d if self.norm.matrix_memory else d.mul_(self._correction(context.step) ** self.power)
+        return d if self.norm.matrix_memory else d.mul_(self._correction(context.step))
 
     def _refresh(self, state: dict[str, Tensor], context: Context) -> None:
         """Compute the roots that are kept: all when they are due, before that those that are still 0."""
@@ -175,10 +172,10 @@ class Smoothed(Direction):
         if self.norm.matrix_memory and correction != 1.0:
             stats, unit = tuple(s / correction**2 for s in stats), unit / correction
         inside = self.eps_at == "moment" or self.norm.matrix_memory
-        eps = 0.0 if self.accumulate == "max" or not self.eps else self.eps * unit ** (2.0 if inside else self.power)
+        eps = 0.0 if self.accumulate == "max" or not self.eps else self.eps * unit ** (2 if inside else 1)
         if inside and not self.norm.matrix_memory:
             stats, eps = tuple(s + eps for s in stats), 0.0
-        return self.norm.unit_roots(stats, eps, self.power)
+        return self.norm.unit_roots(stats, eps)
 
     def rms(self, shape: tuple[int, ...]) -> float:
         """That of the norm: the size of a step whose gradient is as large as those before it."""

@@ -116,12 +116,12 @@ class Norm(Direction):
         """``project`` at scale 1."""
         raise NotImplementedError
 
-    def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps, power: float = 1.0) -> tuple[Tensor, ...]:
-        """What ``whiten`` divides by: by default ``stats[0] ** (power / 2) + eps``; new tensors.
+    def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps) -> tuple[Tensor, ...]:
+        """What ``whiten`` divides by: by default ``sqrt(stats[0]) + eps``; new tensors.
 
         A norm whose second moments are matrices returns what ``unit_divide`` multiplies by.
         """
-        root = stats[0].sqrt() if power == 1 else stats[0] ** (power / 2)
+        root = stats[0].sqrt()
         return (_nonzero(root) if is_zero(eps) else root.add_(eps),)
 
     def unit_divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
@@ -165,12 +165,9 @@ class Norm(Direction):
         """The duality map: a ``t`` with ``norm(t) = 1`` and ``<g, t> = dual_norm(g)``; 0 where ``g`` is 0."""
         return self._scaled(self.unit_dualize(self._matrix(g)), g.shape)
 
-    def whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: Eps = 0.0, power: float = 1.0) -> Tensor:
-        """``m`` divided by the root of ``stats`` (plus ``eps``): ``whiten(g, second_moment(g)) == dualize(g)``.
-
-        With another ``power`` than 1, by the root to that power.
-        """
-        roots = self.unit_roots(stats, eps, power)
+    def whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: Eps = 0.0) -> Tensor:
+        """``m`` divided by the root of ``stats`` (plus ``eps``): ``whiten(g, second_moment(g)) == dualize(g)``."""
+        roots = self.unit_roots(stats, eps)
         return self.divide(self._matrix(m), roots, out=roots[0])
 
     def divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:

@@ -96,14 +96,14 @@ class Spectral(_Schatten):
             return g @ g.mT, g.mT @ g
         return (g @ g.mT if g.shape[-2] < g.shape[-1] else g.mT @ g,)
 
-    def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps, power: float = 1.0) -> tuple[Tensor, ...]:
-        """``(stats + eps) ** -(power exponent)``, and 1 for a side of size 1 beside a larger one."""
+    def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps) -> tuple[Tensor, ...]:
+        """``(stats + eps) ** -exponent``, and 1 for a side of size 1 beside a larger one."""
         stats = tuple(s.to(torch.promote_types(s.dtype, torch.float32)) for s in stats)
         larger = [s.shape[-1] > 1 for s in stats]
         taken = larger if any(larger) else [True] * len(stats)
-        exponent = -power * (1 / (2 * sum(taken)) if self.exponent is None else self.exponent)
+        exponent = 1 / (2 * sum(taken)) if self.exponent is None else self.exponent
         roots = zip(stats, taken, strict=True)
-        return tuple(matrix_power(s, exponent, eps) if is_taken else torch.ones_like(s) for s, is_taken in roots)
+        return tuple(matrix_power(s, -exponent, eps) if is_taken else torch.ones_like(s) for s, is_taken in roots)
 
     def unit_divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
         """``roots[0] @ m @ roots[1]``, or one of the two products."""
