@@ -260,10 +260,6 @@ class Identity(Direction):
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         return x
 
-    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The Euclidean norm."""
-        return euclidean(g, axes(g))
-
 
 @dataclass(frozen=True)
 class Clipped(Direction):
@@ -333,6 +329,8 @@ class Chain(Direction):
             raise ValueError(f"Chain: needs one or more norms, directions or momenta, got {stages!r}")
         for late in (stage for stage in stages[1:] if stage.looks_first):
             raise ValueError(f"Chain: {late} must come first, because it has to see the first gradient before it moves")
+        for back in (stage for stage in stages if getattr(stage, "looks_back", False)):
+            raise ValueError(f"Chain: {back} compares gradients at two points; only a rule's momentum can")
         object.__setattr__(self, "stages", stages)
 
     def __repr__(self) -> str:

@@ -164,7 +164,16 @@ def sensible(direction: Direction, momentum: Momentum, step_size: StepSize, cons
         with pytest.raises(ValueError, match="neither linear nor independent of length"):
             Run([Rule(direction, momentum, step_size)])
         return False
+    if isinstance(step_size, LearningRateFree) and not bounded(direction):
+        with pytest.raises(ValueError, match="bounds its result in no norm"):
+            Run([Rule(direction, momentum, step_size)])
+        return False
     return True
+
+
+def bounded(direction: Direction) -> bool:
+    """Whether the result has at most norm 1 in some norm: not if it is as long as the gradient."""
+    return not isinstance(direction, Identity)
 
 
 def check_sensible(combinations: Iterable[tuple[Direction, Momentum, StepSize, Constraint | None]]) -> None:
@@ -192,6 +201,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no largest matrix": (lambda: Smoothed(Spectral(), maximum=True), "none is the largest"),
     "two maxima": (lambda: Smoothed(Max(), accumulate="max", maximum=True), "accumulate='max'"),
     "no norm to measure by": (lambda: refused(Clipped(Max()), "prodigy"), "bounds its result in no norm"),
+    "as long as the gradient": (lambda: refused(Identity(), "prodigy"), "bounds its result in no norm"),
     "no norm, in a graft": (lambda: refused(Grafted(Max(), Identity()), "dadaptation"), "bounds its result in no norm"),
     "sliced rows": (lambda: refused(Row(), "Prodigy(slice_p=2)"), "slice_p"),
     "unbounded steps in a ball": (lambda: refused(Max(), "sharp", "frank-wolfe"), "bounded length"),

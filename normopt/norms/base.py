@@ -25,6 +25,8 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "max1": lambda m, n: math.sqrt(max(1.0, m / max(n, 1))),
     "adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
     "fan_in": lambda m, n: 1.0 / max(n, 1),
+    "sqrt_in": lambda m, n: math.sqrt(n),
+    "ratio": lambda m, n: math.sqrt(m / max(n, 1)),
 }
 
 
@@ -45,7 +47,7 @@ class Direction(Stage):
 
         The norm is the one in which the result has norm 1, or had it if the direction were without memory.
         """
-        raise ValueError(f"{self} bounds its result in no norm, so there is no dual norm for the step size")
+        raise ValueError(f"{self} bounds its result in no norm, so there is no dual norm for the step size to go by")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Norm(Direction):
         scale: how the unit ball depends on the shape (m = out, n = in). ``"unit"``: 1. ``"rms"``: root-mean-square
             norms in place of Euclidean ones, which makes step sizes independent of width (each norm's docstring has its
             factor). ``"max1"``: Muon's sqrt(max(1, m/n)). ``"adamw"``: Moonlight's 0.2 sqrt(max(m, n)). ``"fan_in"``:
-            1/n, Scion's for the sign of an output layer. Or a number.
+            1/n, Scion's for the sign of an output layer. ``"sqrt_in"``: sqrt(n), which gives unit rows a root mean square
+            of 1. ``"ratio"``: sqrt(m/n), the ``"rms"`` of the spectral norm, for any norm. Or a number.
 
     A new norm is a frozen dataclass with the ``unit_*`` methods, which need not know of scales.
     """
