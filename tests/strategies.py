@@ -13,9 +13,16 @@ from normopt.ingredient import choices
 
 SCALES = (*norms.SCALES, "rms", 2.5)
 
-# Every registered norm under every scale; polar factors by singular values, for which the identities are exact.
+#: Arguments under which the identities are exact and nothing is trivial, for norms that need other ones than defaults.
+ARGUMENTS = {
+    "Spectral": {"method": "exact"},
+    "KyFan": {"k": 3},
+    "PerBlock": {"inner": norms.Euclidean(scale="unit"), "rows": 3, "columns": 5},
+}
+
+# Every registered norm under every scale.
 NORMS = [
-    cls(scale=scale, **({"method": "exact"} if "method" in cls.__dataclass_fields__ else {}))
+    cls(scale=scale, **ARGUMENTS.get(cls.__name__, {}))
     for _, cls in sorted(choices(norms.Norm).items())
     for scale in SCALES
 ]

@@ -1,20 +1,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import normopt.norms
 import normopt.polar
+from normopt import Direction, Eigenbasis, Rotated, Smoothed, SteepestDescent, View
 from normopt.ingredient import Context, Ingredient, Stage, parse
-from normopt.norms import Column, Euclidean, Max, Norm, Row, Spectral
-from normopt.norms.base import Scale
+from normopt.norms import Column, Euclidean, KyFan, Max, Norm, Nuclear, PerBlock, Row, Schatten, Spectral
+from normopt.norms.base import ROTATED, Scale
 from normopt.polar import JORDAN, Schedule, polar
 from tests.strategies import (
     KINDS,
@@ -37,6 +39,7 @@ from tests.strategies import (
 # Under every scale, or where hypothesis draws the scale or it does not matter, each only once.
 every = pytest.mark.parametrize("norm", NORMS, ids=label)
 each = pytest.mark.parametrize("norm", RMS, ids=label)
+with_and_without_factor = pytest.mark.parametrize("norm", [n for n in NORMS if n.scale in ("unit", 2.5)], ids=label)
 each_at_unit = pytest.mark.parametrize("norm", UNIT, ids=label)
 each_with_memory = pytest.mark.parametrize("norm", [n for n in RMS if n.has_memory], ids=label)
 of_vectors = pytest.mark.parametrize("norm", [n for n in NORMS if not n.needs_matrix], ids=label)
@@ -66,6 +69,9 @@ NORM = {
     "Euclidean": lambda w: torch.linalg.matrix_norm(w, "fro"),
     "Spectral": lambda w: torch.linalg.matrix_norm(w, 2),
     "Nuclear": lambda w: torch.linalg.matrix_norm(w, "nuc"),
+    "Schatten": lambda w: torch.linalg.svdvals(w).pow(4).sum() ** (1 / 4),
+    "KyFan": lambda w: torch.linalg.svdvals(w)[:2].sum(),
+    "PerBlock": lambda w: torch.linalg.matrix_norm(w, 2) * (5 / 8) ** -0.5,
 }
 DUAL = {
     "Max": lambda g: g.abs().sum(),
@@ -74,6 +80,9 @@ DUAL = {
     "Euclidean": NORM["Euclidean"],
     "Spectral": NORM["Nuclear"],
     "Nuclear": NORM["Spectral"],
+    "Schatten": lambda g: torch.linalg.svdvals(g).pow(4 / 3).sum() ** (3 / 4),
+    "KyFan": lambda g: max(torch.linalg.svdvals(g)[0], torch.linalg.svdvals(g).sum() / 2),
+    "PerBlock": lambda g: NORM["Nuclear"](g) * (5 / 8) ** 0.5,
 }
 # (out, in) = (8, 2) and (2, 8)
 FACTOR = {
@@ -83,6 +92,8 @@ FACTOR = {
     "Euclidean": (4, 4),
     "Spectral": (2, 0.5),
     "Nuclear": (2, 0.5),
+    "Schatten": (2, 0.5),
+    "KyFan": (2, 0.5),
 }
 
 
@@ -329,6 +340,8 @@ SYMMETRIES = {
     "Euclidean": (_rotation, _rotation),
     "Spectral": (_rotation, _rotation),
     "Nuclear": (_rotation, _rotation),
+    "Schatten": (_rotation, _rotation),
+    "KyFan": (_rotation, _rotation),
 }
 #: Where the leading singular pair is unique, so that the nuclear norm has one duality map only.
 UNIQUE = {kind: make for kind, make in WELL_CONDITIONED.items() if kind != "orthogonal"}
@@ -420,19 +433,28 @@ def test_entries_depend_on_no_more_than_declared(norm: Norm) -> None:
         assert method(elsewhere)[1, 2] == method(g)[1, 2]
 
 
-@every
+@pytest.mark.parametrize("norm", [n for n in NORMS if n.reduces == "entry"], ids=label)
 def test_entrywise_norms_take_many_tensors_laid_end_to_end(norm: Norm) -> None:
-    if norm.reduces == "entry":
-        tensors = [torch.randn(shape, dtype=torch.float64) for shape in ((4, 5), (2, 3, 6), (7,))]
-        laid = norm.dualize(torch.cat([x.flatten() for x in tensors]))
-        assert_close(laid, torch.cat([norm.dualize(x).flatten() for x in tensors]))
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in ((4, 5), (2, 3, 6), (7,))]
+    laid = norm.dualize(torch.cat([x.flatten() for x in tensors]))
+    assert_close(laid, torch.cat([norm.dualize(x).flatten() for x in tensors]))
 
 
 @every
 def test_rms_of_an_update(norm: Norm) -> None:
     for shape in ((4, 7), (7, 4), (5, 5), (1, 6), (2, 3, 2)):
         update = norm.dualize(torch.randn(shape, dtype=torch.float64))
-        assert norm.rms(shape) == pytest.approx(float(update.square().mean().sqrt()))
+        if depends_on_the_spectrum(norm, min(shape[-2:])):
+            assert math.isnan(norm.rms(shape))
+        else:
+            assert norm.rms(shape) == pytest.approx(float(update.square().mean().sqrt()))
+
+
+def depends_on_the_spectrum(norm: Norm, rank: int) -> bool:
+    """Whether full-rank gradients of one shape have updates of different lengths."""
+    if isinstance(norm, KyFan):
+        return 1 < norm.k < rank
+    return isinstance(norm, Schatten) and norm.p not in (1, 2, math.inf)
 
 
 @each
@@ -490,7 +512,7 @@ def test_whitening_without_entries(norm: Norm, shape: tuple[int, ...]) -> None:
 # Dtypes and ranges ---------------------------------------------------------------------------------------------
 
 
-@every
+@with_and_without_factor
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
 def test_inputs_are_never_modified_nor_returned(norm: Norm, dtype: torch.dtype) -> None:
     found = methods(norm) | {"project inside": lambda w: norm.project(w, 1e3)}
@@ -530,7 +552,7 @@ def test_float32_far_from_one(norm: Norm, size: float, shape: tuple[int, int]) -
     assert_close(inner(g, norm.dualize(g * size)), norm.dual_norm(g), tol=1e-5)
 
 
-@every
+@with_and_without_factor
 @pytest.mark.parametrize("dtype", HALF)
 def test_duality_map_and_projection_in_half_precision(norm: Norm, dtype: torch.dtype) -> None:
     g = full_rank(6, 9).to(dtype)
@@ -570,6 +592,8 @@ EXTRA = [
     Spectral(dtype=torch.float32),
     Spectral(method=JORDAN),
     Spectral(method=Schedule(coefficients=((2.0, -1.5, 0.5), (1.875, -1.25, 0.375)), steps=3, margin=1.01)),
+    Schatten(math.inf),
+    PerBlock(Schatten(3, scale="unit"), 64, scale=2.0),
 ]
 
 
@@ -584,16 +608,18 @@ def test_repr_evaluates_back(norm: Norm) -> None:
 @each
 def test_found_by_name(norm: Norm) -> None:
     name = type(norm).__name__
-    assert name.lower() in normopt.norms.names()
-    for spec in (name.lower(), name, f"{name}()"):
+    dashed = {"KyFan": "ky-fan", "PerBlock": "per-block"}.get(name, name.lower())
+    assert dashed in normopt.norms.names()
+    for spec in (dashed, name, f"{name}()"):
         assert normopt.norms.get(spec) == type(norm)()
     assert normopt.norms.get(norm) is norm
 
 
 def test_names() -> None:
-    assert {"max", "column", "row", "euclidean", "spectral", "nuclear"} <= set(normopt.norms.names())
+    built_in = {"max", "column", "row", "euclidean", "spectral", "nuclear", "schatten", "ky-fan", "per-block"}
+    assert built_in <= set(normopt.norms.names())
     assert normopt.norms.names() == sorted(normopt.norms.names())
-    assert {"norm", "direction", "stage", "schatten", "slices"}.isdisjoint(normopt.norms.names())
+    assert {"norm", "direction", "stage", "unitarily-invariant", "slices"}.isdisjoint(normopt.norms.names())
 
 
 @pytest.mark.usefixtures("registry")
@@ -641,7 +667,7 @@ def test_a_name_is_taken_once() -> None:
     ("make", "error", "message"),
     [
         (lambda: normopt.norms.get("spectrl"), ValueError, "unknown norm 'spectrl'; did you mean 'spectral'?"),
-        (lambda: normopt.norms.get("l7"), ValueError, "unknown norm 'l7'; Known: column, euclidean, max, nuclear, row"),
+        (lambda: normopt.norms.get("l7"), ValueError, "unknown norm 'l7'; Known: column, euclidean, ky-fan, max, "),
         (lambda: normopt.norms.get("norm"), ValueError, "unknown norm 'norm'; "),
         (lambda: normopt.norms.get("Rowe()"), ValueError, "unknown ingredient 'Rowe'; did you mean 'Row'?"),
         (lambda: normopt.norms.get(3), TypeError, "expected a Norm or the name of one, got 3"),
@@ -650,6 +676,14 @@ def test_a_name_is_taken_once() -> None:
         (lambda: Max(scale=0.0), ValueError, "Max: scale must be positive and finite, got 0.0"),
         (lambda: Row(scale=-1), ValueError, "Row: scale must be positive and finite, got -1"),
         (lambda: Row(scale=math.nan), ValueError, "Row: scale must be positive and finite, got nan"),
+        (lambda: Schatten(0.5), ValueError, "Schatten: p must lie in [1, inf], got 0.5"),
+        (lambda: Schatten(math.nan), ValueError, "Schatten: p must lie in [1, inf], got nan"),
+        (lambda: Schatten("2"), TypeError, "Schatten: p must be a number, got '2'"),
+        (lambda: KyFan(0), ValueError, "KyFan: k must be a whole number from 1 up, got 0"),
+        (lambda: KyFan(1.5), ValueError, "KyFan: k must be a whole number from 1 up, got 1.5"),
+        (lambda: PerBlock("spectrl"), ValueError, "unknown norm 'spectrl'; did you mean 'spectral'?"),
+        (lambda: PerBlock(Max(), rows=0), ValueError, "PerBlock: rows must be a whole number from 1 up, got 0"),
+        (lambda: PerBlock(Max(), columns=-2), ValueError, "PerBlock: columns must be a whole number from 1 up, got -2"),
         (lambda: Spectral(method="polarexpress"), ValueError, "'polarexpress'; did you mean 'polar-express'?"),
         (lambda: Spectral(steps=0), ValueError, "Spectral: steps must be positive (and None for method 'exact')"),
         (lambda: Spectral(steps=-2), ValueError, "got -2"),
@@ -664,6 +698,166 @@ def test_errors(make: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as raised:
         make()
     assert message in str(raised.value)
+
+
+# All between the nuclear and the spectral norm ------------------------------------------------------------------
+
+SPECTRAL = Spectral(scale="unit", method="exact")
+
+
+@pytest.mark.parametrize(
+    ("norm", "known"),
+    [
+        (Schatten(1, scale="unit"), Nuclear(scale="unit")),
+        (Schatten(2, scale="unit"), Euclidean(scale="unit")),
+        (Schatten(math.inf, scale="unit"), SPECTRAL),
+        (KyFan(1, scale="unit"), SPECTRAL),
+        (KyFan(70, scale="unit"), Nuclear(scale="unit")),
+        (PerBlock(SPECTRAL), SPECTRAL),
+        (PerBlock(Max(scale="unit"), rows=1, columns=1), Max(scale="unit")),
+        (PerBlock(Euclidean(scale="unit"), rows=1), Row(scale="unit")),
+        (PerBlock(Euclidean(scale="unit"), columns=1), Column(scale="unit")),
+    ],
+    ids=str,
+)
+@settings(max_examples=8)
+@given(g=matrices(UNIQUE), fraction=RADII)
+def test_special_cases(norm: Norm, known: Norm, g: Tensor, fraction: float) -> None:
+    radius = fraction * float(known.norm(g).max())
+    assert_close(norm.norm(g), known.norm(g))
+    assert_close(norm.dual_norm(g), known.dual_norm(g))
+    assert_close(norm.dualize(g), known.dualize(g), TOL)
+    assert_close(norm.project(g, radius), known.project(g, radius))
+    assert norm.rms(g.shape) == pytest.approx(known.rms(g.shape))
+    assert norm.rotation_invariant == known.rotation_invariant or isinstance(norm, PerBlock)
+
+
+@pytest.mark.parametrize("norm", [*map(Schatten, (1.01, 1.5, 3, 300)), *map(KyFan, (2, 7, 39))], ids=str)
+@settings(max_examples=8)
+@given(g=matrices(), fraction=RADII)
+def test_identities_for_all_powers_and_counts(norm: Norm, g: Tensor, fraction: float) -> None:
+    d, radius = norm.dualize(g), fraction * float(norm.norm(g).max())
+    assert_close(inner(g, d), norm.dual_norm(g))
+    assert_close(norm.norm(d), (g != 0).any(dim=-1).any(dim=-1).to(g.dtype))
+    p = norm.project(g, radius)
+    assert (norm.norm(p) <= radius * (1 + 1e-12)).all()
+    # The nearest point, see above.
+    assert (radius * norm.dual_norm(g - p) - inner(g - p, p) <= 1e-12 * g.square().sum(dim=(-2, -1))).all()
+
+
+@pytest.mark.parametrize("p", [1, 1.25, 2, 7, math.inf])
+def test_the_dual_of_schatten_p_is_schatten_q(p: float) -> None:
+    norm, g = Schatten(p, scale="unit"), torch.randn(2, 9, 6, dtype=torch.float64)
+    assert_close(norm.dual_norm(g), Schatten(norm.q, scale="unit").norm(g))
+    assert Schatten(norm.q).q == pytest.approx(p)
+
+
+def test_schatten_flattens_the_spectrum_the_more_the_larger_p_is() -> None:
+    g = full_rank(6, 9)
+    s = torch.linalg.svdvals(g)
+    for p in (1.5, 3, 30):
+        t = torch.linalg.svdvals(Schatten(p).dualize(g))
+        assert_close(t / t[0], (s / s[0]) ** (1 / (p - 1)), 1e-11)
+
+
+@pytest.mark.parametrize("p", [3, 30, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rounding_errors_are_no_directions(p: float, dtype: torch.dtype) -> None:
+    # 1e-16 to a small power is not small: 1e-8 for p = 3, 0.3 for p = 30.
+    g = from_spectrum(30, 20, spectrum(4)).to(dtype)
+    t = torch.linalg.svdvals(Schatten(p).dualize(g))
+    assert t[3] > 0.3 * t[0] and t[4] < 10 * torch.finfo(dtype).eps * t[0]
+
+
+def test_equal_singular_values_share_at_p_one() -> None:
+    g = torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64))
+    assert_close(Schatten(1, scale="unit").dualize(g), torch.diag(torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)))
+
+
+def test_ky_fan_takes_the_polar_factor_or_the_leading_pair() -> None:
+    norm = KyFan(2, scale="unit")
+    # (1 + x + x) / 2 against 1.
+    for x, expected in ((0.51, [0.5, 0.5, 0.5]), (0.49, [1.0, 0.0, 0.0])):
+        d = norm.dualize(torch.diag(torch.tensor([1.0, x, x], dtype=torch.float64)))
+        assert_close(d, torch.diag(torch.tensor(expected, dtype=torch.float64)))
+
+
+# Blocks --------------------------------------------------------------------------------------------------------
+
+INNER = [*RMS, Spectral()]
+each_inner = pytest.mark.parametrize("inner_norm", INNER, ids=str)
+
+
+def heads(x: Tensor) -> Tensor:
+    """Four heads of three rows."""
+    return x.reshape(*x.shape[:-2], 4, 3, x.shape[-1])
+
+
+@each_inner
+def test_blocks_are_what_a_view_makes_of_heads(inner_norm: Norm) -> None:
+    norm, g = PerBlock(inner_norm, rows=3), torch.randn(2, 12, 7, dtype=torch.float64)
+    assert_close(norm.norm(g), inner_norm.norm(heads(g)).amax(dim=-1))
+    assert_close(norm.dual_norm(g), inner_norm.dual_norm(heads(g)).sum(dim=-1))
+    assert_close(norm.steepness(g, {}), inner_norm.steepness(heads(g), {}).sum(dim=-1))
+    assert_close(norm.dualize(g), inner_norm.dualize(heads(g)).reshape(g.shape))
+    assert_close(norm.project(g, 0.2), inner_norm.project(heads(g), 0.2).reshape(g.shape))
+    assert norm.rms(g.shape) == pytest.approx(inner_norm.rms((3, 7)), nan_ok=True)
+    started = norm.initialize_(torch.empty_like(g))
+    assert_close(inner_norm.norm(heads(started)), torch.ones(2, 4, dtype=g.dtype))
+    assert (norm.has_memory, norm.matrix_memory) == (inner_norm.has_memory, inner_norm.matrix_memory)
+    if norm.has_memory:
+        stats, of_heads = norm.second_moment(g), inner_norm.second_moment(heads(g))
+        assert_close(norm.whiten(g, stats, 0.1), inner_norm.whiten(heads(g), of_heads, 0.1).reshape(g.shape))
+
+
+@pytest.mark.parametrize("direction", [lambda n: n, Smoothed], ids=["norm", "smoothed"])
+@pytest.mark.parametrize("inner_norm", [Spectral(), Column(), Max()], ids=str)
+def test_blocks_move_as_a_view_of_heads_does(direction: Callable[[Norm], Direction], inner_norm: Norm) -> None:
+    start = torch.randn(12, 7)
+    blocks, views = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizers = [
+        SteepestDescent([blocks], 0.1, direction(PerBlock(inner_norm, rows=3)), 0.9),
+        SteepestDescent([views], 0.1, direction(inner_norm), 0.9, view=View(split=4)),
+    ]
+    for _ in range(5):
+        blocks.grad = views.grad = torch.randn(12, 7)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_close(blocks.detach(), views.detach(), 1e-5)
+    assert not torch.equal(blocks, start)
+
+
+def test_the_last_block_is_smaller_and_a_small_matrix_is_one() -> None:
+    norm, g = PerBlock(Euclidean(scale="unit"), rows=4, columns=3), torch.randn(6, 7, dtype=torch.float64)
+    assert_close(norm.join(norm.cut(g), g.shape), g)
+    assert norm.cut(g).shape == (6, 4, 3)
+    corners = [g[a:b, c:d] for a, b in ((0, 4), (4, 6)) for c, d in ((0, 3), (3, 6), (6, 7))]
+    assert_close(norm.dual_norm(g), torch.stack([corner.norm() for corner in corners]).sum())
+    assert_close(norm.dual_norm(g[:2, :2]), g[:2, :2].norm())
+
+
+def test_the_scale_of_a_block_is_its_own() -> None:
+    assert PerBlock("spectral", rows=4) == PerBlock(Spectral(), rows=4, scale="unit")
+    g = torch.randn(8, 4, dtype=torch.float64)
+    for own, factor in (("rms", 1.0), ("unit", 1.0), (3.0, 3.0)):
+        norm = PerBlock(Spectral(scale="rms", method="exact"), rows=2, scale=own)
+        # Blocks of 2 x 4: sqrt(2 / 4).
+        assert_close(norm.dualize(g)[:2], factor * 0.5**0.5 * polar(g[:2], "exact"))
+        assert norm.rms(g.shape) == pytest.approx(factor * 0.5**0.5 / 2)
+
+
+def test_blocks_of_a_norm_without_memory_have_none() -> None:
+    with pytest.raises(NotImplementedError, match="Nuclear has no second moment"):
+        PerBlock(Nuclear(), rows=2).second_moment(torch.ones(4, 3))
+    with pytest.raises(ValueError, match="has no second moment to remember"):
+        Smoothed(PerBlock(Nuclear(), rows=2))
+
+
+def test_rotations_change_blocks() -> None:
+    assert PerBlock(Spectral()).rotation_invariant and not PerBlock(Max()).rotation_invariant
+    for norm in (PerBlock(Spectral(), rows=2), PerBlock(Euclidean(), columns=2)):
+        assert not norm.rotation_invariant
+        assert Rotated(Smoothed(norm), Eigenbasis()).cell == ("PerBlock", ROTATED)
 
 
 # The spectral norm's methods -----------------------------------------------------------------------------------

@@ -3,11 +3,28 @@
 from normopt.ingredient import choices
 from normopt.ingredient import get as _get
 from normopt.norms.base import SCALES, Direction, Norm
-from normopt.norms.schatten import Nuclear, Spectral
+from normopt.norms.blocks import PerBlock
+from normopt.norms.kyfan import KyFan
+from normopt.norms.schatten import Nuclear, Schatten, Spectral
 from normopt.norms.slices import Column, Row
 from normopt.norms.vector import Euclidean, Max
 
-__all__ = ["SCALES", "Column", "Direction", "Euclidean", "Max", "Norm", "Nuclear", "Row", "Spectral", "get", "names"]
+__all__ = [
+    "SCALES",
+    "Column",
+    "Direction",
+    "Euclidean",
+    "KyFan",
+    "Max",
+    "Norm",
+    "Nuclear",
+    "PerBlock",
+    "Row",
+    "Schatten",
+    "Spectral",
+    "get",
+    "names",
+]
 
 
 def get(spec: str | Norm) -> Norm:

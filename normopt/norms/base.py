@@ -33,6 +33,9 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 class Direction(Stage):
     """Which direction is steepest: a :class:`Norm`, or an algebra over norms (``normopt.directions``)."""
 
+    #: Whether it decides how long its result is; where not, a chain's length is that of the stage before.
+    sets_length: bool = True
+
     def rms(self, shape: tuple[int, ...]) -> float:
         """The root mean square of an update's entries for a full-rank gradient of ``shape``; ``nan`` if unknown."""
         return math.nan
@@ -65,8 +68,8 @@ class Norm(Direction):
         scale: how the unit ball depends on the shape (m = out, n = in). ``"unit"``: 1. ``"rms"``: root-mean-square
             norms in place of Euclidean ones, which makes step sizes independent of width (each norm's docstring has its
             factor). ``"max1"``: Muon's sqrt(max(1, m/n)). ``"adamw"``: Moonlight's 0.2 sqrt(max(m, n)). ``"fan_in"``:
-            1/n, Scion's for the sign of an output layer. ``"sqrt_in"``: sqrt(n), which gives unit rows a root mean square
-            of 1. ``"ratio"``: sqrt(m/n), the ``"rms"`` of the spectral norm, for any norm. Or a number.
+            1/n, Scion's for the sign of an output layer. ``"sqrt_in"``: sqrt(n), which gives rows a root mean square of
+            1. ``"ratio"``: sqrt(m/n), the ``"rms"`` of the spectral norm, for any norm. Or a number.
 
     A new norm is a frozen dataclass with the ``unit_*`` methods, which need not know of scales.
     """

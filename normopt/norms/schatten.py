@@ -1,24 +1,29 @@
-"""Norms of the singular values: the largest (spectral) and their sum (nuclear), each other's duals."""
+"""Norms of the singular values: the largest (spectral), their sum (nuclear), and all powers in between."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from normopt.ingredient import check_choice, check_range
-from normopt.norms.base import Eps, Norm
+from normopt.norms.base import Eps, Norm, Scale
 from normopt.polar import METHODS, Schedule, exact, normalized, polar
 
 SIDES = ("both", "smaller")
 
+#: Steps to the last bits of float64: of the Illinois method, and of Newton's within each.
+SECANTS, NEWTON_STEPS = 14, 10
+
 
 @dataclass(frozen=True)
-class _Schatten(Norm):
+class UnitarilyInvariant(Norm):
+    """A norm of the singular values: the same in any orthonormal basis of rows and of columns."""
+
     _abstract: ClassVar[bool] = True
     rotation_invariant: ClassVar[bool] = True
     reduces: ClassVar[str] = "matrix"  # type: ignore[misc]
@@ -29,7 +34,7 @@ class _Schatten(Norm):
 
 
 @dataclass(frozen=True)
-class Spectral(_Schatten):
+class Spectral(UnitarilyInvariant):
     """The largest singular value: the l2 -> l2 operator norm (Bernstein & Newhouse, Prop. 5).
 
     Dual norm: the nuclear norm. Duality map: the polar factor ``U V^T``, by the chosen method (see
@@ -125,7 +130,7 @@ class Spectral(_Schatten):
 
 
 @dataclass(frozen=True)
-class Nuclear(_Schatten):
+class Nuclear(UnitarilyInvariant):
     """The sum of the singular values, the dual of the spectral norm.
 
     Dual norm: the largest singular value. Duality map: ``u_1 v_1^T``, the leading singular pair, from a singular value
@@ -145,7 +150,7 @@ class Nuclear(_Schatten):
         return (u[..., :1] @ vh[..., :1, :] * (s[..., :1, None] > 0)).to(g.dtype)
 
     def unit_project(self, w: Tensor, radius: float) -> Tensor:
-        return map_singular_values(w, lambda s: _project_simplex(s, radius))
+        return map_singular_values(w, lambda s: (s - simplex_shift(s, radius)).clamp_(min=0))
 
     def unit_update_rms(self, m: int, n: int) -> float:
         return 1.0 / math.sqrt(max(m * n, 1))
@@ -155,6 +160,55 @@ class Nuclear(_Schatten):
         """A Gaussian matrix over its norm (the duality map would have rank one). Returns ``w``."""
         noise = torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32)).normal_(generator=generator)
         return w.copy_(noise / self.norm(noise)[..., None, None]) if w.numel() else w
+
+
+@dataclass(frozen=True)
+class Schatten(UnitarilyInvariant):
+    """The l_p norm of the singular values, ``(sum s_i^p)^(1/p)``: p = 1 nuclear, 2 Frobenius, ``inf`` spectral.
+
+    Dual norm: Schatten-q, ``1/p + 1/q = 1``. Duality map: ``U diag(s^(q-1)) V^T / ||s||_q^(q-1)``, by a singular value
+    decomposition: the larger ``p``, the flatter the result's spectrum. Singular values that rounding may have made, up
+    to max(out, in) times the dtype's epsilon times the largest, count as 0. ``project`` is exact, by iteration. No
+    second moment. Scale ``"rms"``: sqrt(out/in), as for the spectral norm (``Euclidean``'s is the RMS of the entries).
+
+    Args:
+        p: from 1 to ``inf``. At 1, of several largest singular values that are exactly equal all count, each the less.
+        scale: see :class:`~normopt.norms.Norm`; by keyword.
+    """
+
+    scale: Scale = field(default="rms", kw_only=True)
+    p: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "p", self.p, 1, math.inf, closed=True)
+
+    @property
+    def q(self) -> float:
+        """The dual norm's ``p``."""
+        return 1.0 if self.p == math.inf else math.inf if self.p == 1 else self.p / (self.p - 1)
+
+    def unit_norm(self, w: Tensor) -> Tensor:
+        return _power_norm(singular_values(w), self.p)
+
+    def unit_dual_norm(self, g: Tensor) -> Tensor:
+        return _power_norm(singular_values(g), self.q)
+
+    def unit_dualize(self, g: Tensor) -> Tensor:
+        return map_spectrum(g, self._dual_values)
+
+    def _dual_values(self, s: Tensor) -> Tensor:
+        powers = s ** (self.q - 1) * (s > 0)
+        total = (powers * s).sum(dim=-1, keepdim=True)
+        return powers / torch.where(total == 0, 1.0, total) ** (1 / self.p)
+
+    def unit_project(self, w: Tensor, radius: float) -> Tensor:
+        return map_singular_values(w, lambda s: _project_power(s, self.p, radius))
+
+    def unit_update_rms(self, m: int, n: int) -> float:
+        """Known for ``p`` = 1, 2 and ``inf``; otherwise it depends on the gradient's spectrum."""
+        rank = {1.0: 1, 2.0: 1, math.inf: min(m, n)}.get(self.p, math.nan)
+        return math.sqrt(rank / max(m * n, 1))
 
 
 def _dtype_name(dtype: object) -> str | None:
@@ -180,13 +234,83 @@ def map_singular_values(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
     return ((u * f(s).unsqueeze(-2)) @ vh).to(x.dtype)
 
 
-def _project_simplex(s: Tensor, radius: float) -> Tensor:
-    """The point of ``{t >= 0, sum t <= radius}`` nearest to ``s >= 0``, sorted downwards: subtract a number, clip."""
+def map_spectrum(g: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    """``U diag(f(s)) V^T`` with the singular values ``s`` over the largest; those that may be rounding errors are 0."""
+    if g.numel() == 0:
+        return g.clone()
+    u, s, vh = torch.linalg.svd(normalized(g), full_matrices=False)
+    largest = s[..., :1]
+    s = s / torch.where(largest == 0, 1.0, largest)
+    s = s * (s > max(g.shape[-2:]) * torch.finfo(s.dtype).eps)
+    return ((u * f(s).unsqueeze(-2)) @ vh).to(g.dtype)
+
+
+def _power_norm(s: Tensor, p: float) -> Tensor:
+    """The l_p norm of ``s >= 0``, sorted downwards, along the last dimension; powers of 1e-30 and of 1e30 are none."""
+    if s.shape[-1] == 0:
+        return s.sum(dim=-1)
+    largest = s[..., :1]
+    relative = s / torch.where(largest == 0, 1.0, largest)
+    return torch.linalg.vector_norm(relative, ord=p, dim=-1) * largest.squeeze(-1)
+
+
+def _project_power(s: Tensor, p: float, radius: float) -> Tensor:
+    """The point of the l_p ball nearest to ``s >= 0``, sorted downwards.
+
+    It solves ``t + mu t^(p-1) = s``. With ``t = shrink s_1 x``, ``x_1 = 1`` this is ``shrink x + (1 - shrink) x^(p-1) =
+    s / s_1``, where all is within [0, 1], and ``shrink ||x||_p`` rises with ``shrink``.
+    """
+    if p in (1, math.inf):
+        return s.clamp(max=radius) if p > 1 else (s - simplex_shift(s, radius)).clamp_(min=0)
+    largest = torch.where(s[..., :1] == 0, 1.0, s[..., :1])
+    relative, bound = s / largest, radius / largest
+
+    def x_of(shrink: Tensor) -> Tensor:
+        if p >= 2:
+            return _root(relative, shrink, p - 1)
+        return _root(relative, 1 - shrink, 1 / (p - 1)) ** (1 / (p - 1))
+
+    def excess(shrink: Tensor) -> Tensor:
+        return shrink * torch.linalg.vector_norm(x_of(shrink), ord=p, dim=-1, keepdim=True) - bound
+
+    shrink = _crossing(excess, bound.clamp(max=1.0))
+    return torch.where(_power_norm(s, p).unsqueeze(-1) <= radius, s, largest * shrink * x_of(shrink))
+
+
+def _crossing(rising: Callable[[Tensor], Tensor], high: Tensor) -> Tensor:
+    """Where in [0, high] a rising function crosses 0, from below, by the Illinois method (a safe secant method)."""
+    low = torch.zeros_like(high)
+    below, above = rising(low), rising(high)
+    was_below = torch.zeros_like(high, dtype=torch.bool)
+    for _ in range(SECANTS):
+        steep = above > below
+        middle = torch.where(steep, high - above * (high - low) / torch.where(steep, above - below, 1.0), low)
+        value = rising(middle)
+        is_below = value <= 0
+        again = is_below == was_below
+        low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
+        below = torch.where(is_below, value, torch.where(again, below / 2, below))
+        above = torch.where(is_below, torch.where(again, above / 2, above), value)
+        was_below = is_below
+    return low
+
+
+def _root(s: Tensor, linear: Tensor, power: float) -> Tensor:
+    """The ``x`` in [0, 1] with ``linear x + (1 - linear) x^power = s``, power >= 1: Newton's method from above."""
+    tiny = torch.finfo(s.dtype).tiny
+    x = torch.minimum(s / linear.clamp(min=tiny), (s / (1 - linear).clamp(min=tiny)) ** (1 / power)).clamp_(max=1.0)
+    for _ in range(NEWTON_STEPS):
+        below = (1 - linear) * x ** (power - 1)
+        x = x - ((linear + below) * x - s) / (linear + power * below).clamp(min=tiny)
+    return x.clamp_(min=0.0)
+
+
+def simplex_shift(s: Tensor, radius: float) -> Tensor:
+    """What to subtract from ``s >= 0``, sorted downwards, for the nearest point of ``{t >= 0, sum t <= radius}``."""
     counts = torch.arange(1, s.shape[-1] + 1, dtype=s.dtype, device=s.device)
     shifts = (s.cumsum(dim=-1) - radius) / counts
     active = (s > shifts).sum(dim=-1, keepdim=True).clamp_(min=1)
-    shift = shifts.gather(-1, active - 1).clamp_(min=0)
-    return (s - shift).clamp_(min=0)
+    return shifts.gather(-1, active - 1).clamp_(min=0)
 
 
 def matrix_power(stats: Tensor, exponent: float, eps: Eps = 0.0) -> Tensor:

@@ -1,0 +1,125 @@
+"""Any norm, block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from normopt.ingredient import check_count, get
+from normopt.norms.base import Eps, Norm, Scale
+from normopt.norms.schatten import Spectral
+
+
+@dataclass(frozen=True)
+class PerBlock(Norm):
+    """The largest of a norm over the blocks of a matrix: ``PerBlock(Spectral(), rows=64)`` for heads of 64 rows.
+
+    Dual norm: the sum over all blocks. Duality map and projection: that of each block. Second moment: that of each
+    block, shapes ``(..., blocks, ...)``, where the norm has one. A last block that is smaller is filled up with zeros,
+    and a matrix that is smaller than a block is one.
+
+    Args:
+        inner: the norm of a block, or its name; it brings its own scale, for the block's shape.
+        rows: the rows of a block; ``None``: all.
+        columns: the columns of a block; ``None``: all.
+        scale: one more factor, of the whole matrix's shape, beside that of ``inner``: ``"unit"`` or ``"rms"`` for none;
+            by keyword. See :class:`~normopt.norms.Norm`.
+    """
+
+    scale: Scale = field(default="unit", kw_only=True)
+    inner: Norm = Spectral()
+    rows: int | None = None
+    columns: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "inner", get(Norm, self.inner))
+        for name in ("rows", "columns"):
+            if getattr(self, name) is not None:
+                check_count(self, name, getattr(self, name))
+
+    @property
+    def has_memory(self) -> bool:
+        """That of the norm of a block."""
+        return self.inner.has_memory
+
+    @property
+    def matrix_memory(self) -> bool:  # type: ignore[override]
+        """That of the norm of a block."""
+        return self.inner.matrix_memory
+
+    @property
+    def remembers_vectors(self) -> bool:
+        """That of the norm of a block."""
+        return self.inner.remembers_vectors
+
+    @property
+    def rotation_invariant(self) -> bool:  # type: ignore[override]
+        """Not if there are blocks."""
+        return self.inner.rotation_invariant and self.rows is None and self.columns is None
+
+    def cut(self, x: Tensor) -> Tensor:
+        """``x`` of shape ``(..., out, in)`` as blocks ``(..., blocks, rows, columns)``."""
+        (high, height), (wide, width) = _parts(x.shape[-2], self.rows), _parts(x.shape[-1], self.columns)
+        x = torch.nn.functional.pad(x, (0, wide * width - x.shape[-1], 0, high * height - x.shape[-2]))
+        return x.reshape(*x.shape[:-2], high, height, wide, width).transpose(-3, -2).flatten(-4, -3)
+
+    def join(self, blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of ``cut`` for a matrix whose ``shape`` ends in ``(out, in)``."""
+        high, wide = _parts(shape[-2], self.rows)[0], _parts(shape[-1], self.columns)[0]
+        whole = blocks.reshape(*blocks.shape[:-3], high, wide, *blocks.shape[-2:]).transpose(-3, -2)
+        return whole.flatten(-4, -3).flatten(-2)[..., : shape[-2], : shape[-1]]
+
+    def unit_rms(self, m: int, n: int) -> float:
+        return 1.0
+
+    def unit_norm(self, w: Tensor) -> Tensor:
+        return self.inner.norm(self.cut(w)).amax(dim=-1)
+
+    def unit_dual_norm(self, g: Tensor) -> Tensor:
+        return self.inner.dual_norm(self.cut(g)).sum(dim=-1)
+
+    def unit_dualize(self, g: Tensor) -> Tensor:
+        return self.join(self.inner.dualize(self.cut(g)), g.shape)
+
+    def unit_project(self, w: Tensor, radius: float) -> Tensor:
+        return self.join(self.inner.project(self.cut(w), radius), w.shape)
+
+    def second_moment(self, g: Tensor) -> tuple[Tensor, ...]:
+        """Those of all blocks."""
+        return self.inner.second_moment(self.cut(g))
+
+    def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps) -> tuple[Tensor, ...]:
+        """Those of all blocks."""
+        return self.inner.unit_roots(stats, eps)
+
+    def unit_divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+        return self.join(self.inner.divide(self.cut(m), roots, out), m.shape)
+
+    def unit_update_rms(self, m: int, n: int) -> float:
+        """The root of the mean over all blocks, the smaller last ones too."""
+        (high, height), (wide, width) = _parts(m, self.rows), _parts(n, self.columns)
+        heights = [height] * (high - 1) + [m - (high - 1) * height]
+        widths = [width] * (wide - 1) + [n - (wide - 1) * width]
+        squares = sum(self.inner.unit_update_rms(a, b) ** 2 * a * b for a in heights for b in widths)
+        return math.sqrt(squares / max(m * n, 1)) * self.inner.factor((height, width))
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The sum over all blocks of what the norm of a block says."""
+        return self.inner.steepness(self.cut(g), state).sum(dim=-1) * self.factor(g.shape)
+
+    @torch.no_grad()
+    def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Every block as the norm of a block does it. Returns ``w``."""
+        blocks = self.cut(torch.empty_like(self._matrix(w), dtype=torch.promote_types(w.dtype, torch.float32)))
+        return w.copy_(self.join(self.inner.initialize_(blocks, generator), w.shape) * self.factor(w.shape))
+
+
+def _parts(n: int, size: int | None) -> tuple[int, int]:
+    """How many parts a side of ``n`` has, and how long each is."""
+    size = max(1, n if size is None else min(size, n))
+    return max(1, -(-n // size)), size
