@@ -1,12 +1,38 @@
 """normopt: optimizers as steepest descent under a norm chosen for each tensor's role."""
 
-from normopt import bases, constraints, directions, momentum, nn, norms, polar, stepsize, whitening, zoo
+from normopt import (
+    balanced,
+    bases,
+    complement,
+    constraints,
+    directions,
+    momentum,
+    nn,
+    norms,
+    polar,
+    stepsize,
+    subspace,
+    whitening,
+    zoo,
+)
+from normopt.balanced import CoshScaled, Sinkhorn
 from normopt.bases import Basis, Eigenbasis
-from normopt.constraints import L2, Constraint, FrankWolfe, WeightDecay
+from normopt.complement import Complement
+from normopt.constraints import L2, Constraint, FrankWolfe, TangentProjection, WeightDecay
 from normopt.directions import Blocked, Chain, Clipped, Decayed, Factored, Grafted, Identity, Rotated, Smoothed
 from normopt.ingredient import Option
-from normopt.momentum import EMA, HeavyBall, LookAhead, Momentum, Nesterov, NoMomentum, TwoSpeed, WarmNesterov
-from normopt.norms import Column, Direction, Euclidean, Max, Norm, Nuclear, Row, Spectral
+from normopt.momentum import (
+    EMA,
+    HeavyBall,
+    LookAhead,
+    Momentum,
+    Nesterov,
+    NoMomentum,
+    Recursive,
+    TwoSpeed,
+    WarmNesterov,
+)
+from normopt.norms import Column, Direction, Euclidean, KyFan, Max, Norm, Nuclear, PerBlock, Row, Schatten, Spectral
 from normopt.optimizer import SteepestDescent
 from normopt.polar import Schedule
 from normopt.report import describe, periodic_table
@@ -23,8 +49,10 @@ from normopt.stepsize import (
     Relative,
     Sharp,
     StepSize,
+    Storm,
     TrustRatio,
 )
+from normopt.subspace import Aligned, LowRank
 from normopt.view import View
 from normopt.whitening import KLWhitened
 from normopt.zoo import create, list_optimizers
@@ -35,13 +63,16 @@ __all__ = [
     "EMA",
     "GEOMETRIES",
     "L2",
+    "Aligned",
     "Basis",
     "Blocked",
     "Chain",
     "Clipped",
     "Column",
+    "Complement",
     "Constant",
     "Constraint",
+    "CoshScaled",
     "DAdaptation",
     "Decayed",
     "Direction",
@@ -56,8 +87,10 @@ __all__ = [
     "Identity",
     "InverseTime",
     "KLWhitened",
+    "KyFan",
     "LearningRateFree",
     "LookAhead",
+    "LowRank",
     "Max",
     "Momentum",
     "Nesterov",
@@ -65,24 +98,32 @@ __all__ = [
     "Norm",
     "Nuclear",
     "Option",
+    "PerBlock",
     "Prodigy",
+    "Recursive",
     "Relative",
     "Role",
     "Rotated",
     "Row",
     "Rule",
+    "Schatten",
     "Schedule",
     "Sharp",
+    "Sinkhorn",
     "Smoothed",
     "Spectral",
     "SteepestDescent",
     "StepSize",
+    "Storm",
+    "TangentProjection",
     "TrustRatio",
     "TwoSpeed",
     "View",
     "WarmNesterov",
     "WeightDecay",
+    "balanced",
     "bases",
+    "complement",
     "constraints",
     "create",
     "describe",
@@ -96,6 +137,7 @@ __all__ = [
     "polar",
     "roles",
     "stepsize",
+    "subspace",
     "whitening",
     "zoo",
 ]

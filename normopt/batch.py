@@ -84,21 +84,26 @@ class Batch:
         x = x.contiguous() if self.rule.view.split > 1 else x
         return [self._like(piece, p) for piece, p in zip(self._pieces(x), self.params, strict=True)]
 
-    def gradient(self) -> Tensor:
-        """The gradients, negated where the group maximizes."""
-        g = self.gather(p.grad for p in self.params)  # type: ignore[misc]
+    def gradient(self, gradients: Iterable[Tensor] | None = None) -> Tensor:
+        """The gradients, or those given, negated where the group maximizes."""
+        g = self.gather([p.grad for p in self.params] if gradients is None else gradients)  # type: ignore[misc]
         return g.neg() if self.group["maximize"] else g
 
     def weights(self) -> Tensor:
         """The weights, in float32 or better."""
         return self.gather(self.params)
 
+    @property
+    def is_vector(self) -> bool:
+        """Whether these are vectors or scalars, each seen as a matrix with one row."""
+        return not self.flat and self.params[0].ndim < 2
+
     def prepare(self, rule: Rule, shared: Shared) -> None:
         """Take this step's numbers from the param group, before anything moves: they may be out of range."""
         self.rule, lr = rule, self.group["lr"]
         if isinstance(lr, Tensor):
             lr = lr.squeeze().to(self.params[0].device, non_blocking=True)
-        step = max(1.0, self.steps[0].item() + 1 - rule.norm.looks_first)
+        step = max(1.0, self.taken() + 1)
         self.rate = rule.step_size.rate(lr, step, shared)
         self.shrink = reduce(mul, (constraint.shrink(self.rate) for constraint in rule.constraint), 1.0)
 
@@ -112,7 +117,12 @@ class Batch:
 
     def advance(self) -> float:
         """Count one more step; returns its number, from 1."""
-        return self.steps.add_(1)[0].item() - self.rule.norm.looks_first
+        self.steps.add_(1)
+        return self.taken()
+
+    def taken(self) -> float:
+        """How many steps these parameters have taken; first gradients that moved nothing do not count."""
+        return self.steps[0].item() - self.rule.norm.looks_first
 
     def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
         sizes = [p.numel() if self.flat else self.rule.view.shape(p.shape)[0] for p in self.params]
@@ -137,7 +147,7 @@ def partition(group: dict[str, Any], params: list[Tensor], rule: Rule, state: St
     """Batches of the parameters that can move together, none larger than ``MAX_ENTRIES`` unless it is one parameter."""
     kinds: dict[tuple[Any, ...], list[Tensor]] = {}
     for p in params:
-        shape = () if rule.elementwise else rule.view.shape(p.shape)[1:]
+        shape = () if rule.elementwise else (p.ndim < 2, *rule.view.shape(p.shape)[1:])
         kinds.setdefault((shape, p.dtype, p.device, age(state, p)), []).append(p)
     for members in kinds.values():
         entries, part = 0, list[Tensor]()

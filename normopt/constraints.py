@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from normopt.ingredient import Context, Ingredient, check_range
@@ -30,7 +33,10 @@ class Constraint(Ingredient):
         return g
 
     def update(self, d: Tensor, context: Context) -> Tensor:
-        """The update ``d``, to be multiplied by ``-length``; the context has the weights and the raw gradient."""
+        """The update ``d``, to be multiplied by ``-length``; the context has the weights and the raw gradient.
+
+        A decay that depends on the update multiplies ``context.shrink`` here.
+        """
         return d
 
     def shrink(self, rate: Rate) -> Rate:
@@ -53,24 +59,90 @@ class WeightDecay(Constraint):
     Args:
         weight_decay: not negative.
         after: decay the new weights instead, the update included (SOAP).
+        cautious: decay only entries that the update does not move away from 0: update and weight do not differ in sign
+            (arXiv 2510.12402, algorithm 1).
+
+    Raises:
+        ValueError: ``after`` with ``cautious``, or a number out of range.
     """
 
     reduces: ClassVar[str] = "entry"
     weight_decay: float = 0.1
     after: bool = False
+    cautious: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
+        if self.after is True and self.cautious is True:
+            raise ValueError("WeightDecay: a cautious decay is one of the weights before the update; leave after False")
 
     def shrink(self, rate: Rate) -> Rate:
-        return 1 - rate * self.weight_decay
+        return 1.0 if self.cautious else 1 - rate * self.weight_decay
 
     def update(self, d: Tensor, context: Context) -> Tensor:
-        return d * (1 - context.rate * self.weight_decay)
+        if not self.cautious:
+            return d * (1 - context.rate * self.weight_decay)
+        agree = (d.sign() * context.w.sign() >= 0).to(context.w.dtype)
+        context.shrink = context.shrink * (1 - context.rate * self.weight_decay * agree)
+        return d
 
     def overrides(self, *methods: str) -> bool:
-        """``update`` only with ``after``."""
-        return super().overrides(*(method for method in methods if method != "update" or self.after))
+        """``update`` only with ``after``, or a cautious decay that is not 0."""
+        updates = self.after or (self.cautious and self.weight_decay != 0)
+        return super().overrides(*(method for method in methods if method != "update" or updates))
+
+
+@dataclass(frozen=True)
+class TangentProjection(Constraint):
+    """AdamP's projection: updates of weights whose scale does not matter lose their part along the weights.
+
+    Scale-invariant weights (before a normalization) have gradients at right angles to them, and grow with every step.
+    Where all rows are at right angles to their gradients, ``|cos| < delta / sqrt(in)``, each row of the update loses
+    its part along the row of weights; otherwise, where the matrix as a whole is, ``|cos| < delta / sqrt(out in)``, it
+    loses its part along the matrix; otherwise nothing happens. Vectors and scalars are left alone. Brings its own
+    weight decay, ``rate * weight_decay / (1 - momentum)``, which is multiplied by ``wd_ratio`` where there was a
+    projection (Heo et al., arXiv 2006.08217).
+
+    Args:
+        delta: largest ``|cos|``, in units of that of random vectors.
+        eps: least length of a row or matrix that is divided by.
+        wd_ratio: factor of the decay of projected matrices.
+        weight_decay: decoupled weight decay, not negative.
+        momentum: of a heavy ball, whose steps are ``1 / (1 - momentum)`` times as long, for the decay to follow.
+    """
+
+    delta: float = 0.1
+    eps: float = 1e-8
+    wd_ratio: float = 0.1
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("delta", "eps", "wd_ratio", "weight_decay"):
+            check_range(self, name, getattr(self, name), 0, float("inf"))
+        check_range(self, "momentum", self.momentum, 0, 1)
+
+    def update(self, d: Tensor, context: Context) -> Tensor:
+        ratio: Rate = 1.0
+        if not context.is_vector and d.numel():
+            w, g = context.w, context.raw
+            rows = self._at_right_angles(w, g)
+            whole = self._at_right_angles(*(x.flatten(-2).unsqueeze(-2) for x in (w, g)))
+            d = torch.where(rows, self._tangent(d, w, (-1,)), torch.where(whole, self._tangent(d, w, (-2, -1)), d))
+            ratio = torch.where(rows | whole, self.wd_ratio, 1.0).to(w.dtype)
+        if self.weight_decay:
+            decay = context.rate * self.weight_decay / (1 - self.momentum)
+            context.shrink = context.shrink * (1 - decay * ratio)
+        return d
+
+    def _at_right_angles(self, w: Tensor, g: Tensor) -> Tensor:
+        """Whether all rows of a matrix are, shape ``(..., 1, 1)``."""
+        cosines = F.cosine_similarity(w, g, dim=-1, eps=self.eps).abs()
+        return (cosines.amax(dim=-1) < self.delta / math.sqrt(w.shape[-1]))[..., None, None]
+
+    def _tangent(self, d: Tensor, w: Tensor, dim: tuple[int, ...]) -> Tensor:
+        unit = w / (torch.linalg.vector_norm(w, dim=dim, keepdim=True) + self.eps)
+        return d - unit * (unit * d).sum(dim=dim, keepdim=True)
 
 
 @dataclass(frozen=True)

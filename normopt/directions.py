@@ -273,6 +273,7 @@ class Clipped(Direction):
     """
 
     degree: ClassVar[None] = None  # type: ignore[misc]
+    sets_length: ClassVar[bool] = False  # type: ignore[misc]
     norm: Norm
     radius: float = 1.0
 
@@ -305,6 +306,7 @@ class Decayed(Direction):
 
     degree: ClassVar[None] = None  # type: ignore[misc]
     reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    sets_length: ClassVar[bool] = False  # type: ignore[misc]
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -392,18 +394,20 @@ class Chain(Direction):
         return x
 
     def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the last direction."""
-        return self._last().rms(shape)
+        """That of the last direction that sets the length."""
+        return self._last()[0].rms(shape)
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """That of the last direction."""
-        last = self._last()
-        return last.steepness(g, substate(state, f"{self.stages.index(last)}."))
+        """That of the last direction that sets the length."""
+        last, prefix = self._last()
+        return last.steepness(g, substate(state, prefix))
 
-    def _last(self) -> Direction:
-        """The last stage that says how large its result is."""
-        directions = [s for s in self.stages if isinstance(s, Direction) and not isinstance(s, (Clipped, Decayed))]
-        return directions[-1] if directions else Identity()
+    def _last(self) -> tuple[Direction, str]:
+        """The last stage that sets the length, and the prefix of its state; the gradient itself where none does."""
+        for i, stage in reversed([*enumerate(self.stages)]):
+            if isinstance(stage, Direction) and stage.sets_length:
+                return stage, f"{i}."
+        return Identity(), "-"
 
 
 @dataclass(frozen=True)
@@ -449,6 +453,11 @@ class Grafted(Direction):
     def looks_first(self) -> bool:  # type: ignore[override]
         """Whether either does."""
         return any(part.looks_first for part in self._parts().values())
+
+    @property
+    def sets_length(self) -> bool:  # type: ignore[override]
+        """Whether the magnitude is another than the input's."""
+        return self.magnitude != Identity()
 
     def _parts(self) -> dict[str, Stage]:
         return {"direction.": self.direction, "magnitude.": self.magnitude}

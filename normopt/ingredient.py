@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
@@ -125,6 +125,11 @@ class Context:
         direction: the rule's direction, resolved.
         weights: how to get the weights.
         scale: what the step size has multiplied ``g`` by, so that an ``eps`` can follow.
+        shared: what the step size has concluded from all batches.
+        shrink: what the weights are multiplied by before the update is added, a number or a tensor that broadcasts to
+            them; constraints may multiply it in their ``update``.
+        is_vector: whether these are vectors or scalars, seen as matrices with one row.
+        past: how to get ``previous``; ``None`` if there is none.
     """
 
     g: Tensor
@@ -134,6 +139,17 @@ class Context:
     direction: Any
     weights: Callable[[], Tensor]
     scale: float | Tensor = 1.0
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    shrink: float | Tensor = 1.0
+    is_vector: bool = False
+    past: Callable[[], Tensor] | None = None
+
+    @cached_property
+    def previous(self) -> Tensor:
+        """The gradient of this step's sample at the weights before the last step, for momenta that look back."""
+        if self.past is None:
+            raise ValueError("there is no gradient at the previous weights: only a rule's momentum can look back")
+        return self.past()
 
     @cached_property
     def w(self) -> Tensor:

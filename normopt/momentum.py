@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from normopt.ingredient import Context, Stage, check_count, check_range
+from normopt.stepsize import StepSize, Storm
 
 
 class Momentum(Stage):
     """A gradient in, the gradient to be trusted out, entry by entry; it also serves as a stage of a ``Chain``."""
 
     reduces: str = "entry"
+    #: Whether it compares gradients of one sample at two points: ``context.previous`` is the gradient at the weights
+    #: that its state holds as ``"previous"``. The optimizer's ``step`` then needs a closure.
+    looks_back: bool = False
+
+    def check_composes(self, step_size: StepSize) -> None:
+        """Raise a ``ValueError`` for step sizes that this momentum makes no sense with; without options in either."""
+        if self.looks_back and step_size.overrides("weigh"):
+            raise ValueError(f"{self} compares two gradients, of which {step_size} would weigh only one")
 
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         """The identity: an average of equal gradients is that gradient."""
@@ -127,6 +137,46 @@ class HeavyBall(Momentum):
         whole = context.step == 1 and not self.damp_first
         b.mul_(self.beta).add_(x, alpha=1.0 if whole else 1 - self.dampening)
         return x.add(b, alpha=self.beta) if self.nesterov else b
+
+
+@dataclass(frozen=True)
+class Recursive(Momentum):
+    """STORM's recursive momentum: ``d <- g + beta (d - g')``, and ``d = g`` at the first step (arXiv 1905.10018).
+
+    ``g'`` is the gradient of the same sample at the weights before the last step, so that without noise ``d`` is the
+    gradient itself, and the noise of ``d`` shrinks with the steps. Takes a closure, which is called twice a step, and
+    two numbers for each parameter: ``d`` and the previous weights.
+
+    Args:
+        beta: weight of the past, in [0, 1]; ``None``: ``1 - a`` with the ``a`` of :class:`~normopt.stepsize.Storm`.
+
+    Raises:
+        ValueError: ``beta=None`` without that step size, or a step size that rescales gradients.
+    """
+
+    looks_back: ClassVar[bool] = True  # type: ignore[misc]
+    beta: float | None = 0.9
+
+    def __post_init__(self) -> None:
+        if self.beta is not None:
+            check_range(self, "beta", self.beta, 0, 1, closed=True)
+
+    def check_composes(self, step_size: StepSize) -> None:
+        super().check_composes(step_size)
+        if self.beta is None and not isinstance(step_size, Storm):
+            raise ValueError(f"{self} takes its weight from the step size Storm, which {step_size} is not; give a beta")
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(x), "previous": torch.zeros_like(x)}
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        d = state["momentum"]
+        if context.step == 1:
+            d.copy_(x)
+        else:
+            d.sub_(context.previous).mul_(1 - context.shared["a"] if self.beta is None else self.beta).add_(x)
+        state["previous"].copy_(context.w)
+        return d
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ class _Move:
 
     batch: Batch
     context: Context
-    shared: Shared
     averaged: Tensor = field(default_factory=lambda: torch.empty(0))
     direction: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -85,6 +84,8 @@ class SteepestDescent(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if vars(cls).get("_abstract", False):
+            return
         known = SteepestDescent.registry.setdefault(cls.__name__.lower(), cls)
         if (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__):
             SteepestDescent.registry[cls.__name__.lower()] = cls  # defined anew, as in a notebook
@@ -185,7 +186,18 @@ class SteepestDescent(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step. ``closure``, if given, computes the loss and the gradients; its value is returned."""
+        """Take one step. ``closure``, if given, computes the loss and the gradients; its value is returned.
+
+        Momenta that look back need a closure. From the second step on it is called twice: at the weights as they are,
+        and at those of such momenta before the last step, after which weights and gradients are put back. Both calls
+        must see the same sample: fresh batches, dropout and running statistics are the caller's duty, and gradients of
+        parameters that are not in this optimizer are computed twice.
+
+        Raises:
+            ValueError: no closure for a momentum that looks back, or a gradient that cannot be used; nothing has moved.
+        """
+        if closure is None:
+            _check_alone(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -194,7 +206,8 @@ class SteepestDescent(Optimizer):
             _check_gradients(group)
         batches = [batch for group in self.param_groups for batch in self._batches(group)]
         # One batch after the other, so that temporary memory stays small, unless a step size must see all of them.
-        begun = map(_begin, (batch for batch in batches if not batch.look()))
+        past = self._look_back(batches, closure)
+        begun = (_begin(batch, past.get(batch)) for batch in batches if not batch.look())
         moves = map(_direct, self._surveyed(list(begun)) if _any(batches, "survey") else begun)
         for move in self._measured(list(moves)) if _any(batches, "measure") else moves:
             _apply(move)
@@ -212,10 +225,36 @@ class SteepestDescent(Optimizer):
             batch.prepare(rule, _shared(batch))
         return batches
 
+    def _look_back(self, batches: list[Batch], closure: Callable[[], Any] | None) -> dict[Batch, list[Tensor]]:
+        """The gradients at the weights before the last step, for those batches whose momentum asks for them.
+
+        Weights and gradients are put back, also when the closure raises.
+        """
+        asking = [batch for batch in batches if batch.rule.momentum.looks_back and batch.taken() > 0]
+        if not asking or closure is None:
+            return {}
+        every = [p for group in self.param_groups for p in group["params"]]
+        moved = [p for batch in asking for p in batch.params]
+        gradients, weights = [p.grad for p in every], [p.detach().clone() for p in moved]
+        try:
+            for p in every:
+                p.grad = None  # so that the closure cannot add to what is kept
+            for batch in asking:
+                torch._foreach_copy_(batch.params, batch.scatter(batch.state["previous"]))
+            with torch.enable_grad():
+                closure()
+            return {
+                batch: [torch.zeros_like(p) if p.grad is None else p.grad for p in batch.params] for batch in asking
+            }
+        finally:
+            torch._foreach_copy_(moved, weights)
+            for p, gradient in zip(every, gradients, strict=True):
+                p.grad = gradient
+
     def _surveyed(self, moves: list[_Move]) -> list[_Move]:
         """The same moves; step sizes that need all gradients have seen them."""
         for kind in _kinds(moves, "survey"):
-            self._conclude(kind, [m.step_size.survey(m.batch.state, m.context, m.shared) for m in kind])
+            self._conclude(kind, [m.step_size.survey(m.batch.state, m.context, m.context.shared) for m in kind])
         return moves
 
     def _measured(self, moves: list[_Move]) -> list[_Move]:
@@ -229,31 +268,39 @@ class SteepestDescent(Optimizer):
 
         Step sizes of one kind share sums and state, in all groups; the first group's numbers count.
         """
-        step_size, before = moves[0].step_size, moves[0].shared
+        step_size, before = moves[0].step_size, moves[0].context.shared
         home = moves[0].batch.params[0].device
         sums = {name: torch.stack([each[name].to(home) for each in summands]).sum() for name in summands[0]}
         shared = step_size.conclude(sums, before)
         for move in moves:
-            move.shared = shared
+            move.context.shared = shared
         for group in self.param_groups:
             if type(_rule(group).step_size) is type(step_size):
-                group.update({name: shared[name] for name in before})
+                group.update({name: shared[name] for name in step_size.init_shared()})
 
 
-def _begin(batch: Batch) -> _Move:
-    """From the gradient to what the step size sees."""
-    raw = batch.gradient()
-    context = Context(raw, raw, batch.advance(), batch.rate, batch.rule.norm, batch.weights)
-    for constraint in batch.rule.constraint:
-        if constraint.overrides("gradient"):
-            context.g = constraint.gradient(context.g, context)
-    return _Move(batch, context, _shared(batch))
+def _begin(batch: Batch, past: list[Tensor] | None) -> _Move:
+    """From the gradient, and that of the past for momenta that look back, to what the step size sees."""
+    step = batch.advance()
+
+    def seen(raw: Tensor, weights: Callable[[], Tensor]) -> Context:
+        context = Context(raw, raw, step, batch.rate, batch.rule.norm, weights)
+        for constraint in batch.rule.constraint:
+            if constraint.overrides("gradient"):
+                context.g = constraint.gradient(context.g, context)
+        return context
+
+    context = seen(batch.gradient(), batch.weights)
+    context.shared, context.shrink, context.is_vector = _shared(batch), batch.shrink, batch.is_vector
+    if past is not None:
+        context.past = lambda: seen(batch.gradient(past), lambda: batch.state["previous"]).g
+    return _Move(batch, context)
 
 
 def _direct(move: _Move) -> _Move:
     """From the gradient to the direction."""
     rule, state, context = move.batch.rule, move.batch.state, move.context
-    leading, context.g = rule.step_size.weigh(context.g, context, move.shared)
+    leading, context.g = rule.step_size.weigh(context.g, context, context.shared)
     move.averaged = rule.momentum(leading, state, context)
     move.direction = rule.norm(move.averaged, state, context)
     return move
@@ -276,13 +323,13 @@ def _kinds(moves: list[_Move], method: str) -> list[list[_Move]]:
 def _apply(move: _Move) -> None:
     """From the direction to the new weights."""
     batch, context, d = move.batch, move.context, move.direction
-    rule, params, rate, shrink = batch.rule, batch.params, batch.rate, batch.shrink
+    rule, params, rate = batch.rule, batch.params, batch.rate
     for constraint in rule.constraint:
         if constraint.overrides("update"):
             d = constraint.update(d, context)
-    size = -rule.step_size.length(move.averaged, d, context, move.shared)
+    size, shrink = -rule.step_size.length(move.averaged, d, context, context.shared), context.shrink
     bounds = [constraint for constraint in rule.constraint if constraint.overrides("weight")]
-    if bounds or batch.dtype != params[0].dtype:
+    if bounds or batch.dtype != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
         new = batch.weights() * shrink + d * size
         for constraint in bounds:
             new = constraint.weight(new, rate)
@@ -338,6 +385,15 @@ def _check_parameters(group: dict[str, Any], rule: Rule) -> None:
         if not p.is_floating_point():
             raise ValueError(f"{_name(group, i)} has dtype {p.dtype}; only real floating-point ones can be trained")
         rule.check_fits(_name(group, i), tuple(p.shape))
+
+
+def _check_alone(groups: list[dict[str, Any]]) -> None:
+    for rule in map(_rule, groups):
+        if rule.momentum.looks_back:
+            raise ValueError(
+                f"{rule.momentum} compares the gradients of one sample at two points: give step a closure that "
+                "computes the loss and the gradients, optimizer.step(closure)"
+            )
 
 
 def _check_gradients(group: dict[str, Any]) -> None:

@@ -37,8 +37,8 @@ def describe(optimizer: SteepestDescent) -> str:
 
     Columns: parameter, shape, role, matrix view (matrices x out x in), norm, momentum, step size, constraint, lr,
     effective lr (the root mean square of the update's entries for a full-rank gradient of the usual size, before
-    constraints; times the dual norm or the trust ratio where the step size says so), reason for the role, state bytes (0 before the first
-    step). Drawn by tabulate where it is installed.
+    constraints; times the dual norm or the trust ratio where the step size says so), reason for the role, state bytes
+    (0 before the first step). Drawn by tabulate where it is installed.
     """
     return _table(COLUMNS, [row for group in optimizer.param_groups for row in _rows(optimizer, group)])
 

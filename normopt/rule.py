@@ -43,6 +43,7 @@ class Rule(Ingredient):
         for constraint in self.constraint:
             if constraint.needs_bounded_step and self.step_size.times:
                 raise ValueError(f"{constraint} needs steps of bounded length; those of {self.step_size} are not")
+        self.momentum.check_composes(self.step_size)
 
     @property
     def elementwise(self) -> bool:

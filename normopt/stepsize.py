@@ -191,8 +191,7 @@ class TrustRatio(StepSize):
             check_range(self, name, getattr(self, name), 1e-300, float("inf"), closed=True)
 
     def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
-        norm = euclidean(context.raw, tuple(range(context.raw.ndim)))
-        return {"square": norm.to(double(norm.device)) ** 2}
+        return {"square": _square(context.raw)}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         return {"shrink": (self.max_grad_norm / sums["square"].sqrt()).clamp(max=1.0)}
@@ -206,6 +205,12 @@ class TrustRatio(StepSize):
             return context.rate
         size, length = (euclidean(y, axes(y), keepdim=True) for y in (context.w, d))
         return _ratio(size, length).clamp_(max=self.clip) * context.rate
+
+
+def _square(x: Tensor) -> Tensor:
+    """The sum of all squares, as a number of the whole optimizer."""
+    norm = euclidean(x, tuple(range(x.ndim)))
+    return norm.to(double(norm.device)) ** 2
 
 
 def _ratio(a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
@@ -229,6 +234,54 @@ class InverseTime(StepSize):
 
     def rate(self, lr: Rate, step: float, shared: Shared) -> Rate:
         return lr / (1 + (step - 1) * self.decay)
+
+
+@dataclass(frozen=True)
+class Storm(StepSize):
+    """STORM+'s rate, the same for all tensors: ``lr (sum of |d_i|^2 / a_(i+1) / b0)^(-1/3)`` (arXiv 2111.01040).
+
+    ``d_i`` are the averaged gradients, ``a_(i+1) = (1 + sum up to i of |g_i|^2 / a0)^(-2/3)``, and both sums run over
+    all tensors and steps. ``a_i`` is what :class:`~normopt.momentum.Recursive` takes for the weight of the newest
+    gradient at step i.
+
+    Args:
+        a0: divides the sum of squared gradients, positive; the paper's 1.
+        b0: divides the sum of squared averages, positive; the paper's 1.
+
+    The sums are in every param group.
+    """
+
+    times: ClassVar[str] = "STORM+ rate"  # type: ignore[misc]
+    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    a0: float = 1.0
+    b0: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("a0", "b0"):
+            check_range(self, name, getattr(self, name), 1e-300, float("inf"))
+
+    def init_shared(self) -> dict[str, float]:
+        return {"gradient_squares": 0.0, "average_squares": 0.0}
+
+    def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
+        return {"gradients": _square(context.g)}
+
+    def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
+        return {"averages": _square(x)}
+
+    def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
+        if "gradients" in sums:
+            past = shared["gradient_squares"]
+            return {**shared, "a": self._a(past), "gradient_squares": past + sums["gradients"]}
+        total = shared["average_squares"] + sums["averages"] / self._a(shared["gradient_squares"])
+        factor = torch.where(total > 0, (total / self.b0) ** (-1 / 3), 0.0)
+        return {**shared, "average_squares": total, "factor": factor}
+
+    def _a(self, squares: Tensor) -> Tensor:
+        return (1 + squares / self.a0) ** (-2 / 3)
+
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+        return context.rate * shared["factor"]
 
 
 @dataclass(frozen=True)
@@ -441,4 +494,5 @@ class DAdaptation(LearningRateFree):
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
         if not context.direction.degree:
             return context.rate * self.radius
-        return torch.sign(torch.as_tensor(context.rate)) * self.radius  # the rate is in the average; 0 stays where it is
+        # The average has the rate in it; at rate 0 nothing moves all the same.
+        return torch.sign(torch.as_tensor(context.rate)) * self.radius

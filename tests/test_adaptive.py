@@ -11,17 +11,13 @@ import torch
 from strategies import RMS, label
 from torch import Tensor, nn
 
-import normopt
 from normopt import (
     EMA,
     DAdaptation,
-    Euclidean,
     LearningRateFree,
-    Max,
     Norm,
     Prodigy,
     Smoothed,
-    Spectral,
     SteepestDescent,
     zoo,
 )

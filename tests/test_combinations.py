@@ -19,6 +19,7 @@ from normopt import (
     Chain,
     Clipped,
     Constraint,
+    CoshScaled,
     DAdaptation,
     Decayed,
     Direction,
@@ -104,8 +105,10 @@ class Run:
     def __init__(self, rules: list[Rule]) -> None:
         noise = torch.Generator().manual_seed(0)
         shapes = [SHAPES[i % len(SHAPES)] for i in range(len(rules))]
-        self.weights = [nn.Parameter(0.1 * torch.randn(shape, generator=noise, dtype=torch.float64)) for shape in shapes]
-        self.targets = [torch.randn(shape, generator=noise, dtype=torch.float64) for shape in shapes]
+        start, self.targets = (
+            [torch.randn(shape, generator=noise, dtype=torch.float64) for shape in shapes] for _ in range(2)
+        )
+        self.weights = [nn.Parameter(0.1 * w) for w in start]
         groups = [group_of(w, rule) for w, rule in zip(self.weights, rules, strict=True)]
         self.optimizer = SteepestDescent(groups, lr=1e-3)
 
@@ -115,11 +118,14 @@ class Run:
     def steps(self, count: int) -> list[list[float]]:
         losses = []
         for _ in range(count):
-            for w, target in zip(self.weights, self.targets, strict=True):
-                w.grad = w.detach() - target
-            self.optimizer.step()
+            self.optimizer.step(self.gradients)
             losses.append(self.losses())
         return losses
+
+    def gradients(self) -> None:
+        """As a closure, for momenta that look back."""
+        for w, target in zip(self.weights, self.targets, strict=True):
+            w.grad = w.detach() - target
 
     def copy_to(self, other: Run) -> None:
         """As through a file."""
@@ -160,6 +166,10 @@ def sensible(direction: Direction, momentum: Momentum, step_size: StepSize, cons
         with pytest.raises(ValueError, match="needs steps of bounded length"):
             Rule(direction, momentum, step_size, (constraint,))
         return False
+    if momentum.looks_back and step_size.overrides("weigh"):
+        with pytest.raises(ValueError, match="would weigh only one"):
+            Rule(direction, momentum, step_size)
+        return False
     if isinstance(step_size, DAdaptation) and direction.degree is None:
         with pytest.raises(ValueError, match="neither linear nor independent of length"):
             Run([Rule(direction, momentum, step_size)])
@@ -173,7 +183,7 @@ def sensible(direction: Direction, momentum: Momentum, step_size: StepSize, cons
 
 def bounded(direction: Direction) -> bool:
     """Whether the result has at most norm 1 in some norm: not if it is as long as the gradient."""
-    return not isinstance(direction, Identity)
+    return not isinstance(direction, (CoshScaled, Identity))
 
 
 def check_sensible(combinations: Iterable[tuple[Direction, Momentum, StepSize, Constraint | None]]) -> None:
@@ -205,12 +215,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no norm, in a graft": (lambda: refused(Grafted(Max(), Identity()), "dadaptation"), "bounds its result in no norm"),
     "sliced rows": (lambda: refused(Row(), "Prodigy(slice_p=2)"), "slice_p"),
     "unbounded steps in a ball": (lambda: refused(Max(), "sharp", "frank-wolfe"), "bounded length"),
-    "vectors in a matrix norm": (lambda: SteepestDescent([nn.Parameter(torch.zeros(3))], norm="row"), "norm of matrices"),
+    "vectors in a matrix norm": (lambda: refused(Row(), "constant", shape=(3,)), "norm of matrices"),
 }
 
 
-def refused(norm: Direction, step_size: str, constraint: str | None = None) -> None:
-    SteepestDescent([nn.Parameter(torch.zeros(3, 4))], norm=norm, step_size=step_size, constraint=constraint)
+def refused(
+    norm: Direction, step_size: str, constraint: str | None = None, shape: tuple[int, ...] = (3, 4)
+) -> None:
+    SteepestDescent([nn.Parameter(torch.zeros(shape))], norm=norm, step_size=step_size, constraint=constraint)
 
 
 @pytest.mark.parametrize(("build", "message"), REFUSED.values(), ids=REFUSED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,9 @@ def test_states_with_one_name_are_refused() -> None:
 
     @dataclass(frozen=True)
     class Clash(normopt.Constant):
-        def init_state(self, x: torch.Tensor, weights: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+        def init_state(
+            self, x: torch.Tensor, weights: Callable[[], torch.Tensor], direction: Any
+        ) -> dict[str, torch.Tensor]:
             return {"momentum": weights().clone()}
 
     clashing = SteepestDescent([weight], norm="max", momentum=EMA(0.9), step_size=Clash())

@@ -8,10 +8,10 @@ from normopt.nn.layers import Attention, SwiGLU
 class Block(nn.Module):
     """One transformer layer: `h += attention(norm(h))`, then `h += mlp(norm(h))`, on (batch, time, d_model)."""
 
-    def __init__(self, d_model: int, n_heads: int, d_ff: int, rope_fraction: float) -> None:
+    def __init__(self, d_model: int, n_heads: int, d_ff: int, rope_fraction: float, qk_norm: bool) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(d_model)
-        self.attention = Attention(d_model, n_heads, rope_fraction)
+        self.attention = Attention(d_model, n_heads, rope_fraction, qk_norm=qk_norm)
         self.mlp_norm = nn.RMSNorm(d_model)
         self.mlp = SwiGLU(d_model, d_ff)
 
@@ -36,6 +36,7 @@ class GPT(nn.Module):
         n_heads: heads per layer; must divide d_model.
         d_ff: width of the MLP, by default 4 * d_model.
         rope_fraction: fraction of each head's dimensions that carries rotary positions.
+        qk_norm: normalize queries and keys; without it there are no gains per head.
 
     Raises:
         ValueError: if a size is not positive, n_heads does not divide d_model or rope_fraction does not fit the head.
@@ -50,12 +51,13 @@ class GPT(nn.Module):
         *,
         d_ff: int | None = None,
         rope_fraction: float = 0.5,
+        qk_norm: bool = True,
     ) -> None:
         super().__init__()
         d_ff = 4 * d_model if d_ff is None else d_ff
         _check_positive(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff)
         self.embed = nn.Embedding(vocab_size, d_model)
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, rope_fraction) for _ in range(n_layers))
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, rope_fraction, qk_norm) for _ in range(n_layers))
         self.norm = nn.RMSNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         self.reset_parameters()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normopt.nn.clip import largest_logits
+
 ROPE_BASE = 10000.0
 
 
@@ -38,20 +40,27 @@ class Attention(nn.Module):
     `logits = gain_h <q/|q|, k/|k|>` after rotary positions, softmax over the past, heads concatenated through `out`.
     Input and output: (batch, time, d_model). `gain` is one learnable scalar per head, initially sqrt(d_head).
     `qkv` stacks the query, key and value matrices along its rows; `normopt_views` tells optimizers to treat them as
-    three. Source: Henry et al. 2020, Query-Key Normalization (arXiv 2010.04245).
+    three. Source: Henry et al. 2020, Query-Key Normalization (arXiv 2010.04245). Without QK-norm there is no gain:
+    `logits = <q, k> / sqrt(d_head)`.
 
     Args:
         d_model: width of the residual stream.
         n_heads: number of heads; must divide d_model.
         rope_fraction: fraction of each head's dimensions that is rotated; must give an even number of them.
+        qk_norm: normalize queries and keys.
 
     Raises:
         ValueError: if n_heads does not divide d_model, or rope_fraction is out of range or gives an odd number.
     """
 
     normopt_views: ClassVar[dict[str, dict[str, int]]] = {"qkv.weight": {"split": 3}}
+    gain: nn.Parameter | None
+    #: Whether `max_logits` is kept in training, see `normopt.nn.record_logits`.
+    records_logits: bool = False
+    #: The largest logit of each head since it was last reset, or `None`.
+    max_logits: Tensor | None = None
 
-    def __init__(self, d_model: int, n_heads: int, rope_fraction: float = 0.5) -> None:
+    def __init__(self, d_model: int, n_heads: int, rope_fraction: float = 0.5, *, qk_norm: bool = True) -> None:
         super().__init__()
         if d_model % n_heads:
             raise ValueError(f"n_heads must divide d_model, got d_model={d_model} and n_heads={n_heads}")
@@ -59,15 +68,28 @@ class Attention(nn.Module):
         self.rope_width = _rope_width(self.d_head, rope_fraction)
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
-        self.gain = nn.Parameter(torch.full((n_heads,), self.d_head**0.5))
+        self.gain = nn.Parameter(torch.full((n_heads,), self.d_head**0.5)) if qk_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, time, d_model) to the same shape; position t sees positions up to t."""
         query_key, value = self._heads(x)
-        query, key = rotate(F.normalize(query_key, dim=-1), *rope_tables(x.shape[1], self.rope_width, query_key))
-        query = query * self.gain[:, None, None].to(query.dtype)
+        query_key = query_key if self.gain is None else F.normalize(query_key, dim=-1)
+        query, key = rotate(query_key, *rope_tables(x.shape[1], self.rope_width, query_key))
+        query = query * (self.d_head**-0.5 if self.gain is None else self.gain[:, None, None].to(query.dtype))
+        if self.records_logits and self.training:
+            largest = largest_logits(query.detach(), key.detach())
+            self.max_logits = largest if self.max_logits is None else torch.maximum(self.max_logits, largest)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def scale_logits_(self, factors: Tensor) -> None:
+        """Multiply each head's logits by one of `factors` (heads,), none negative, through the gain if there is one."""
+        if self.gain is not None:
+            self.gain.mul_(factors)
+        else:
+            rows = self.qkv.weight.view(3, -1, self.d_head, self.qkv.in_features)[:2]
+            rows.mul_(factors.sqrt()[:, None, None])
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys (2, batch, heads, time, d_head), and values (batch, heads, time, d_head)."""

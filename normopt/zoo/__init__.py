@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 from normopt.ingredient import nearest
 from normopt.optimizer import SteepestDescent
 from normopt.zoo.adaptive import DAdaptAdam, Prodigy
+from normopt.zoo.bare import ColumnDescent, NormalizedSGD, NuclearDescent, RowDescent, SpectralDescent
 from normopt.zoo.elementwise import (
     Adagrad,
     Adam,
@@ -23,34 +24,58 @@ from normopt.zoo.elementwise import (
 )
 from normopt.zoo.euclidean import SGD
 from normopt.zoo.layerwise import LAMB, LARS, Adafactor, NovoGrad
+from normopt.zoo.orthogonal import AdaMuon, Dion, MuonPlus, NorMuon, PolarGrad
 from normopt.zoo.preconditioned import ASGO, DASGO, SOAP, KLShampoo, Shampoo
-from normopt.zoo.spectral import Muon, Scion
+from normopt.zoo.projected import SGDP, AdamP
+from normopt.zoo.spectral import Muon, MuonPlusPlus, Scion
+from normopt.zoo.stateless import ARO, SCALE, SWAN, AuON, HybridAuON, SinkGD
+from normopt.zoo.variance import STORMPlus
 
 __all__ = [
+    "ARO",
     "ASGO",
     "DASGO",
     "LAMB",
     "LARS",
+    "SCALE",
     "SGD",
+    "SGDP",
     "SOAP",
+    "SWAN",
     "AdEMAMix",
+    "AdaMuon",
     "Adafactor",
     "Adagrad",
     "Adam",
+    "AdamP",
     "AdamW",
     "Adamax",
+    "AuON",
+    "ColumnDescent",
     "DAdaptAdam",
+    "Dion",
+    "HybridAuON",
     "KLShampoo",
     "Lion",
     "Muon",
+    "MuonPlus",
+    "MuonPlusPlus",
     "NAdam",
+    "NorMuon",
+    "NormalizedSGD",
     "NovoGrad",
+    "NuclearDescent",
+    "PolarGrad",
     "Prodigy",
     "RMSprop",
+    "RowDescent",
+    "STORMPlus",
     "Scion",
     "Shampoo",
     "SignSGD",
     "Signum",
+    "SinkGD",
+    "SpectralDescent",
     "create",
     "list_optimizers",
 ]

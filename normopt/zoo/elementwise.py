@@ -83,6 +83,7 @@ class Lion(SteepestDescent):
         lr: learning rate, some 3 to 10 times below Adam's.
         betas: weights of the past in the step and in the memory.
         weight_decay: decoupled weight decay.
+        cautious: decay only entries that the update does not move away from 0 (arXiv 2510.12402).
         common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
     """
 
@@ -94,6 +95,8 @@ class Lion(SteepestDescent):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
+        *,
+        cautious: bool = False,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
@@ -101,7 +104,7 @@ class Lion(SteepestDescent):
             lr,
             Max(),
             LookAhead(option("betas", 0), option("betas", 1)),
-            constraint=WeightDecay(option("weight_decay")),
+            constraint=WeightDecay(option("weight_decay"), cautious=cautious),
             options={"betas": betas, "weight_decay": weight_decay},
             **common,
         )
@@ -210,6 +213,7 @@ class Adam(SteepestDescent):
         weight_decay: L2 regularization, added to the gradient; decoupled with ``decoupled_weight_decay``.
         amsgrad: divide by the largest second moment so far.
         decoupled_weight_decay: shrink the weights instead (:class:`AdamW`).
+        cautious: then decay only entries that the update does not move away from 0 (arXiv 2510.12402).
         common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
     """
 
@@ -225,14 +229,18 @@ class Adam(SteepestDescent):
         amsgrad: bool = False,
         *,
         decoupled_weight_decay: bool = False,
+        cautious: bool = False,
         **common: Unpack[Common],
     ) -> None:
+        if cautious and not decoupled_weight_decay:
+            raise ValueError("Adam: cautious weight decay is decoupled; set decoupled_weight_decay, or use AdamW")
+        decay = option("weight_decay")
         super().__init__(
             params,
             lr,
             Smoothed(Max(), option("betas", 1), option("eps"), maximum=option("amsgrad")),
             EMA(option("betas", 0), bias_correction=True),
-            constraint=(WeightDecay if decoupled_weight_decay else L2)(option("weight_decay")),
+            constraint=WeightDecay(decay, cautious=cautious) if decoupled_weight_decay else L2(decay),
             options={"betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad},
             **common,
         )
@@ -241,8 +249,8 @@ class Adam(SteepestDescent):
 class AdamW(Adam):
     """:class:`Adam` with decoupled weight decay, ``w <- (1 - lr weight_decay) w - lr m / (sqrt(v) + eps)``.
 
-    Arguments and defaults are those of torch.optim.AdamW (arXiv 1711.05101). With a whole model, vectors and scalars
-    are not decayed.
+    Arguments and defaults are those of torch.optim.AdamW (arXiv 1711.05101), ``cautious`` is that of :class:`Adam`.
+    With a whole model, vectors and scalars are not decayed.
     """
 
     def __init__(
@@ -253,9 +261,12 @@ class AdamW(Adam):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
+        *,
+        cautious: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **common)
+        how = {"decoupled_weight_decay": True, "cautious": cautious}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **how, **common)
 
 
 class NAdam(SteepestDescent):

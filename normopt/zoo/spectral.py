@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.constraints import FrankWolfe, WeightDecay
-from normopt.ingredient import nearest, option
+from normopt.complement import Complement
+from normopt.constraints import FrankWolfe
+from normopt.ingredient import nearest, option, parse
 from normopt.momentum import EMA
 from normopt.norms import Norm, Spectral
 from normopt.optimizer import SteepestDescent
 from normopt.polar import Schedule
 from normopt.roles import GEOMETRIES, ROLES
-from normopt.stepsize import Constant, LearningRateFree
-from normopt.zoo.common import Common, Unpack, adamw, with_radius
+from normopt.rule import Rule
+from normopt.stepsize import Constant
+from normopt.zoo.common import Common, Unpack, with_radius
+from normopt.zoo.hidden import Hidden, WithAux
 
 #: torch.optim.Muon's names for the scale of an update, and ours.
 ADJUST_LR = {None: "max1", "original": "max1", "match_rms_adamw": "adamw", "spectral_unclamped": "rms"}
 
 
-class Muon(SteepestDescent):
+class Muon(Hidden):
     """Momentum, then the polar factor: steepest descent under the spectral norm (Jordan et al. 2024).
 
     ``m <- momentum m + (1 - momentum) g``; ``u = momentum m + (1 - momentum) g`` with Nesterov, else ``m``;
@@ -44,6 +48,7 @@ class Muon(SteepestDescent):
             0.2 sqrt(max(m, n)). ``"spectral_unclamped"``: sqrt(m/n), the RMS -> RMS norm.
         orthogonalize: the method of :func:`normopt.polar.polar`.
         orthogonalize_dtype: the dtype of its iteration.
+        cautious: decay only entries that the update does not move away from 0 (arXiv 2510.12402), AdamW's too.
         aux_lr: learning rate of AdamW for everything that is no hidden matrix; by default ``lr`` under
             ``"match_rms_adamw"`` and ``lr / 2`` otherwise (tuned for a GPT of width 96; much wider models want less).
             Under ``step_size="prodigy"`` or ``"dadaptation"``, its ratio to ``lr`` is the ``radius`` of these tensors.
@@ -67,6 +72,7 @@ class Muon(SteepestDescent):
         *,
         orthogonalize: str | Schedule = "newton-schulz",
         orthogonalize_dtype: torch.dtype | str | None = torch.bfloat16,
+        cautious: bool = False,
         aux_lr: float | None = None,
         aux_betas: tuple[float, float] = (0.9, 0.95),
         aux_eps: float = 1e-8,
@@ -79,21 +85,70 @@ class Muon(SteepestDescent):
         if ns_coefficients is not None and orthogonalize != "newton-schulz":
             raise ValueError("Muon: ns_coefficients need orthogonalize='newton-schulz'")
         method = Schedule((ns_coefficients,)) if ns_coefficients else orthogonalize
-        ratio = 1.0 if adjust_lr_fn == "match_rms_adamw" else 0.5
-        rates: dict[str, float] = {"lr_ratio": ratio} if aux_lr is None else {"lr": aux_lr}
-        options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        common["step_size"] = step_size = with_radius(common.get("step_size", "constant"))
-        if isinstance(step_size, LearningRateFree):
-            rates, options["radius"] = {"radius": ratio if aux_lr is None else aux_lr / float(lr)}, 1.0
-        aux = adamw(aux_betas, aux_eps, aux_weight_decay, rates)
-        self.geometry = {"linear": {}, "conv": {}, "*": aux}  # type: ignore[misc]
         super().__init__(
             params,
             lr,
             Spectral(ADJUST_LR[adjust_lr_fn], method, ns_steps, orthogonalize_dtype),
             EMA(option("momentum"), option("nesterov")),
-            constraint=WeightDecay(option("weight_decay")),
-            options=options,
+            options={"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay},
+            cautious=cautious,
+            aux_ratio=1.0 if adjust_lr_fn == "match_rms_adamw" else 0.5,
+            aux_lr=aux_lr,
+            aux_betas=aux_betas,
+            aux_eps=aux_eps,
+            aux_weight_decay=aux_weight_decay,
+            **common,
+        )
+
+
+class MuonPlusPlus(Hidden):
+    """:class:`Muon` that leaves the largest singular value of the weights where it is (arXiv 2601.01306).
+
+    ``m`` as in Muon, ``P = (I - u u^T) m (I - v v^T)`` with ``u``, ``v`` the leading singular vectors of ``w``;
+    ``w <- w - lr S polar(P)``, ``S = sqrt(out / in)``. The spectral norm of the weights, which should be ``S`` at the
+    start, stays what it is as long as the second singular value is smaller by ``lr S``. When the gap has closed, the
+    leading pair changes and the norm grows: a smaller ``lr`` or a larger ``protect`` keeps it open. Of the paper only
+    the projection and the scale are here, not how it treats small gaps; its defaults are Muon's.
+
+    Given a whole model, hidden matrices move by this rule, everything else by AdamW, as with Muon.
+
+    Args:
+        params: matrices, param groups or a model.
+        lr: learning rate.
+        momentum: weight of the past.
+        nesterov: average once more with the gradient.
+        protect: how many leading pairs are left as they are.
+        power_iterations: how many find them, from those of the last step; ``None``: a singular value decomposition at
+            every step, exact and expensive. See :class:`~normopt.complement.Complement`.
+        weight_decay: decoupled weight decay of the matrices, which shrinks the spectral norm too.
+        orthogonalize: the method of :func:`normopt.polar.polar`.
+        orthogonalize_dtype: the dtype of its iteration.
+        common: ``cautious`` and AdamW's ``aux_lr`` (``None``: ``lr / 2``), ``aux_betas``, ``aux_eps`` and
+            ``aux_weight_decay`` of :class:`Muon`; ``geometry``, ``overrides``, ``step_size`` and ``maximize`` of
+            :class:`~normopt.SteepestDescent`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        protect: int = 1,
+        power_iterations: int | None = 2,
+        weight_decay: float = 0.0,
+        *,
+        orthogonalize: str | Schedule = "polar-express",
+        orthogonalize_dtype: torch.dtype | str | None = None,
+        **common: Unpack[WithAux],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            Complement(Spectral("rms", orthogonalize, None, orthogonalize_dtype), protect, power_iterations),
+            EMA(option("momentum"), option("nesterov")),
+            options={"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay},
+            aux_ratio=0.5,
             **common,
         )
 
@@ -162,3 +217,41 @@ class Scion(SteepestDescent):
             options={"momentum": momentum, "radius": radii.get("*", 1.0)},
             **common,
         )
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Put all weights on the spheres of their norms, ``norm(w) == radius``, before the first step.
+
+        Matrices are drawn anew by :meth:`normopt.norms.Norm.initialize_`, each as the optimizer sees it:
+        semi-orthogonal under the spectral norm. Vectors and scalars are only made as long as their radius, so that
+        gains keep their signs; those that are 0 stay 0.
+
+        Args:
+            generator: where random numbers come from, on the device of the parameters.
+
+        Raises:
+            RuntimeError: the optimizer has taken steps.
+            ValueError: the direction of a parameter is no norm, or its step size has no radius.
+        """
+        if self.state:
+            raise RuntimeError("Scion.initialize: weights are drawn before the first step")
+        rules = [cast(Rule, parse(group["rule"])).resolve(group) for group in self.param_groups]
+        for rule in rules:
+            if not isinstance(rule.norm, Norm) or not hasattr(rule.step_size, "radius"):
+                raise ValueError(f"Scion.initialize: {rule} has no ball to put weights on")
+        for group, rule in zip(self.param_groups, rules, strict=True):
+            for p in group["params"]:
+                _initialize(p, rule, generator)
+
+
+def _initialize(p: Tensor, rule: Rule, generator: torch.Generator | None) -> None:
+    norm, radius = rule.norm, rule.step_size.radius  # type: ignore[attr-defined]
+    assert isinstance(norm, Norm)
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    if p.ndim > 1:
+        x = norm.initialize_(torch.empty(rule.view.shape(p.shape), dtype=dtype, device=p.device), generator)
+    else:
+        x = rule.view.apply(p).to(dtype)
+        size = norm.norm(x)[..., None, None]
+        x = x / torch.where(size > 0, size, 1.0)
+    p.copy_(rule.view.invert(x * radius, p.shape))
