@@ -71,7 +71,7 @@ def periodic_table() -> str:
     ]
     others = sorted({name for name, _ in names} - norms.keys())
     rows += [(name, *(", ".join(sorted(names[name, memory])) for memory in MEMORIES)) for name in others]
-    return _table(("norm", *MEMORIES), rows)
+    return _table(("norm", *MEMORIES), rows, width=44)
 
 
 def _direction_of(cls: type[SteepestDescent]) -> Direction | None:
@@ -91,12 +91,13 @@ def _hole(norm: Norm, memory: str) -> str:
         return "-"
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """A table for people; cells longer than ``width`` are broken where tabulate is there to do it."""
     try:
         from tabulate import tabulate  # type: ignore[import-untyped]
     except ImportError:
         return _plain([headers, *rows])
-    return str(tabulate(rows, headers=headers, disable_numparse=True))
+    return str(tabulate(rows, headers=headers, disable_numparse=True, maxcolwidths=width))
 
 
 def _rows(optimizer: SteepestDescent, group: Mapping[str, Any]) -> list[tuple[str, ...]]:

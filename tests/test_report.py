@@ -153,8 +153,14 @@ def cells() -> dict[str, dict[str, str]]:
     """The printed table: norm -> memory -> what stands there."""
     lines = periodic_table().splitlines()
     columns = [match.span() for match in re.finditer(r"-+", lines[1])]
-    rows = [[line[start : end + 1].strip() for start, end in columns] for line in (lines[0], *lines[2:])]
-    return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[1:]}
+    header, *rows = [[line[start:end].strip() for start, end in columns] for line in (lines[0], *lines[2:])]
+    whole: list[list[str]] = []
+    for row in rows:
+        if row[0]:
+            whole.append(row)
+        else:  # the rest of cells that were broken
+            whole[-1] = [f"{above} {below}".strip() for above, below in zip(whole[-1], row, strict=True)]
+    return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in whole}
 
 
 def test_published_optimizers_stand_where_their_norms_and_memories_put_them() -> None:

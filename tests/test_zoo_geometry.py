@@ -631,11 +631,12 @@ def test_aro_with_rows_tends_to_the_polar_factor() -> None:
         assert_close(update, Spectral("unit", "exact").dualize(g), 1e-8)
 
 
-def test_aro_has_one_length() -> None:
+@pytest.mark.parametrize("base", INNER)
+def test_aro_has_one_length(base: str) -> None:
     """Also where f leaves rows at 0, and whatever the length of the gradient."""
     g = gaussian(6, 10)
     for x in g, g.mT, from_spectrum(6, 10, spectrum(2)):
-        assert_close(rms(single(zoo.ARO, x)), torch.tensor(0.2, dtype=torch.float64), 1e-9)
+        assert_close(rms(single(zoo.ARO, x, base=base)), torch.tensor(0.2, dtype=torch.float64), 1e-9)
     assert_close(single(zoo.ARO, 1e-30 * g), single(zoo.ARO, g), 1e-9)
 
 
