@@ -286,7 +286,11 @@ def _build(node: ast.expr) -> Any:
             known = {cls.__name__: cls for cls in choices(Ingredient).values()}
             if name not in known:
                 raise ValueError(f"unknown ingredient {name!r}; {nearest(name, known)}")
-            return known[name](*map(_build, args), **{str(word.arg): _build(word.value) for word in words})
+            fields = {str(word.arg): _build(word.value) for word in words}
+            try:
+                return known[name](*map(_build, args), **fields)
+            except TypeError as error:  # written by a version with other fields
+                raise ValueError(f"cannot read the ingredient {ast.unparse(node)!r}: {error}") from None
         case ast.Tuple():
             return tuple(map(_build, node.elts))
         case ast.Name(id="inf"):
