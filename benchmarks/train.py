@@ -46,18 +46,23 @@ class Run:
         """One update; returns the training loss. If it or the gradient is not finite, the run has diverged."""
         tokens = self.corpus.batch(self.order[self.progress.step], self.preset.context).to(self.config.device)
         start = clock(self.config.device)
-        loss = self._backward(tokens)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.preset.clip).item()
+        loss, norm = self._gradient(tokens)
         middle = clock(self.config.device)
         self.progress.diverged = not math.isfinite(loss + norm)
         if not self.progress.diverged:
-            self.optimizer.step()
+            known = iter([loss])  # at these weights the gradient is there; some optimizers ask for that at others
+            self.optimizer.step(lambda: next(known, None) or self._gradient(tokens)[0])
             self.scheduler.step()
         self.progress.optimizer_seconds += clock(self.config.device) - middle
         self.progress.gradient_seconds += middle - start
         self.optimizer.zero_grad()
         self.progress.step += 1
         return loss
+
+    def _gradient(self, tokens: Tensor) -> tuple[float, float]:
+        """Set the clipped gradient; returns the loss and the gradient's norm before clipping."""
+        loss = self._backward(tokens)
+        return loss, nn.utils.clip_grad_norm_(self.model.parameters(), self.preset.clip).item()
 
     def _backward(self, tokens: Tensor) -> float:
         """Accumulate the gradient of the mean loss over all sequences, a micro batch at a time."""
