@@ -168,7 +168,7 @@ def test_parse_says_what_is_wrong(text: str, message: str) -> None:
 
 
 def test_parse_passes_the_ingredients_own_errors_on() -> None:
-    with pytest.raises(ValueError, match="cannot read .*WildThyme.*unexpected keyword argument 'salt'"):
+    with pytest.raises(ValueError, match=r"cannot read .*WildThyme.*unexpected keyword argument 'salt'"):
         parse("WildThyme(salt=1)")
 
 
