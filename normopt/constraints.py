@@ -169,7 +169,7 @@ class L2(Constraint):
 
 @dataclass(frozen=True)
 class FrankWolfe(Constraint):
-    """``w <- (1 - rate) w - rate * length * d``: a convex combination of the weights and a vertex of the ball.
+    """``w <- (1 - rate) w - rate * radius * d``: a convex combination of the weights and a vertex of the ball.
 
     With a norm's duality map as ``d`` and ``Constant(radius)`` as step size, weights that start in the ball of that
     radius never leave it, for any gradient (constrained Scion, arXiv 2502.07529). It is decoupled weight decay of
