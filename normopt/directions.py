@@ -491,8 +491,44 @@ class Grafted(Direction):
         return Euclidean().dual_norm(g) * size
 
 
+class _Elsewhere(Direction):
+    """A direction at work on the matrices in another form; what can be said of the two is the same."""
+
+    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    direction: Direction
+
+    @property
+    def takes_vectors(self) -> bool:
+        """That of the direction."""
+        return self.direction.takes_vectors
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """That of the direction."""
+        return self.direction.cell
+
+    @property
+    def degree(self) -> int | None:  # type: ignore[override]
+        """That of the direction."""
+        return self.direction.degree
+
+    @property
+    def looks_first(self) -> bool:  # type: ignore[override]
+        """That of the direction."""
+        return self.direction.looks_first
+
+    @property
+    def sets_length(self) -> bool:  # type: ignore[override]
+        """That of the direction."""
+        return self.direction.sets_length
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """That of the direction."""
+        return self.direction.rms(shape)
+
+
 @dataclass(frozen=True)
-class Rotated(Direction):
+class Rotated(_Elsewhere):
     """A direction in rotated coordinates: ``L direction(L^T x R) R^T`` with orthonormal ``L`` and ``R`` of the basis.
 
     ``Rotated(Smoothed(Max()), Eigenbasis())`` is SOAP: Adam in the eigenbasis of Shampoo's statistics. The basis is
@@ -504,7 +540,6 @@ class Rotated(Direction):
         basis: which coordinates.
     """
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
     direction: Direction
     basis: Basis
 
@@ -515,19 +550,9 @@ class Rotated(Direction):
             raise ValueError(f"Rotated: {self.direction} has a memory of directions, which would have to turn")
 
     @property
-    def takes_vectors(self) -> bool:
-        """That of the direction."""
-        return self.direction.takes_vectors
-
-    @property
     def cell(self) -> tuple[str, str]:
         """The direction's row, rotated."""
         return self.direction.cell[0], ROTATED
-
-    @property
-    def degree(self) -> int | None:  # type: ignore[override]
-        """That of the direction."""
-        return self.direction.degree
 
     @property
     def looks_first(self) -> bool:  # type: ignore[override]
@@ -553,10 +578,6 @@ class Rotated(Direction):
         there = context.through(lambda t: basis.rotate(t, state))
         return basis.unrotate(self.direction.apply(basis.rotate(x, state), substate(state, "rotated."), there), state)
 
-    def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the direction."""
-        return self.direction.rms(shape)
-
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """That of the direction in the rotated coordinates."""
         return self.direction.steepness(self.basis.rotate(g, state), substate(state, "rotated."))
@@ -572,7 +593,7 @@ def _remembers_directions(stage: Stage) -> bool:
 
 
 @dataclass(frozen=True)
-class Blocked(Direction):
+class Blocked(_Elsewhere):
     """A direction for each block of a large matrix: sides longer than ``size`` are cut into equal parts.
 
     Bounds the cost of directions that keep or decompose square matrices (Shampoo's block size). A matrix whose sides
@@ -583,32 +604,11 @@ class Blocked(Direction):
         size: the longest side of a block.
     """
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
     direction: Direction
     size: int = 1024
 
     def __post_init__(self) -> None:
         check_count(self, "size", self.size)
-
-    @property
-    def takes_vectors(self) -> bool:
-        """That of the direction."""
-        return self.direction.takes_vectors
-
-    @property
-    def cell(self) -> tuple[str, str]:
-        """That of the direction."""
-        return self.direction.cell
-
-    @property
-    def degree(self) -> int | None:  # type: ignore[override]
-        """That of the direction."""
-        return self.direction.degree
-
-    @property
-    def looks_first(self) -> bool:  # type: ignore[override]
-        """That of the direction."""
-        return self.direction.looks_first
 
     def cut(self, x: Tensor) -> Tensor:
         """``x`` of shape ``(..., out, in)`` as blocks ``(..., blocks, out / rows, in / columns)``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from strategies import RMS, label
 from torch import Tensor, nn
 
+import normopt
 from normopt import (
     EMA,
     DAdaptation,
@@ -169,3 +171,23 @@ def test_d_finds_the_scale_with_memory(norm: Norm, kind: type[LearningRateFree])
     losses, d = quadratic(norm, kind(), 1.0, memory=True)
     assert 1e-3 < d < 1.5
     assert losses[-1] < 0.05 * losses[0]
+
+
+@kinds
+@pytest.mark.parametrize("name", ["muon", "scion", "scale", "soap"])
+def test_optimizers_of_whole_models_find_their_rate(name: str, kind: type[LearningRateFree]) -> None:
+    """With a norm for each role: one d for all of them, from 1e-6, and the loss falls by it."""
+    torch.manual_seed(0)
+    model = normopt.nn.GPT(vocab_size=256, d_model=32, n_layers=1, n_heads=2)
+    tokens = torch.tensor(list((Path(__file__).parent.parent / "README.md").read_bytes()[:257]))
+    optimizer = normopt.create(name, model, lr=1.0, step_size=kind(growth_rate=1.5))
+    losses = []
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(model(tokens[None, :-1])[0], tokens[1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    (d,) = {float(group["d"]) for group in optimizer.param_groups}
+    assert 1e-4 < d < 1
+    assert losses[-1] < losses[0] - 1

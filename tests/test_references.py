@@ -75,7 +75,14 @@ def test_sign_descent_is_pytorch_optimizers_signsgd(momentum: float) -> None:
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.1}], ids=str)
+LION: list[dict[str, Any]] = [
+    {},
+    {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.1},
+    {"lr": 0.02, "weight_decay": 0.002, "decoupled_weight_decay": True},
+]
+
+
+@pytest.mark.parametrize("options", LION, ids=str)
 def test_lion_is_lion_pytorchs(options: dict[str, Any]) -> None:
     from lion_pytorch import Lion
 
@@ -240,6 +247,7 @@ NOVOGRAD = [
     {"betas": (0.8, 0.9), "weight_decay": 0.1},
     {"grad_averaging": True},
     {"grad_averaging": True, "weight_decay": 0.1, "eps": 0.1, "maximize": True},
+    {"weight_decay": 0.1, "weight_decouple": True},
 ]
 
 

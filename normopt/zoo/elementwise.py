@@ -76,13 +76,15 @@ class Signum(SteepestDescent):
 class Lion(SteepestDescent):
     """Sign descent that looks ahead: ``w <- w - lr sign(beta1 m + (1 - beta1) g)``, ``m <- beta2 m + (1 - beta2) g``.
 
-    Arguments and defaults are those of the lion-pytorch package (arXiv 2302.06675).
+    Arguments and defaults are those of the lion-pytorch package (arXiv 2302.06675) without ``use_triton``.
 
     Args:
         params: parameters, param groups or a model.
         lr: learning rate, some 3 to 10 times below Adam's.
         betas: weights of the past in the step and in the memory.
         weight_decay: decoupled weight decay.
+        decoupled_weight_decay: divide it by the first learning rate, so that weights shrink by ``1 - weight_decay`` at
+            that rate; a param group's own ``weight_decay`` is taken as it is.
         cautious: decay only entries that the update does not move away from 0 (arXiv 2510.12402).
         common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
     """
@@ -96,9 +98,14 @@ class Lion(SteepestDescent):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
+        decoupled_weight_decay: bool = False,
         cautious: bool = False,
         **common: Unpack[Common],
     ) -> None:
+        if decoupled_weight_decay:
+            if not float(lr) > 0:
+                raise ValueError(f"Lion: decoupled_weight_decay divides by lr, which must be positive, got {lr!r}")
+            weight_decay = weight_decay / float(lr)
         super().__init__(
             params,
             lr,

@@ -42,6 +42,8 @@ class Hidden(SteepestDescent):
         step_size: its step size; AdamW has it too unless ``own_length``.
         own_length: the step size belongs to the own rule alone.
         options: numbers that the own rule reads; ``weight_decay`` is decoupled.
+        decay_after: decay what the own rule has moved, the update included; AdamW decays before. Not with ``cautious``.
+        head: the output layer moves by the own rule too.
         cautious: decay only entries that the update does not move away from 0 (arXiv 2510.12402), AdamW's too.
         aux_ratio: AdamW's learning rate over ``lr`` when ``aux_lr`` is ``None``.
         aux_lr: learning rate of AdamW.
@@ -63,6 +65,8 @@ class Hidden(SteepestDescent):
         *,
         own_length: bool = False,
         options: Mapping[str, Any],
+        decay_after: bool = False,
+        head: bool = False,
         cautious: bool = False,
         aux_ratio: float = 1.0,
         aux_lr: float | None = None,
@@ -71,7 +75,8 @@ class Hidden(SteepestDescent):
         aux_weight_decay: float = 0.0,
         **common: Unpack[Fixed],
     ) -> None:
-        rates: dict[str, Any] = {"lr_ratio": aux_ratio} if aux_lr is None else {"lr": aux_lr}
+        ratio = {} if aux_ratio == 1 else {"lr_ratio": aux_ratio}
+        rates: dict[str, Any] = ratio if aux_lr is None else {"lr": aux_lr}
         step_size = step_size if own_length else with_radius(step_size)
         if isinstance(step_size, LearningRateFree):
             rates = {"radius": aux_ratio if aux_lr is None else aux_lr / float(lr)}
@@ -79,6 +84,9 @@ class Hidden(SteepestDescent):
         aux = adamw(aux_betas, aux_eps, aux_weight_decay, rates)
         if own_length:
             aux["step_size"] = Constant()
-        self.geometry = {"linear": {}, "conv": {}, "*": aux}  # type: ignore[misc]
-        decay = WeightDecay(option("weight_decay"), cautious=cautious)
+        if decay_after:
+            aux["constraint"] = WeightDecay(option("weight_decay"))
+        own: dict[str, Any] = {"linear": {}, "conv": {}, **({"unembedding": {}} if head else {})}
+        self.geometry = {**own, "*": aux}  # type: ignore[misc]
+        decay = WeightDecay(option("weight_decay"), decay_after, cautious)
         super().__init__(params, lr, norm, momentum, step_size, decay, options=options, **common)

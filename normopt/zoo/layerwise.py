@@ -170,7 +170,7 @@ class NovoGrad(SteepestDescent):
 
     ``v <- beta2 v + (1 - beta2) ||g||^2`` for each tensor, from the first gradient's ``||g||^2``; ``b <- beta1 b +
     g / (sqrt(v) + eps) + weight_decay w``, ``w <- w - lr b``. With both betas, eps and weight decay 0 it is normalized
-    gradient descent. Arguments and defaults are those of pytorch_optimizer's NovoGrad with coupled decay.
+    gradient descent. Arguments and defaults are those of pytorch_optimizer's NovoGrad without ``fixed_decay``.
 
     Args:
         params: parameters, param groups or a model.
@@ -179,6 +179,7 @@ class NovoGrad(SteepestDescent):
         weight_decay: added after the normalization.
         grad_averaging: average instead of adding up: all but the first summand are multiplied by ``1 - beta1``.
         eps: added to the root of the second moment.
+        weight_decouple: shrink the weights by ``1 - lr weight_decay`` before the update instead.
         common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
     """
 
@@ -193,14 +194,17 @@ class NovoGrad(SteepestDescent):
         *,
         grad_averaging: bool = False,
         eps: float = 1e-8,
+        weight_decouple: bool = False,
         **common: Unpack[Common],
     ) -> None:
         beta = option("betas", 0)
         unit = Smoothed(Euclidean("unit"), option("betas", 1), option("eps"), initial="first")
+        inside = () if weight_decouple else (Decayed(option("weight_decay")),)
         super().__init__(
             params,
             lr,
-            Chain(unit, Decayed(option("weight_decay")), HeavyBall(beta, dampening=beta if grad_averaging else 0.0)),
+            Chain(unit, *inside, HeavyBall(beta, dampening=beta if grad_averaging else 0.0)),
+            constraint=WeightDecay(option("weight_decay")) if weight_decouple else None,
             options={"betas": betas, "eps": eps, "weight_decay": weight_decay},
             **common,
         )

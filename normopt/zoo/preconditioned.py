@@ -17,7 +17,8 @@ from normopt.optimizer import SteepestDescent
 from normopt.roles import Geometry
 from normopt.stepsize import Constant
 from normopt.whitening import KLWhitened
-from normopt.zoo.common import NO_DECAY, Common, Fixed, Unpack, adamw
+from normopt.zoo.common import NO_DECAY, Common, Unpack
+from normopt.zoo.hidden import FixedWithAux, Hidden, WithAux
 
 #: Whose length an update of Shampoo can have.
 GRAFTS: dict[str, Direction] = {
@@ -162,7 +163,7 @@ class SOAP(SteepestDescent):
         )
 
 
-class KLShampoo(SteepestDescent):
+class KLShampoo(Hidden):
     """Shampoo with factors that are learnt from gradients whitened by each other, and exponents 1/2 (arXiv 2509.03378).
 
     The first call builds the bases and moves nothing. Then ``m <- beta1 m + (1 - beta1) g`` and ``w <- (1 - lr
@@ -179,11 +180,8 @@ class KLShampoo(SteepestDescent):
         weight_decay: decoupled weight decay of the matrices, after the update.
         precondition_frequency: steps from one change of basis to the next.
         init_factor: what all eigenvalues start from.
-        aux_lr: learning rate of AdamW for everything that is no hidden matrix; ``None``: ``lr``.
-        aux_betas: AdamW's betas.
-        aux_eps: AdamW's eps.
-        aux_weight_decay: AdamW's weight decay.
-        common: ``geometry``, ``overrides``, ``step_size`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+        common: ``aux_lr`` (``None``: ``lr``), ``aux_betas``, ``aux_eps`` and ``aux_weight_decay`` of AdamW;
+            ``geometry``, ``overrides``, ``step_size`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
     """
 
     def __init__(
@@ -195,22 +193,14 @@ class KLShampoo(SteepestDescent):
         weight_decay: float = 0.01,
         precondition_frequency: int = 10,
         init_factor: float = 0.1,
-        *,
-        aux_lr: float | None = None,
-        aux_betas: tuple[float, float] = (0.9, 0.95),
-        aux_eps: float = 1e-8,
-        aux_weight_decay: float = 0.0,
-        **common: Unpack[Common],
+        **common: Unpack[WithAux],
     ) -> None:
-        aux = adamw(aux_betas, aux_eps, aux_weight_decay, {} if aux_lr is None else {"lr": aux_lr})
-        aux["constraint"] = WeightDecay(option("weight_decay"))
-        self.geometry = {"linear": {}, "conv": {}, "*": aux}  # type: ignore[misc]
         super().__init__(
             params,
             lr,
             KLWhitened(option("betas", 1), option("eps"), option("precondition_frequency"), init_factor),
             EMA(option("betas", 0)),
-            constraint=WeightDecay(option("weight_decay"), after=True),
+            decay_after=True,
             options={
                 "betas": betas,
                 "eps": eps,
@@ -221,7 +211,7 @@ class KLShampoo(SteepestDescent):
         )
 
 
-class ASGO(SteepestDescent):
+class ASGO(Hidden):
     """One-sided Shampoo with a fixed length: ``m`` over the root of averaged ``g g^T`` (arXiv 2503.20762).
 
     ``m <- momentum m + (1 - momentum) g``; ``V <- beta2 V + (1 - beta2) g g^T`` for wide matrices, ``g^T g`` for tall
@@ -238,11 +228,8 @@ class ASGO(SteepestDescent):
         beta2: weight of the past in ``V``.
         weight_decay: decoupled weight decay of the matrices.
         eps: added to the diagonal of ``V``.
-        aux_lr: learning rate of AdamW for everything else; ``None``: ``lr``.
-        aux_betas: AdamW's betas.
-        aux_eps: AdamW's eps.
-        aux_weight_decay: AdamW's weight decay.
-        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+        common: ``cautious`` decay; AdamW's ``aux_lr`` (``None``: ``lr``), ``aux_betas``, ``aux_eps`` and
+            ``aux_weight_decay``; ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
     """
 
     def __init__(
@@ -253,29 +240,23 @@ class ASGO(SteepestDescent):
         beta2: float = 0.8,
         weight_decay: float = 0.1,
         eps: float = 1e-10,
-        *,
-        aux_lr: float | None = None,
-        aux_betas: tuple[float, float] = (0.9, 0.95),
-        aux_eps: float = 1e-8,
-        aux_weight_decay: float = 0.0,
-        **common: Unpack[Fixed],
+        **common: Unpack[FixedWithAux],
     ) -> None:
         spectral = Spectral("unit", sides="smaller")
-        aux = adamw(aux_betas, aux_eps, aux_weight_decay, {} if aux_lr is None else {"lr": aux_lr})
-        self.geometry = _with_head(aux)  # type: ignore[misc]
         super().__init__(
             params,
             lr,
             Chain(Smoothed(spectral, option("beta2"), option("eps"), bias_correction=False), Euclidean()),
             EMA(option("momentum")),
             Constant(0.2),
-            WeightDecay(option("weight_decay")),
+            own_length=True,
+            head=True,
             options={"momentum": momentum, "beta2": beta2, "eps": eps, "weight_decay": weight_decay},
             **common,
         )
 
 
-class DASGO(SteepestDescent):
+class DASGO(Hidden):
     """:class:`ASGO` with diagonals only: the column norm with memory, with a fixed length (arXiv 2503.20762).
 
     ``m <- momentum m + (1 - momentum) g``; ``v``, one number for each column, averages the sums of ``g^2``;
@@ -289,11 +270,8 @@ class DASGO(SteepestDescent):
         beta2: weight of the past in ``v``.
         weight_decay: decoupled weight decay of the matrices.
         eps: added to ``v``.
-        aux_lr: learning rate of AdamW for everything else; ``None``: ``lr``.
-        aux_betas: AdamW's betas.
-        aux_eps: AdamW's eps.
-        aux_weight_decay: AdamW's weight decay.
-        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+        common: ``cautious`` decay; AdamW's ``aux_lr`` (``None``: ``lr``), ``aux_betas``, ``aux_eps`` and
+            ``aux_weight_decay``; ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
     """
 
     def __init__(
@@ -304,28 +282,17 @@ class DASGO(SteepestDescent):
         beta2: float = 0.95,
         weight_decay: float = 0.1,
         eps: float = 1e-8,
-        *,
-        aux_lr: float | None = None,
-        aux_betas: tuple[float, float] = (0.9, 0.95),
-        aux_eps: float = 1e-8,
-        aux_weight_decay: float = 0.0,
-        **common: Unpack[Fixed],
+        **common: Unpack[FixedWithAux],
     ) -> None:
         columns = Smoothed(Column("unit"), option("beta2"), option("eps"), bias_correction=False, eps_at="moment")
-        aux = adamw(aux_betas, aux_eps, aux_weight_decay, {} if aux_lr is None else {"lr": aux_lr})
-        self.geometry = _with_head(aux)  # type: ignore[misc]
         super().__init__(
             params,
             lr,
             Chain(columns, Euclidean()),
             EMA(option("momentum")),
             Constant(0.2),
-            WeightDecay(option("weight_decay")),
+            own_length=True,
+            head=True,
             options={"momentum": momentum, "beta2": beta2, "eps": eps, "weight_decay": weight_decay},
             **common,
         )
-
-
-def _with_head(aux: dict[str, Any]) -> Geometry:
-    """Matrices move by the optimizer's own rule, the head among them, the rest by AdamW, whose length is its own."""
-    return {"linear": {}, "conv": {}, "unembedding": {}, "*": {**aux, "step_size": Constant()}}
