@@ -59,6 +59,7 @@ def _add_shared(parser: argparse.ArgumentParser, seeds: int) -> None:
     add("--preset", choices=PRESET_NAMES, default="quick")
     add("--data", default="shakespeare", help="shakespeare (default), stdlib, a text file, or a pattern of .bin shards")
     add("--steps", type=_positive_int, help="length of the runs; default: the preset's")
+    add("--evaluations", type=_positive_int, help="points of the loss curve; default: the preset's")
     add("--seeds", type=_positive_int, default=seeds, help=f"runs per setting; default: {seeds}")
     add("--out", type=Path, help="folder for results and checkpoints; default: runs/PRESET")
     add("--device", default="auto", help="auto (default: CUDA when there is one), cpu, cuda")

@@ -2,6 +2,7 @@
 
 import difflib
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ def resolve_device(name: str) -> str:
 
 
 def choose_preset(arguments: Namespace) -> Preset:
-    """The preset of the command line, with its number of steps."""
+    """The preset of the command line, with its number of steps and of evaluations."""
     preset = PRESETS["smoke" if arguments.smoke else arguments.preset]
-    return preset.with_steps(arguments.steps) if arguments.steps else preset
+    given = {"steps": arguments.steps, "evaluations": arguments.evaluations}
+    return replace(preset, **{name: value for name, value in given.items() if value})

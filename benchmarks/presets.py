@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,6 @@ class Preset:
         """The learning rate of step 0 .. steps - 1, as a fraction of its peak."""
         decay = (self.steps - step) / max(1.0, self.decay * self.steps)
         return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, decay))
-
-    def with_steps(self, steps: int) -> "Preset":
-        """The same preset for a run of another length."""
-        return replace(self, steps=steps)
 
 
 PRESETS = {

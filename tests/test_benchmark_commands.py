@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,8 @@ def planned(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[RunCo
 
 
 def test_comparison_runs_every_optimizer_at_its_tuned_rate(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = planned(["compare", "--data", corpus.name, "--seeds", "2", "--steps", "7", "--lr", "muon=0.5"], monkeypatch)
+    lengths = ["--steps", "7", "--evaluations", "3"]
+    runs = planned(["compare", "--data", corpus.name, "--seeds", "2", *lengths, "--lr", "muon=0.5"], monkeypatch)
     tuned = json.loads(TUNED.read_text())["quick"]
     expected = {
         "adamw": tuned["adamw"]["lr"],
@@ -83,7 +85,7 @@ def test_comparison_runs_every_optimizer_at_its_tuned_rate(corpus: Corpus, monke
     assert [(run.optimizer, run.lr, run.seed) for run in runs] == [
         (name, lr, seed) for seed in (0, 1) for name, lr in expected.items()
     ]
-    assert {run.preset for run in runs} == {PRESETS["quick"].with_steps(7)}
+    assert {run.preset for run in runs} == {replace(PRESETS["quick"], steps=7, evaluations=3)}
     assert "lr" not in runs[0].options and runs[0].options["weight_decay"] == tuned["adamw"]["weight_decay"]
     assert runs[0].device == ("cuda" if torch.cuda.is_available() else "cpu")
 
