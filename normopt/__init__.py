@@ -3,6 +3,7 @@
 from normopt import (
     balanced,
     bases,
+    bounds,
     complement,
     constraints,
     directions,
@@ -17,6 +18,15 @@ from normopt import (
 )
 from normopt.balanced import CoshScaled, Sinkhorn
 from normopt.bases import Basis, Eigenbasis
+from normopt.bounds import (
+    Ball,
+    FrobeniusSphere,
+    RowBound,
+    SoftSpectralCap,
+    SpectralCap,
+    SpectralNormalize,
+    Sphere,
+)
 from normopt.complement import Complement
 from normopt.constraints import L2, Constraint, FrankWolfe, TangentProjection, WeightDecay
 from normopt.directions import Blocked, Chain, Clipped, Decayed, Factored, Grafted, Identity, Rotated, Smoothed
@@ -64,6 +74,7 @@ __all__ = [
     "GEOMETRIES",
     "L2",
     "Aligned",
+    "Ball",
     "Basis",
     "Blocked",
     "Chain",
@@ -81,6 +92,7 @@ __all__ = [
     "Euclidean",
     "Factored",
     "FrankWolfe",
+    "FrobeniusSphere",
     "GradientTrust",
     "Grafted",
     "HeavyBall",
@@ -105,13 +117,18 @@ __all__ = [
     "Role",
     "Rotated",
     "Row",
+    "RowBound",
     "Rule",
     "Schatten",
     "Schedule",
     "Sharp",
     "Sinkhorn",
     "Smoothed",
+    "SoftSpectralCap",
     "Spectral",
+    "SpectralCap",
+    "SpectralNormalize",
+    "Sphere",
     "SteepestDescent",
     "StepSize",
     "Storm",
@@ -123,6 +140,7 @@ __all__ = [
     "WeightDecay",
     "balanced",
     "bases",
+    "bounds",
     "complement",
     "constraints",
     "create",

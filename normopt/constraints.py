@@ -1,8 +1,9 @@
-"""Where may the weights live? Decay, and bounds that hold after every step."""
+"""Where may the weights live? What pulls them back; ``normopt.bounds`` has what holds after every step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ class Constraint(Ingredient):
 
     In order: ``gradient`` (before momentum and memory), ``update``, ``shrink``, then the step
     ``w <- shrink w - length d``, then ``weight``. Tensors have the batch's layout ``(..., out, in)`` and are never
-    modified in place.
+    modified in place; a constraint's own state is, as a stage's.
     """
 
     #: What one entry of the result depends on, as for stages: ``"entry"``, ``"row"`` ...
@@ -43,9 +44,17 @@ class Constraint(Ingredient):
         """What the weights are multiplied by before the update is added."""
         return 1.0
 
-    def weight(self, w: Tensor, rate: Rate) -> Tensor:
-        """The new weights after the update."""
+    def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """State for each parameter, like a stage's; ``weights`` returns the initial weights."""
+        return {}
+
+    def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        """The weights after the update ``w``, in float32 or better, brought to where they may live."""
         return w
+
+    def transposed(self) -> Constraint:
+        """The same constraint for matrices that are seen transposed."""
+        return self
 
     def overrides(self, *methods: str) -> bool:
         """Whether this constraint does anything in one of ``methods``."""

@@ -315,6 +315,13 @@ def check_range(owner: object, name: str, value: Any, low: float, high: float, *
         object.__setattr__(owner, name, number)  # numpy's numbers and tensors have reprs that do not read back
 
 
+def check_positive(owner: object, name: str, value: Any) -> None:
+    """Raise a ``ValueError`` that names ``owner`` unless ``value`` is positive and finite."""
+    check_range(owner, name, value, 0, float("inf"))
+    if not isinstance(value, Option) and float(value) == 0:
+        raise ValueError(f"{type(owner).__name__}: {name} must be positive, got {value!r}")
+
+
 def check_choice(owner: object, name: str, value: str, known: Iterable[str]) -> None:
     """Raise a ``ValueError`` that names ``owner`` and the nearest choice unless ``value`` is among ``known``."""
     if value not in known:

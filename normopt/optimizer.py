@@ -151,7 +151,11 @@ class SteepestDescent(Optimizer):
             group[name] = next((other[name] for other in self.param_groups if name in other), fresh)
 
     def _rule_of(self, group: dict[str, Any]) -> Rule:
-        """The optimizer's own rule with the ingredients that the group names, which are taken out of it."""
+        """The optimizer's own rule with the ingredients and bounds that the group names, which are taken out of it."""
+        bounds = group.pop("bounds", None)
+        return self._unbounded_rule_of(group).bounded(bounds)
+
+    def _unbounded_rule_of(self, group: dict[str, Any]) -> Rule:
         default = _rule(self.defaults)
         if "rule" in group:
             return _rule(group)
@@ -323,17 +327,14 @@ def _kinds(moves: list[_Move], method: str) -> list[list[_Move]]:
 def _apply(move: _Move) -> None:
     """From the direction to the new weights."""
     batch, context, d = move.batch, move.context, move.direction
-    rule, params, rate = batch.rule, batch.params, batch.rate
+    rule, params = batch.rule, batch.params
     for constraint in rule.constraint:
         if constraint.overrides("update"):
             d = constraint.update(d, context)
     size, shrink = -rule.step_size.length(move.averaged, d, context, context.shared), context.shrink
     bounds = [constraint for constraint in rule.constraint if constraint.overrides("weight")]
-    if bounds or batch.dtype != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
-        new = batch.weights() * shrink + d * size
-        for constraint in bounds:
-            new = constraint.weight(new, rate)
-        torch._foreach_copy_(params, batch.scatter(new))
+    if batch.dtype != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
+        _keep(batch, bounds, context, batch.weights() * shrink + d * size)
         return
     if isinstance(shrink, Tensor):  # 1 - 1e-8 is 1 in float32, but w - 1e-8 w need not be w
         torch._foreach_add_(params, torch._foreach_mul(params, shrink - 1))
@@ -343,6 +344,15 @@ def _apply(move: _Move) -> None:
         torch._foreach_add_(params, batch.scatter(d * size))
     else:
         torch._foreach_add_(params, batch.scatter(d), alpha=size)
+    if bounds:
+        _keep(batch, bounds, context, batch.weights())
+
+
+def _keep(batch: Batch, bounds: list[Constraint], context: Context, new: Tensor) -> None:
+    """Write the new weights to the parameters, brought to where they may live."""
+    for constraint in bounds:
+        new = constraint.weight(new, batch.state, context)
+    torch._foreach_copy_(batch.params, batch.scatter(new))
 
 
 def _rule(group: Mapping[str, Any]) -> Rule:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from normopt.directions import Smoothed
 from normopt.ingredient import nearest
@@ -59,6 +60,9 @@ def roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[
     * matrices of other modules: ``other``, with a warning: say what they are in ``overrides``, or let the module say
       it of its parts, ``normopt_roles = {"weight": "linear"}`` and ``normopt_views = {"weight": {"split": 3}}``
       (names relative to the module).
+
+    Modules also declare what bounds their weights, ``normopt_bounds = {"weight": "RowBound(radius=1.0)"}``, for
+    parameters as they are stored: such constraints come after those of any optimizer.
 
     Args:
         model: any module.
@@ -112,15 +116,19 @@ def _view_as(name: str, role: Role) -> View:
 def _inferred(model: nn.Module) -> dict[str, Role]:
     head = _head(model)
     declared_roles, declared_views = _declared(model, "normopt_roles"), _declared(model, "normopt_views")
+    declared_bounds = _declared(model, "normopt_bounds")
     found: dict[str, Role] = {}
     names: dict[Tensor, str] = {}
     for name, module, key, parameter in _parameters(model):
+        of, module, key = _parametrized(model, name, module, key)
         role = _role(module, key, parameter, is_head=module is head)
-        if name in declared_roles:
-            kind = declared_roles[name]
+        if of in declared_roles:
+            kind = declared_roles[of]
             role = replace(role, name=kind, view=_view_as(kind, role), reason=f"declared by {type(module).__name__}")
-        if name in declared_views:
-            role = replace(role, view=View(**declared_views[name]))
+        if of in declared_views:
+            role = replace(role, view=View(**declared_views[of]))
+        if name in declared_bounds:
+            role = replace(role, options={"bounds": declared_bounds[name]})
         first = names.setdefault(parameter, name)
         found[first] = role if first == name else _tied(found[first], role, name)
     return found
@@ -132,6 +140,15 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter.requires_grad:
                 yield (f"{prefix}.{key}" if prefix else key), module, key, parameter
+
+
+def _parametrized(model: nn.Module, name: str, module: nn.Module, key: str) -> tuple[str, nn.Module, str]:
+    """The name, module and key that a parameter had before ``torch.nn.utils.parametrize``."""
+    path, found, rest = name.rpartition("parametrizations.")
+    if not (found and rest.endswith(".original") and isinstance(module, ParametrizationList)):
+        return name, module, key
+    key = rest.removesuffix(".original")
+    return path + key, model.get_submodule(path.removesuffix(".")), key
 
 
 def _declared(model: nn.Module, attribute: str) -> dict[str, Any]:

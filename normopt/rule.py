@@ -35,6 +35,11 @@ class Rule(Ingredient):
     constraint: tuple[Constraint, ...] = ()
     view: View = View()
 
+    def bounded(self, bounds: Any) -> Rule:
+        """This rule with more constraints, given as those of ``updated`` but for parameters as they are stored."""
+        seen = (bound.transposed() if self.view.transpose else bound for bound in _constraints(bounds))
+        return replace(self, constraint=(*self.constraint, *seen))
+
     def updated(self, given: Mapping[str, Any]) -> Rule:
         """This rule with the ingredients that ``given`` names, each a string, a number, ``None`` or an object."""
         return replace(self, **{name: _READERS[name](given[name]) for name in INGREDIENTS & given.keys()})
@@ -58,11 +63,12 @@ class Rule(Ingredient):
             ValueError: two ingredients use one name, or one is called ``step``.
         """
         of_step = self.step_size.init_state(x, weights, self.norm)
-        parts = (self.momentum.init_state(x), self.norm.init_state(x), of_step)
+        of_bounds = (constraint.init_state(x, weights) for constraint in self.constraint)
+        parts = (self.momentum.init_state(x), self.norm.init_state(x), of_step, *of_bounds)
         names = ["step", *(name for part in parts for name in part)]
         if len(names) != len(set(names)):
             raise ValueError(f"{self}: two ingredients keep their state under one name, of {sorted(names)}")
-        return parts[0] | parts[1] | parts[2]
+        return {name: tensor for part in parts for name, tensor in part.items()}
 
     def check_fits(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise a ``ValueError`` unless a parameter of this shape can be seen and measured as the rule says."""

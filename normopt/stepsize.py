@@ -190,6 +190,10 @@ class TrustRatio(StepSize):
         for name in ("clip", "max_grad_norm"):
             check_range(self, name, getattr(self, name), 1e-300, float("inf"), closed=True)
 
+    def overrides(self, method: str) -> bool:
+        """``survey`` only with a ``max_grad_norm``."""
+        return super().overrides(method) and (method != "survey" or self.max_grad_norm != float("inf"))
+
     def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
         return {"square": _square(context.raw)}
 

@@ -23,6 +23,7 @@ from normopt.zoo.elementwise import (
     Signum,
 )
 from normopt.zoo.euclidean import SGD
+from normopt.zoo.hyperball import AdamH, MuonH, NaP
 from normopt.zoo.layerwise import LAMB, LARS, Adafactor, NovoGrad
 from normopt.zoo.orthogonal import AdaMuon, Dion, MuonPlus, NorMuon, PolarGrad
 from normopt.zoo.preconditioned import ASGO, DASGO, SOAP, KLShampoo, Shampoo
@@ -47,6 +48,7 @@ __all__ = [
     "Adafactor",
     "Adagrad",
     "Adam",
+    "AdamH",
     "AdamP",
     "AdamW",
     "Adamax",
@@ -58,9 +60,11 @@ __all__ = [
     "KLShampoo",
     "Lion",
     "Muon",
+    "MuonH",
     "MuonPlus",
     "MuonPlusPlus",
     "NAdam",
+    "NaP",
     "NorMuon",
     "NormalizedSGD",
     "NovoGrad",
