@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 DEFAULT_OPTIMIZERS = "adamw,muon,scion,signum"
-MODEL_NAMES = ("gpt",)
+MODEL_NAMES = ("gpt", "angpt", "ngpt")
 PRESET_NAMES = ("quick", "standard", "gpt2")
 
 

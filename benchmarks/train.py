@@ -19,9 +19,9 @@ from benchmarks.data import Corpus, load
 from benchmarks.presets import RunConfig
 from benchmarks.progress import Progress, clock
 from benchmarks.records import Row, git_commit, replacing, source_hash
-from normopt.nn import GPT
+from normopt.nn import GPT, anGPT, nGPT
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": GPT}
+MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": GPT, "angpt": anGPT, "ngpt": nGPT}
 UNDECAYED = ("embedding", "unembedding", "vector", "scalar")
 CHECKPOINT_STEPS = 100
 

@@ -46,7 +46,7 @@ from normopt.norms import Column, Direction, Euclidean, KyFan, Max, Norm, Nuclea
 from normopt.optimizer import SteepestDescent
 from normopt.polar import Schedule
 from normopt.report import describe, periodic_table
-from normopt.roles import GEOMETRIES, Role, param_groups, roles
+from normopt.roles import GEOMETRIES, Role, param_groups, roles, width_scaled
 from normopt.rule import Rule
 from normopt.stepsize import (
     Constant,
@@ -157,5 +157,6 @@ __all__ = [
     "stepsize",
     "subspace",
     "whitening",
+    "width_scaled",
     "zoo",
 ]

@@ -18,6 +18,9 @@ from normopt.polar import polar
 #: Of the Polar Express, to the last bits of float32 for singular values above 1e-3 of the Frobenius norm.
 POLAR_STEPS = 10
 
+#: The largest value that the soft cap can press down to 1 without lifting smaller ones above it.
+SOFT_LIMIT = 1.3
+
 #: Newton steps from the start that ``soft_coefficient`` takes, to the last bits of float64.
 NEWTON_STEPS = 8
 
@@ -182,6 +185,10 @@ class SoftSpectralCap(_OfSpectrum):
     Args:
         max_update: the largest spectral norm of an update at rate 1, in units of ``Spectral(scale)``: 1.2 for Jordan's
             Newton-Schulz steps, the default, and 1.01 for other methods.
+
+    Raises:
+        ValueError: ``rate max_update`` is more than 0.3 of the radius, or a matrix starts outside the ball: cubics that
+            must press so hard lift other values. Before anything has moved.
     """
 
     needs_bounded_step: ClassVar[bool] = True
@@ -190,6 +197,25 @@ class SoftSpectralCap(_OfSpectrum):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "max_update", self.max_update)
+
+    def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
+        if x.device.type != "meta" and x.numel() and x.shape[-2] > 1:
+            largest = Spectral(self.scale).norm(weights()).amax().item()
+            if not largest <= self.radius * 1.01:
+                raise ValueError(
+                    f"SoftSpectralCap: a matrix starts with norm {largest:.3g}, outside the ball of radius "
+                    f"{self.radius:.3g}; initialize it inside, or use SpectralCap"
+                )
+        return {}
+
+    def shrink(self, rate: Rate) -> Rate:
+        reach = rate * (self.max_update / self.radius)
+        if (not isinstance(reach, Tensor) or reach.device.type == "cpu") and reach > SOFT_LIMIT - 1:
+            raise ValueError(
+                f"SoftSpectralCap: a learning rate of {float(rate):.3g} moves weights by {float(reach):.3g} of the "
+                f"radius; it must be {SOFT_LIMIT - 1:.3g} at most, see SpectralCap for longer steps"
+            )
+        return 1.0
 
     def into_unit_ball(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         shrink = context.shrink

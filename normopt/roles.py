@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -252,6 +253,28 @@ GEOMETRIES: dict[str, Geometry] = {
         "*": Max(),
     },
 }
+
+
+def width_scaled(width: int, tuned_at: int, weight_decay: float) -> Geometry:
+    """A geometry that takes the learning rate and the decay of one width to another (Fan et al., arXiv 2510.15262).
+
+    Hidden matrices: ``lr * tuned_at / width`` and ``weight_decay * sqrt(width / tuned_at)``, which keeps the largest
+    singular value that AdamW settles at, ``sqrt(lr / weight_decay) width^(3/4)``, what it is. Everything else keeps
+    ``lr`` and is not decayed. ``AdamW(model, lr, geometry=width_scaled(1024, 256, 0.1))``.
+
+    Args:
+        width: the model's width.
+        tuned_at: the width that learning rate and decay were tuned at.
+        weight_decay: that of hidden matrices at that width.
+
+    Raises:
+        ValueError: a width that is not positive.
+    """
+    for name, value in {"width": width, "tuned_at": tuned_at}.items():
+        if value <= 0:
+            raise ValueError(f"width_scaled: {name} must be positive, got {value!r}")
+    hidden = {"lr_ratio": tuned_at / width, "weight_decay": weight_decay * math.sqrt(width / tuned_at)}
+    return {"linear": hidden, "conv": hidden, "*": {"weight_decay": 0.0}}
 
 
 def param_groups(

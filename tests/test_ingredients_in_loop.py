@@ -435,8 +435,8 @@ def test_constraints_see_the_weights_the_raw_gradient_and_the_update(registry: N
             assert rate == 0.1
             return 0.5
 
-        def weight(self, w: Tensor, rate: Any) -> Tensor:
-            calls.append(("weight", w.clone(), rate))
+        def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+            calls.append(("weight", w.clone(), context.rate))
             return w.clamp(max=0.25)
 
     (w,), g = weights((4, 6)), next(stream((4, 6)))

@@ -3,16 +3,18 @@
 from torch import Tensor, nn
 
 from normopt.nn.layers import Attention, SwiGLU
+from normopt.nn.norms import make_norm
+from normopt.nn.scaled import check_positive
 
 
 class Block(nn.Module):
     """One transformer layer: `h += attention(norm(h))`, then `h += mlp(norm(h))`, on (batch, time, d_model)."""
 
-    def __init__(self, d_model: int, n_heads: int, d_ff: int, rope_fraction: float, qk_norm: bool) -> None:
+    def __init__(self, d_model: int, n_heads: int, d_ff: int, rope_fraction: float, qk_norm: bool, norm: str) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d_model)
+        self.attention_norm = make_norm(norm, d_model)
         self.attention = Attention(d_model, n_heads, rope_fraction, qk_norm=qk_norm)
-        self.mlp_norm = nn.RMSNorm(d_model)
+        self.mlp_norm = make_norm(norm, d_model)
         self.mlp = SwiGLU(d_model, d_ff)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -37,9 +39,11 @@ class GPT(nn.Module):
         d_ff: width of the MLP, by default 4 * d_model.
         rope_fraction: fraction of each head's dimensions that carries rotary positions.
         qk_norm: normalize queries and keys; without it there are no gains per head.
+        norm: the normalization layers, a name of `normopt.nn.norms.NORMS`: "rmsnorm", "layernorm", "dyt" or "seednorm".
 
     Raises:
-        ValueError: if a size is not positive, n_heads does not divide d_model or rope_fraction does not fit the head.
+        ValueError: if a size is not positive, n_heads does not divide d_model, rope_fraction does not fit the head or
+            norm is unknown.
     """
 
     def __init__(
@@ -52,13 +56,15 @@ class GPT(nn.Module):
         d_ff: int | None = None,
         rope_fraction: float = 0.5,
         qk_norm: bool = True,
+        norm: str = "rmsnorm",
     ) -> None:
         super().__init__()
         d_ff = 4 * d_model if d_ff is None else d_ff
-        _check_positive(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff)
+        check_positive(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff)
         self.embed = nn.Embedding(vocab_size, d_model)
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, rope_fraction, qk_norm) for _ in range(n_layers))
-        self.norm = nn.RMSNorm(d_model)
+        options = (rope_fraction, qk_norm, norm)
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, *options) for _ in range(n_layers))
+        self.norm = make_norm(norm, d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         self.reset_parameters()
 
@@ -67,16 +73,14 @@ class GPT(nn.Module):
 
         The embedding is drawn from N(0, 1), the size at which the norms keep the stream.
         """
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            elif name.endswith(("norm", "attention")):
+                module.reset_parameters()
         for name, weight in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 nn.init.normal_(weight, std=(2 * len(self.blocks) * weight.shape[1]) ** -0.5)
-            elif name.endswith("norm.weight"):
-                nn.init.ones_(weight)
-            elif name.endswith("attention.gain"):
-                nn.init.constant_(weight, (self.embed.embedding_dim / weight.numel()) ** 0.5)
         nn.init.normal_(self.embed.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -85,9 +89,3 @@ class GPT(nn.Module):
         for block in self.blocks:
             h = block(h)
         return self.head(self.norm(h))
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be positive, got {size}")

@@ -5,8 +5,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from normopt.nn.clip import largest_logits
+from normopt.nn.scaled import Scale, linear
 
 ROPE_BASE = 10000.0
 
@@ -41,13 +43,17 @@ class Attention(nn.Module):
     Input and output: (batch, time, d_model). `gain` is one learnable scalar per head, initially sqrt(d_head).
     `qkv` stacks the query, key and value matrices along its rows; `normopt_views` tells optimizers to treat them as
     three. Source: Henry et al. 2020, Query-Key Normalization (arXiv 2010.04245). Without QK-norm there is no gain:
-    `logits = <q, k> / sqrt(d_head)`.
+    `logits = <q, k> / sqrt(d_head)`. What is done to the rotated queries and keys is in `logit_factors`, which a
+    subclass may replace together with `scale_logits_`.
 
     Args:
         d_model: width of the residual stream.
         n_heads: number of heads; must divide d_model.
         rope_fraction: fraction of each head's dimensions that is rotated; must give an even number of them.
         qk_norm: normalize queries and keys.
+        gain_init: first value of the gain, by default sqrt(d_head).
+        qkv_factor: constant that queries, keys and values are multiplied by.
+        out_factor: constant that the result is multiplied by.
 
     Raises:
         ValueError: if n_heads does not divide d_model, or rope_fraction is out of range or gives an odd number.
@@ -60,36 +66,59 @@ class Attention(nn.Module):
     #: The largest logit of each head since it was last reset, or `None`.
     max_logits: Tensor | None = None
 
-    def __init__(self, d_model: int, n_heads: int, rope_fraction: float = 0.5, *, qk_norm: bool = True) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        rope_fraction: float = 0.5,
+        *,
+        qk_norm: bool = True,
+        gain_init: float | None = None,
+        qkv_factor: float = 1.0,
+        out_factor: float = 1.0,
+    ) -> None:
         super().__init__()
         if d_model % n_heads:
             raise ValueError(f"n_heads must divide d_model, got d_model={d_model} and n_heads={n_heads}")
         self.d_head = d_model // n_heads
         self.rope_width = _rope_width(self.d_head, rope_fraction)
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
-        self.gain = nn.Parameter(torch.full((n_heads,), self.d_head**0.5)) if qk_norm else None
+        self.qk_norm = qk_norm
+        self.qkv = linear(d_model, 3 * d_model, qkv_factor)
+        self.out = linear(d_model, d_model, out_factor)
+        self.gain_init = self.d_head**0.5 if gain_init is None else gain_init
+        self.gain = nn.Parameter(torch.empty(n_heads)) if qk_norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The gain back to `gain_init`; the matrices stay as they are."""
+        if self.gain is not None:
+            nn.init.constant_(self.gain, self.gain_init)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, time, d_model) to the same shape; position t sees positions up to t."""
         query_key, value = self._heads(x)
-        query_key = query_key if self.gain is None else F.normalize(query_key, dim=-1)
-        query, key = rotate(query_key, *rope_tables(x.shape[1], self.rope_width, query_key))
-        query = query * (self.d_head**-0.5 if self.gain is None else self.gain[:, None, None].to(query.dtype))
+        query_key = F.normalize(query_key, dim=-1) if self.qk_norm else query_key
+        query, key = self.logit_factors(*rotate(query_key, *rope_tables(x.shape[1], self.rope_width, query_key)))
         if self.records_logits and self.training:
             largest = largest_logits(query.detach(), key.detach())
             self.max_logits = largest if self.max_logits is None else torch.maximum(self.max_logits, largest)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
+    def logit_factors(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (batch, heads, time, d_head) whose inner products are the logits."""
+        return query * (self.d_head**-0.5 if self.gain is None else self.gain[:, None, None].to(query.dtype)), key
+
     @torch.no_grad()
     def scale_logits_(self, factors: Tensor) -> None:
         """Multiply each head's logits by one of `factors` (heads,), none negative, through the gain if there is one."""
         if self.gain is not None:
             self.gain.mul_(factors)
-        else:
-            rows = self.qkv.weight.view(3, -1, self.d_head, self.qkv.in_features)[:2]
-            rows.mul_(factors.sqrt()[:, None, None])
+            return
+        weight = self.qkv.weight
+        weight.view(3, -1, self.d_head, self.qkv.in_features)[:2].mul_(factors.sqrt()[:, None, None])
+        if parametrize.is_parametrized(self.qkv, "weight"):  # the weight is not stored, but computed
+            self.qkv.weight = weight
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys (2, batch, heads, time, d_head), and values (batch, heads, time, d_head)."""
@@ -101,13 +130,28 @@ class SwiGLU(nn.Module):
     """Gated MLP `down(silu(gate x) * up x)` with three matrices of width d_ff, without biases.
 
     Input and output: (batch, time, d_model). Source: Shazeer 2020, GLU Variants (arXiv 2002.05202).
+
+    Args:
+        d_model: width of the residual stream.
+        d_ff: width inside.
+        gate_factor: what `gate x` is multiplied by, a constant or a learnable vector of size d_ff.
+        up_factor: likewise for `up x`.
+        down_factor: constant that the result is multiplied by.
     """
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        gate_factor: float | Scale = 1.0,
+        up_factor: float | Scale = 1.0,
+        down_factor: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.gate = nn.Linear(d_model, d_ff, bias=False)
-        self.up = nn.Linear(d_model, d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.gate = linear(d_model, d_ff, gate_factor)
+        self.up = linear(d_model, d_ff, up_factor)
+        self.down = linear(d_ff, d_model, down_factor)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_model) to the same shape."""
