@@ -1,6 +1,7 @@
 """Command line of the benchmarks."""
 
 import argparse
+import ast
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -57,6 +58,9 @@ def _add_shared(parser: argparse.ArgumentParser, seeds: int) -> None:
     add("--optimizers", type=_list_of(str), default=DEFAULT_OPTIMIZERS, help=f"default: {DEFAULT_OPTIMIZERS}")
     add("--model", choices=MODEL_NAMES, default="gpt")
     add("--preset", choices=PRESET_NAMES, default="quick")
+    add("--model-options", type=_options, default={}, help="arguments of the model, like gate_scale=1.0,lerp=False")
+    add("--width", type=_positive_int, help="d_model, with heads of the preset's size; default: the preset's")
+    add("--batch", type=_positive_int, help="sequences a step; default: the preset's")
     add("--data", default="shakespeare", help="shakespeare (default), stdlib, a text file, or a pattern of .bin shards")
     add("--steps", type=_positive_int, help="length of the runs; default: the preset's")
     add("--evaluations", type=_positive_int, help="points of the loss curve; default: the preset's")
@@ -90,6 +94,13 @@ def _list_of(convert: "Callable[[str], object]") -> "Callable[[str], list[object
 
     parse.__name__ = "list"
     return parse
+
+
+def _options(text: str) -> dict[str, object]:
+    try:
+        return {name.strip(): ast.literal_eval(value) for name, _, value in (p.partition("=") for p in text.split(","))}
+    except (SyntaxError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text} is not like name=1.0,other=False") from None
 
 
 def _rates_by_name(text: str) -> dict[str, float]:

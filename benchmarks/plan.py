@@ -9,7 +9,7 @@ import torch
 
 import normopt
 from benchmarks.data import Corpus, load_or_fall_back
-from benchmarks.presets import PRESETS, Preset, RunConfig, tuned_options, variants
+from benchmarks.presets import CONSTRAINED_MODELS, PRESETS, Preset, RunConfig, tuned_options, variants
 
 BASELINE = "adamw"
 
@@ -47,11 +47,14 @@ class Plan:
             source=self.corpus.name,
             corpus=self.corpus.digest,
             device=self.device,
+            model_options=self.arguments.model_options,
         )
 
     def options(self, optimizer: str) -> dict[str, Any]:
-        """A copy of the tuned options, learning rate included."""
-        return dict(tuned_options(self.preset.name, optimizer)[0])
+        """A copy of the tuned options, learning rate included; constrained models are not decayed."""
+        options = dict(tuned_options(self.preset.name, optimizer)[0])
+        undecayed = {"weight_decay": 0.0} if self.arguments.model in CONSTRAINED_MODELS else {}
+        return {name: undecayed.get(name, value) for name, value in options.items()}
 
     def untuned(self) -> list[str]:
         """The optimizers without an entry of their own for this preset."""
@@ -81,7 +84,13 @@ def resolve_device(name: str) -> str:
 
 
 def choose_preset(arguments: Namespace) -> Preset:
-    """The preset of the command line, with its number of steps and of evaluations."""
+    """The preset of the command line, with what else it says of the runs; no warm-up for constrained models."""
     preset = PRESETS["smoke" if arguments.smoke else arguments.preset]
-    given = {"steps": arguments.steps, "evaluations": arguments.evaluations}
-    return replace(preset, **{name: value for name, value in given.items() if value})
+    given: dict[str, int] = {"steps": arguments.steps, "evaluations": arguments.evaluations, "batch": arguments.batch}
+    if arguments.width:
+        d_head = preset.d_model // preset.n_heads
+        if arguments.width % d_head:
+            raise PlanError(f"--width {arguments.width} is no multiple of the preset's heads of {d_head}")
+        given |= {"d_model": arguments.width, "n_heads": arguments.width // d_head}
+    changes = {name: value for name, value in given.items() if value}
+    return replace(preset, **changes, **({"warmup": 0} if arguments.model in CONSTRAINED_MODELS else {}))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ PRESETS = {
 }
 
 
+#: Models that are trained without warm-up and without weight decay: their constraints stand in for both.
+CONSTRAINED_MODELS = ("angpt", "ngpt")
+
+
 def tuned_options(preset: str, optimizer: str) -> tuple[dict[str, Any], bool]:
     """The options for an optimizer, learning rate included, and whether they were tuned at this preset.
 
@@ -97,15 +101,20 @@ class RunConfig:
     source: str
     corpus: str
     device: str
+    model_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
-        """Hash of the configuration; the corpus counts by its content, not by its path, and no field that is None."""
+        """Hash of the configuration; the corpus counts by its content, not by its path, and nothing that is not set."""
         content = {name: value for name, value in asdict(self).items() if name != "source"}
+        if not content["model_options"]:
+            del content["model_options"]
         content["preset"] = {name: value for name, value in content["preset"].items() if value is not None}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def label(self) -> str:
         """Name of the run for people."""
-        return f"{self.optimizer} lr {self.lr:g} seed {self.seed}"
+        model = "" if self.model == "gpt" else f" {self.model}"
+        changed = "".join(f" {name}={value}" for name, value in self.model_options.items())
+        return f"{self.optimizer}{model}{changed} lr {self.lr:g} seed {self.seed}"

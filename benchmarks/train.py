@@ -35,7 +35,8 @@ class Run:
         self.config, self.preset, self.corpus = config, config.preset, corpus
         torch.manual_seed(config.seed)
         sizes = (self.preset.d_model, self.preset.n_layers, self.preset.n_heads)
-        self.model = MODELS[config.model](corpus.vocab_size, *sizes, d_ff=self.preset.d_ff).to(config.device)
+        options = {"d_ff": self.preset.d_ff, **config.model_options}
+        self.model = MODELS[config.model](corpus.vocab_size, *sizes, **options).to(config.device)
         self.init_hash = tensor_hash(self.model.state_dict())
         self.optimizer = make_optimizer(config, self.model)
         self.scheduler = LambdaLR(self.optimizer, self.preset.rate)

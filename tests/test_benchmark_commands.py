@@ -72,6 +72,29 @@ def planned(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[RunCo
     return seen
 
 
+def test_constrained_models_have_no_warm_up_and_no_decay(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["compare", "--data", corpus.name, "--optimizers", "adamw,scion"]
+    for model, warmup, decay in [("gpt", 20, 0.1), ("angpt", 0, 0.0), ("ngpt", 0, 0.0)]:
+        adamw, scion = planned([*command, "--model", model], monkeypatch)
+        assert (adamw.model, adamw.preset.warmup, adamw.options["weight_decay"]) == (model, warmup, decay)
+        assert "weight_decay" not in scion.options
+
+
+def test_sizes_and_arguments_of_the_model(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["compare", "--data", corpus.name, "--optimizers", "adamw", "--model", "angpt"]
+    changes = ["--width", "64", "--batch", "4", "--model-options", "gate_scale=1.0,lerp=False"]
+    (plain,), (run,) = planned(command, monkeypatch), planned([*command, *changes], monkeypatch)
+    assert (run.preset.d_model, run.preset.n_heads, run.preset.batch) == (64, 2, 4)
+    assert run.model_options == {"gate_scale": 1.0, "lerp": False} and run.key != plain.key
+    assert run.label.startswith("adamw angpt gate_scale=1.0 lerp=False lr")
+    model = training.Run(run, corpus).model
+    assert model.embed.weight.shape[1] == 64 and model.blocks[0].mlp_residual.alpha is None
+    with pytest.raises(SystemExit):
+        planned([*command, "--width", "50"], monkeypatch)
+    with pytest.raises(SystemExit):
+        planned([*command, "--model-options", "gate_scale"], monkeypatch)
+
+
 def test_comparison_runs_every_optimizer_at_its_tuned_rate(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = ["--steps", "7", "--evaluations", "3"]
     runs = planned(["compare", "--data", corpus.name, "--seeds", "2", *lengths, "--lr", "muon=0.5"], monkeypatch)
