@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient import Context, check_count
+from normopt.iterations import normalized
 from normopt.norms import Norm, Spectral
 from normopt.norms.base import Direction, euclidean
-from normopt.polar import normalized
 
 
 @dataclass(frozen=True)

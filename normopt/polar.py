@@ -1,15 +1,19 @@
-"""The polar factor U V^T of a matrix: Newton-Schulz iterations with their coefficient schedules, and the exact one."""
+"""The polar factor U V^T of a matrix: the methods, the coefficient schedules, and which one is fastest where."""
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from normopt.ingredient import Ingredient, nearest
+from normopt.ingredient import Ingredient, check_choice, nearest
+from normopt.iterations import Row, direct, exact, normalized, through_gram
 
-Row = tuple[float, float, float]
+NORMALIZERS = ("frobenius", "schatten8")
 
 
 @dataclass(frozen=True)
@@ -21,19 +25,23 @@ class Schedule(Ingredient):
     Args:
         coefficients: the rows. Asked for more steps, the last row is repeated: it must be one that converges.
         steps: how many steps are taken when the caller does not say.
-        margin: the input is divided by ``margin`` times its Frobenius norm, so that no singular value exceeds
-            ``1 / margin`` even after rounding.
+        margin: the input is divided by ``margin`` times its norm, so that no singular value exceeds ``1 / margin``
+            even after rounding.
+        normalizer: the norm: ``"frobenius"``, or ``"schatten8"``, ``(sum s_i^8)^(1/8)``, the smaller one by up to
+            ``m^(3/8)`` (so that singular values start higher), for which the first step's products suffice.
     """
 
     coefficients: tuple[Row, ...]
     steps: int = 5
     margin: float = 1.0
+    normalizer: str = "frobenius"
 
     def __post_init__(self) -> None:
         if not self.coefficients or any(len(row) != 3 for row in self.coefficients):
             raise ValueError("Schedule: coefficients must be one or more rows (a, b, c)")
         if self.steps < 1:
             raise ValueError(f"Schedule: steps must be at least 1, got {self.steps}")
+        check_choice(self, "normalizer", self.normalizer, NORMALIZERS)
 
     def rows(self, steps: int | None = None) -> list[Row]:
         """The rows of ``steps`` steps (default: ``self.steps``)."""
@@ -80,9 +88,70 @@ POLAR_EXPRESS = Schedule(
     margin=1.01,
 )
 
-#: The schedules by name. ``"exact"``, the third method of :func:`polar`, has none.
+#: Greedy minimax quintics as in arXiv 2505.16932, for [6e-3, 1] and without a cushion. Divided by their tighter norm,
+#: singular values above 1e-2 of the largest rarely start below 5e-3, so that four steps bring them into [0.77, 1.06].
+#: The safety factor, 1.048, makes the first coefficient a number of bfloat16: the Gram form adds it to a diagonal.
+FOUR_STEPS = Schedule(
+    coefficients=_with_safety(
+        (
+            (8.256836694444964, -24.26527511839081, 17.958902644938956),
+            (3.854961330598048, -2.878411491256187, 0.5543566934598582),
+            (3.0425030178098256, -2.2795250051221343, 0.4864455365971388),
+            (2.1081305899352976, -1.4900497023788417, 0.3997032516754876),
+            (1.878232533037387, -1.253587032054685, 0.37535888394692235),
+            (1.875, -1.25, 0.375),
+        ),
+        safety=8.256836694444964 / 7.875,
+    ),
+    steps=4,
+    normalizer="schatten8",
+)
+
+#: The schedules by name. ``"gram"`` and ``"auto"`` use ``FOUR_STEPS``, ``"exact"`` has none.
 SCHEDULES = {"newton-schulz": JORDAN, "polar-express": POLAR_EXPRESS}
-METHODS = (*SCHEDULES, "exact")
+METHODS = (*SCHEDULES, "gram", "exact", "auto")
+
+#: Where ``"auto"`` changes its mind: multiplications in a product of all matrices from which on bfloat16 pays on a CPU,
+#: and aspect ratios from which on the Gram form does, in bfloat16 for shorter sides up to and above ``LARGE``.
+BFLOAT16_FROM = 10_000_000
+GRAM_FROM, GRAM_FROM_SMALL, LARGE = 2, 4, 256
+
+
+class Choice(NamedTuple):
+    """What ``"auto"`` does: the form, ``"direct"``, ``"gram"`` or ``"exact"``, and the dtype of the products."""
+
+    form: str
+    dtype: torch.dtype
+
+
+def choose(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Choice:
+    """The fastest way to polar factors at least as good as Jordan's, for matrices of shape ``(..., m, n)``, m <= n.
+
+    * A single row or column: exactly, by dividing by its length.
+    * Products in bfloat16 where the hardware multiplies in bfloat16: on GPUs that have it, and on CPUs with AMX or
+      AVX512_BF16 if a product ``X X^T`` of all matrices is at least 1e7 multiplications (below, the calls take longer);
+      otherwise in float32. float64 stays float64; float16 is never chosen.
+    * The Gram form, ``4 m^2 n + 26 m^3`` FLOPs, or ``8 m^2 n + 20 m^3`` in bfloat16, which needs a restart, in place of
+      ``16 m^2 n + 8 m^3``: where n >= 2 m, or n >= 4 m in bfloat16 if m <= 256.
+    """
+    short, long = sorted(shape[-2:])
+    if short == 1:
+        return Choice("exact", torch.promote_types(dtype, torch.float32))
+    kind = torch.device(device).type
+    pays = has_bfloat16(kind) and (kind != "cpu" or math.prod(shape) * short >= BFLOAT16_FROM)
+    working = dtype if dtype == torch.float64 else torch.bfloat16 if pays else torch.float32
+    ratio = GRAM_FROM_SMALL if working == torch.bfloat16 and short <= LARGE else GRAM_FROM
+    return Choice("gram" if long >= ratio * short else "direct", working)
+
+
+@functools.cache
+def has_bfloat16(kind: str) -> bool:
+    """Whether devices of this kind multiply matrices in bfloat16 faster than in float32."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if kind == "cpu" else ()
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(has_onednn) and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def polar(
@@ -95,18 +164,25 @@ def polar(
 
     Args:
         g: shape ``(..., m, n)``, tall or wide; never modified.
-        method: ``"newton-schulz"`` (Jordan's five steps: values end near 1, see ``JORDAN``), ``"polar-express"``
-            (six steps: within 0.7% of 1 for singular values above 1e-3 of the Frobenius norm), ``"exact"`` (a singular
-            value decomposition) or a :class:`Schedule`.
+        method: one of
+
+            * ``"newton-schulz"``: Jordan's five steps, values end near 1, see ``JORDAN``;
+            * ``"polar-express"``: six steps, within 0.7% of 1 for singular values above 1e-3 of the Frobenius norm;
+            * ``"gram"``: four steps after a tighter normalizer, see ``FOUR_STEPS``, on the small Gram matrix;
+            * ``"exact"``: from eigenvalues of the Gram matrix in float64, or from a singular value decomposition where
+              that is not accurate enough;
+            * ``"auto"``: the four steps in whichever form and dtype is fastest, see :func:`choose`;
+            * a :class:`Schedule`.
         steps: the number of iterations; ``None`` is the schedule's own. Not for ``"exact"``.
         dtype: the dtype of the iteration's matrix products; ``None`` is that of ``g``, or float32 for float16 (whose
-            range is too small). The normalizer is computed in float32 or better whatever the dtype.
+            range is too small), or what ``"auto"`` chooses. The normalizer is computed in float32 or better.
 
     Returns:
         A new tensor of the shape and dtype of ``g``.
 
-    Cost: ``4 m^2 n + 2 m^3`` FLOPs a step, m the shorter side. In bfloat16 directions below about 1/250 of the largest
-    singular value are lost to rounding, which turns a rank-deficient matrix into a full-rank one.
+    Cost: ``4 m^2 n + 2 m^3`` FLOPs a step, m the shorter side; of the Gram form see :func:`choose`. Only ``"exact"``
+    looks at the data; the others never make the host wait for a device. In bfloat16 directions below about 1/250 of the
+    largest singular value are lost to rounding, which turns a rank-deficient matrix into a full-rank one.
 
     Raises:
         ValueError: ``g`` has fewer than two dimensions, the method is unknown or ``steps`` is out of range.
@@ -115,50 +191,32 @@ def polar(
         raise ValueError(f"polar: needs matrices (..., m, n), got shape {tuple(g.shape)}")
     if not isinstance(method, Schedule) and method not in METHODS:
         raise ValueError(f"polar: unknown method {method!r}; {nearest(str(method), METHODS)}")
-    if method == "exact":
-        if steps is not None:
-            raise ValueError("polar: method 'exact' takes no steps")
-        return exact(g, dtype)
-    schedule = SCHEDULES[method] if isinstance(method, str) else method
+    if method == "exact" and steps is not None:
+        raise ValueError("polar: method 'exact' takes no steps")
+    schedule = method if isinstance(method, Schedule) else SCHEDULES.get(method, FOUR_STEPS)
+    rows = schedule.rows(steps)
     if g.numel() == 0:
         return g.clone()
+    form, working = _plan(g, method)
+    if form == "exact":
+        return exact(g, dtype)
     tall = g.shape[-2] > g.shape[-1]
-    x = normalized(g.mT if tall else g, schedule.margin)
-    x = _iterate(x.to(dtype or _working(g.dtype)), schedule.rows(steps)).to(g.dtype)
+    x = _iterate(g.mT if tall else g, schedule, rows, form, dtype or working)
     return x.mT if tall else x
 
 
-def _working(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float16 else dtype
+def _plan(g: Tensor, method: str | Schedule) -> Choice:
+    if method == "auto":
+        return choose(g.shape, g.dtype, g.device)
+    form = method if method in ("gram", "exact") else "direct"
+    return Choice(str(form), torch.float32 if g.dtype == torch.float16 else g.dtype)
 
 
-def normalized(g: Tensor, margin: float = 1.0) -> Tensor:
-    """``g`` over ``margin`` times its Frobenius norm, a new tensor in float32 or better; 0 stays 0.
-
-    Dividing by the largest entry first keeps the squares of 1e-30 and of 1e30 inside the range of float32.
-    """
-    g = g.to(torch.promote_types(g.dtype, torch.float32))
-    tiny = torch.finfo(g.dtype).tiny
-    g = g / g.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=tiny)
-    return g.div_(torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True).mul_(margin).clamp_(min=tiny))
-
-
-def _iterate(x: Tensor, rows: list[Row]) -> Tensor:
-    """The Newton-Schulz steps on wide matrices ``x`` of shape ``(..., m, n)``, m <= n."""
-    shape = x.shape
-    x = x.reshape(-1, *shape[-2:])
-    for a, b, c in rows:
-        gram = x @ x.mT
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
-    return x.reshape(shape)
-
-
-def exact(g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``U_r V_r^T`` from a singular value decomposition in ``dtype``, float32 or better; see :func:`polar`."""
-    x = g.to(torch.promote_types(dtype or g.dtype, torch.float32))
-    if x.numel() == 0:
-        return g.clone()
-    u, s, vh = torch.linalg.svd(normalized(x), full_matrices=False)
-    kept = s > s.amax(dim=-1, keepdim=True) * max(x.shape[-2:]) * torch.finfo(x.dtype).eps
-    return ((u * kept.unsqueeze(-2)) @ vh).to(g.dtype)
+def _iterate(g: Tensor, schedule: Schedule, rows: list[Row], form: str, dtype: torch.dtype) -> Tensor:
+    """The schedule's steps on wide matrices."""
+    tight = schedule.margin if schedule.normalizer == "schatten8" else None
+    # A second norm follows where "tight"; the first one then keeps the entries of A^2 inside the range of float16.
+    margin = schedule.margin if tight is None else g.shape[-2] ** -0.25
+    x = normalized(g, margin).to(dtype).reshape(-1, *g.shape[-2:])
+    x = (through_gram if form == "gram" else direct)(x, rows, tight)
+    return x.reshape(g.shape).to(g.dtype)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from normopt.balanced import Sinkhorn
 from normopt.ingredient import Context, check_range
+from normopt.iterations import normalized
 from normopt.norms.base import Direction, euclidean, normalize
-from normopt.polar import normalized
 
 
 @dataclass(frozen=True)

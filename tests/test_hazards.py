@@ -147,7 +147,8 @@ def test_a_step_is_as_long_for_gradients_of_any_length(method: str, dtype: torch
         return w.detach()
 
     for size in (1e-30, 1e-20, 1e-9, 1e9, 1e20, 1e30):
-        assert_close(step(size), step(1.0), 50 * torch.finfo(dtype).eps)
+        # A Gram matrix has the square of the condition number.
+        assert_close(step(size), step(1.0), (500 if method == "gram" else 50) * torch.finfo(dtype).eps)
 
 
 def test_torchs_step_depends_on_the_gradients_length() -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient import check_choice, check_range
+from normopt.iterations import exact, normalized
 from normopt.norms.base import Eps, Norm, Scale
-from normopt.polar import METHODS, Schedule, exact, normalized, polar
+from normopt.polar import METHODS, Schedule, polar
 
 SIDES = ("both", "smaller")
 
@@ -46,7 +47,8 @@ class Spectral(UnitarilyInvariant):
 
     Args:
         scale: see :class:`~normopt.norms.Norm`.
-        method: ``"newton-schulz"``, ``"polar-express"``, ``"exact"`` or a :class:`~normopt.polar.Schedule`.
+        method: ``"newton-schulz"``, ``"polar-express"``, ``"gram"``, ``"exact"``, ``"auto"`` (the fastest one for the
+            shape, dtype and device) or a :class:`~normopt.polar.Schedule`.
         steps: iterations; ``None`` is the method's own number.
         dtype: the name of the dtype of the iteration, such as ``"bfloat16"``, or a ``torch.dtype``; ``None`` is the
             tensor's own.
