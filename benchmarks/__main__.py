@@ -3,13 +3,15 @@
 import argparse
 import ast
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 DEFAULT_OPTIMIZERS = "adamw,muon,scion,signum"
 MODEL_NAMES = ("gpt", "angpt", "ngpt")
 PRESET_NAMES = ("quick", "standard", "gpt2")
+STEP_SETS = ("quick", "small", "wide", "gpt2")
+FAMILIES = ("adamw", "muon", "soap", "shampoo", "prodigy", "lion", "adamp", "adafactor")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,17 +32,21 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     from benchmarks.compare import compare
     from benchmarks.data import DataError
+    from benchmarks.norms import norms
     from benchmarks.plan import PlanError
+    from benchmarks.polar import benchmark_polar
+    from benchmarks.step import benchmark_step
     from benchmarks.sweep import sweep
 
+    run = {"compare": compare, "sweep": sweep, "norms": norms, "polar": benchmark_polar, "step": benchmark_step}
     try:
-        return {"compare": compare, "sweep": sweep}[parsed.command](parsed)
+        return run[parsed.command](parsed)
     except (DataError, PlanError) as error:
         parser.error(str(error))
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser with its two commands."""
+    """The parser with its commands."""
     description = "Train a small GPT on real text with several optimizers."
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=description)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -50,13 +56,47 @@ def make_parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser("sweep", help="a grid of learning rates for each optimizer")
     _add_shared(sweep, seeds=2)
     sweep.add_argument("--rates", type=_list_of(_positive_float), help="default: tuned x 1/4, 1/2, 1, 2")
+    norms = commands.add_parser("norms", help="norms inside the models over training: residual stream, rows, alpha")
+    _add_shared(norms, seeds=1, optimizers="adamw", models=",".join(MODEL_NAMES))
+    norms.add_argument("--lr", type=_rates_by_name, default={}, help="learning rates, like adamw@angpt=3e-3")
+    _add_polar(commands.add_parser("polar", help="accuracy and speed of polar factors, without any training"))
+    _add_step(commands.add_parser("step", help="what a step costs, beside other libraries, without any training"))
     return parser
 
 
-def _add_shared(parser: argparse.ArgumentParser, seeds: int) -> None:
+def _add_step(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--optimizers", type=_list_of(str), default=DEFAULT_OPTIMIZERS, help=f"default: {DEFAULT_OPTIMIZERS}")
-    add("--model", choices=MODEL_NAMES, default="gpt")
+    add(
+        "--sets", type=_among(STEP_SETS), default=STEP_SETS[:3], help=f"of {', '.join(STEP_SETS)}; default: the first 3"
+    )
+    add("--families", type=_among(FAMILIES), default=FAMILIES, help=f"of {', '.join(FAMILIES)}; default: all")
+    add("--rounds", type=_positive_int, default=20, help="steps of each optimizer that are timed; default: 20")
+    add("--threads", type=_positive_int, default=2, help="default: 2")
+    add("--out", type=Path, help="folder for the results; default: runs/step")
+    add("--smoke", action="store_true", help="a tiny set and three rounds: does everything work?")
+    parser.set_defaults(preset="step")
+
+
+def _add_polar(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--sizes", type=_list_of(_positive_int), help="shorter sides; default: 64,128,256,512")
+    add("--repeats", type=_positive_int, default=15, help="timings of each method; default: 15")
+    add("--out", type=Path, help="folder for the results; default: runs/polar")
+    add("--smoke", action="store_true", help="small matrices and two repeats: does everything work?")
+    parser.set_defaults(preset="polar")
+
+
+def _add_shared(
+    parser: argparse.ArgumentParser, seeds: int, optimizers: str = DEFAULT_OPTIMIZERS, models: str = "gpt"
+) -> None:
+    add = parser.add_argument
+    add("--optimizers", type=_list_of(str), default=optimizers, help=f"default: {optimizers}")
+    add(
+        "--model",
+        type=_among(MODEL_NAMES),
+        default=models,
+        help=f"one or more of {', '.join(MODEL_NAMES)}; default: {models}",
+    )
     add("--preset", choices=PRESET_NAMES, default="quick")
     add("--model-options", type=_options, default={}, help="arguments of the model, like gate_scale=1.0,lerp=False")
     add("--width", type=_positive_int, help="d_model, with heads of the preset's size; default: the preset's")
@@ -93,6 +133,17 @@ def _list_of(convert: "Callable[[str], object]") -> "Callable[[str], list[object
         return values
 
     parse.__name__ = "list"
+    return parse
+
+
+def _among(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(known)}")
+        return names
+
     return parse
 
 

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from benchmarks.plan import Plan, PlanError
+from benchmarks.plan import Plan
 from benchmarks.report import write_comparison
 from benchmarks.workers import Pool, default_size
 
@@ -10,14 +10,11 @@ from benchmarks.workers import Pool, default_size
 def compare(arguments: Namespace) -> int:
     """Run the comparison and report it; returns the exit code, 1 when a run failed."""
     plan = Plan(arguments)
-    unknown = sorted(set(arguments.lr) - set(plan.optimizers))
-    if unknown:
-        raise PlanError(f"--lr names {', '.join(unknown)}, which --optimizers does not")
-    untuned = [name for name in plan.untuned() if name not in arguments.lr]
+    rates = plan.rates(arguments.lr)
+    untuned = [cell for cell in plan.untuned() if cell not in rates]
     if untuned and not arguments.smoke:
         print(f"Not tuned for {plan.preset.name}: {', '.join(untuned)}. Set learning rates with --lr NAME=RATE.")
-    seeds = range(arguments.seeds)
-    configs = [plan.config(name, seed, arguments.lr.get(name)) for seed in seeds for name in plan.optimizers]
+    configs = [plan.config(cell, seed, rates.get(cell)) for seed in range(arguments.seeds) for cell in plan.cells]
     pool = Pool(arguments.out, arguments.workers or default_size(plan.device))
     rows = pool.run(configs)
     write_comparison(rows, arguments.out)

@@ -9,7 +9,7 @@ import torch
 
 import normopt
 from benchmarks.data import Corpus, load_or_fall_back
-from benchmarks.presets import CONSTRAINED_MODELS, PRESETS, Preset, RunConfig, tuned_options, variants
+from benchmarks.presets import CONSTRAINED_MODELS, PRESETS, Preset, RunConfig, cell_name, tuned_options, variants
 
 BASELINE = "adamw"
 
@@ -19,11 +19,18 @@ class PlanError(ValueError):
 
 
 class Plan:
-    """What every run of one command shares, and the configurations made from it."""
+    """What every run of one command shares, and the configurations made from it.
+
+    `cells` are the combinations of model and optimizer, each with the name that `cell_name` gives it.
+    """
 
     def __init__(self, arguments: Namespace) -> None:
         self.arguments = arguments
-        self.optimizers = check_names(arguments.optimizers)
+        self.cells = {
+            cell_name(optimizer, model): (optimizer, model)
+            for model in arguments.model
+            for optimizer in check_names(arguments.optimizers)
+        }
         self.device = resolve_device(arguments.device)
         self.preset = choose_preset(arguments)
         self.corpus: Corpus = load_or_fall_back(arguments.data)
@@ -33,32 +40,47 @@ class Plan:
         except OSError as error:
             raise PlanError(f"--out {arguments.out} cannot be used: {error.strerror}") from None
 
-    def config(self, optimizer: str, seed: int, lr: float | None = None) -> RunConfig:
-        """One run, by default at the tuned learning rate."""
-        options = self.options(optimizer)
+    def config(self, cell: str, seed: int, lr: float | None = None, diagnose: bool = False) -> RunConfig:
+        """One run, by default at the tuned learning rate; no warm-up for constrained models."""
+        optimizer, model = self.cells[cell]
+        options = self.options(cell)
         tuned = options.pop("lr")
         return RunConfig(
             optimizer=optimizer,
             lr=tuned if lr is None else lr,
             options=options,
-            model=self.arguments.model,
-            preset=self.preset,
+            model=model,
+            preset=replace(self.preset, warmup=0) if model in CONSTRAINED_MODELS else self.preset,
             seed=seed,
             source=self.corpus.name,
             corpus=self.corpus.digest,
             device=self.device,
             model_options=self.arguments.model_options,
+            diagnose=diagnose,
         )
 
-    def options(self, optimizer: str) -> dict[str, Any]:
-        """A copy of the tuned options, learning rate included; constrained models are not decayed."""
-        options = dict(tuned_options(self.preset.name, optimizer)[0])
-        undecayed = {"weight_decay": 0.0} if self.arguments.model in CONSTRAINED_MODELS else {}
+    def options(self, cell: str) -> dict[str, Any]:
+        """A copy of the tuned options, learning rate included; those of the optimizer on the GPT where it has no own.
+
+        Constrained models are not decayed.
+        """
+        optimizer, model = self.cells[cell]
+        options, tuned = tuned_options(self.preset.name, cell)
+        if not tuned and cell != optimizer:
+            options = tuned_options(self.preset.name, optimizer)[0]
+        undecayed = {"weight_decay": 0.0} if model in CONSTRAINED_MODELS else {}
         return {name: undecayed.get(name, value) for name, value in options.items()}
 
+    def rates(self, given: dict[str, float]) -> dict[str, float]:
+        """The learning rates of the command line, by cell; a `PlanError` for those of no cell."""
+        unknown = sorted(set(given) - set(self.cells))
+        if unknown:
+            raise PlanError(f"--lr names {', '.join(unknown)}, which is none of {', '.join(self.cells)}")
+        return given
+
     def untuned(self) -> list[str]:
-        """The optimizers without an entry of their own for this preset."""
-        return [name for name in self.optimizers if not tuned_options(self.preset.name, name)[1]]
+        """The cells without an entry of their own for this preset."""
+        return [cell for cell in self.cells if not tuned_options(self.preset.name, cell)[1]]
 
 
 def check_names(names: list[str]) -> list[str]:
@@ -84,7 +106,7 @@ def resolve_device(name: str) -> str:
 
 
 def choose_preset(arguments: Namespace) -> Preset:
-    """The preset of the command line, with what else it says of the runs; no warm-up for constrained models."""
+    """The preset of the command line, with what else it says of the size of the runs."""
     preset = PRESETS["smoke" if arguments.smoke else arguments.preset]
     given: dict[str, int] = {"steps": arguments.steps, "evaluations": arguments.evaluations, "batch": arguments.batch}
     if arguments.width:
@@ -92,5 +114,4 @@ def choose_preset(arguments: Namespace) -> Preset:
         if arguments.width % d_head:
             raise PlanError(f"--width {arguments.width} is no multiple of the preset's heads of {d_head}")
         given |= {"d_model": arguments.width, "n_heads": arguments.width // d_head}
-    changes = {name: value for name, value in given.items() if value}
-    return replace(preset, **changes, **({"warmup": 0} if arguments.model in CONSTRAINED_MODELS else {}))
+    return replace(preset, **{name: value for name, value in given.items() if value})

@@ -1,5 +1,6 @@
 """Plots of finished runs: loss against steps, against seconds and against the learning rate."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,60 @@ def plot_rates(groups: dict[tuple[str, float], list[Row]], out: Path, unit: str)
         _save(figure, out / "sweep.png")
 
 
+def plot_norms(rows: dict[str, Row], out: Path) -> list[str]:
+    """Norms inside the models, a panel for each run: the residual stream by depth (`norms_residual.png`), a line for
+    each evaluation; mean row norms (`norms_rows.png`) and alpha (`norms_alpha.png`) over training, a line for each
+    layer and kind. Returns the names of the files.
+    """
+    panels = {
+        "norms_residual.png": ("layer", "mean length of the residual stream", _residual_lines),
+        "norms_rows.png": ("step", "mean length of rows", lambda row: _lines_over_steps(row, "rows")),
+        "norms_alpha.png": ("step", "mean |alpha|", lambda row: _lines_over_steps(row, "alpha")),
+    }
+    for name, (x, y, lines) in panels.items():
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(4.4 * len(rows), 4.2), layout="constrained")
+            for axes, (title, row) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
+                for label, color, xs, ys in lines(row):
+                    axes.plot(xs, ys, color=color, label=label, linewidth=1.5)
+                axes.set(xlabel=x, ylabel=y)
+                axes.set_title(title, loc="left", fontsize=11)
+                if axes.get_legend_handles_labels()[0]:
+                    axes.legend(fontsize=8)
+            _save(figure, out / name)
+    return list(panels)
+
+
+Line = tuple[str | None, Any, list[float], list[float]]
+
+
+def _residual_lines(row: Row) -> list[Line]:
+    """The length of the stream by depth, from the first evaluation (light) to the last (dark)."""
+    norms, colors = row["norms"], matplotlib.colormaps["viridis_r"]
+    shown = {0, len(norms) // 4, len(norms) // 2, len(norms) - 1}
+    return [
+        (
+            f"step {step}" if i in shown else None,
+            colors(i / max(1, len(norms) - 1)),
+            list(range(len(found["residual"]))),
+            found["residual"],
+        )
+        for i, (step, found) in enumerate(norms)
+    ]
+
+
+def _lines_over_steps(row: Row, what: str) -> list[Line]:
+    """One line for each kind and layer; the first layer's carries the kind's name."""
+    steps = [step for step, _ in row["norms"]]
+    cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+    lines = []
+    for (kind, layers), color in zip(row["norms"][0][1][what].items(), itertools.cycle(cycle)):
+        for layer in range(len(layers)):
+            lengths = [found[what][kind][layer] for _, found in row["norms"]]
+            lines.append((kind if layer == 0 else None, color, steps, lengths))
+    return lines
+
+
 def _draw_curve(axes: Axes, name: str, rows: list[Row], column: int) -> None:
     """The mean curve over seeds, with a band from the lowest to the highest."""
     if not rows:
@@ -75,8 +130,9 @@ def _label(axes: Axes, x: str, title: str, unit: str) -> None:
 
 
 def _title(groups: "dict[str, list[Row]] | dict[tuple[str, float], list[Row]]") -> str:
-    config = next(iter(groups.values()))[0]["config"]
-    return f"{config['model']} {config['preset']['name']}, {config['source']}"
+    configs = [rows[0]["config"] for rows in groups.values()]
+    models = ", ".join(dict.fromkeys(config["model"] for config in configs))
+    return f"{models} {configs[0]['preset']['name']}, {configs[0]['source']}"
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -74,12 +74,18 @@ def tuned_options(preset: str, optimizer: str) -> tuple[dict[str, Any], bool]:
     """The options for an optimizer, learning rate included, and whether they were tuned at this preset.
 
     Without an entry for the preset those of "quick" are taken, and without any, a learning rate of 1e-3. An entry with
-    the key "optimizer" is a variant of that optimizer under a name of its own.
+    the key "optimizer" is a variant of that optimizer under a name of its own, one called `muon@angpt` is for a model.
     """
     tuned = json.loads(TUNED.read_text())
     if optimizer in tuned.get(preset, {}):
         return tuned[preset][optimizer], True
     return tuned["quick"].get(optimizer, UNTUNED), False
+
+
+def cell_name(optimizer: str, model: str, model_options: dict[str, Any] | None = None) -> str:
+    """What an optimizer on a model is called: `muon` on the GPT, `muon@angpt` elsewhere, and changes of the model."""
+    changes = "".join(f" {name}={value}" for name, value in (model_options or {}).items())
+    return optimizer + ("" if model == "gpt" else f"@{model}") + changes
 
 
 def variants() -> list[str]:
@@ -90,7 +96,10 @@ def variants() -> list[str]:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that determines a run; `key` identifies it in the results."""
+    """Everything that determines a run; `key` identifies it in the results.
+
+    `diagnose`: look at the norms inside the model whenever the curve gets a point.
+    """
 
     optimizer: str
     lr: float
@@ -102,19 +111,19 @@ class RunConfig:
     corpus: str
     device: str
     model_options: dict[str, Any] = field(default_factory=dict)
+    diagnose: bool = False
 
     @property
     def key(self) -> str:
         """Hash of the configuration; the corpus counts by its content, not by its path, and nothing that is not set."""
         content = {name: value for name, value in asdict(self).items() if name != "source"}
-        if not content["model_options"]:
-            del content["model_options"]
+        for name in ("model_options", "diagnose"):
+            if not content[name]:
+                del content[name]
         content["preset"] = {name: value for name, value in content["preset"].items() if value is not None}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def label(self) -> str:
         """Name of the run for people."""
-        model = "" if self.model == "gpt" else f" {self.model}"
-        changed = "".join(f" {name}={value}" for name, value in self.model_options.items())
-        return f"{self.optimizer}{model}{changed} lr {self.lr:g} seed {self.seed}"
+        return f"{cell_name(self.optimizer, self.model, self.model_options)} lr {self.lr:g} seed {self.seed}"

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks.diagnose import Norms
+
 
 @dataclass
 class Progress:
     """What a run has done so far, all of it kept in its checkpoints.
 
     Seconds of gradients (forward and backward pass) and of the optimizer are measured with `clock`; `cpu` and `wall`
-    cover the whole run with its evaluations. `curve` holds (step, seconds of training so far, validation loss).
+    cover the whole run with its evaluations. `curve` holds (step, seconds of training so far, validation loss), `norms`
+    (step, what `diagnose.measure` found).
     """
 
     step: int = 0
@@ -23,6 +26,7 @@ class Progress:
     wall: float = 0.0
     diverged: bool = False
     curve: list[tuple[int, float, float]] = field(default_factory=list)
+    norms: list[tuple[int, Norms]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:

@@ -11,7 +11,8 @@ from typing import TypeVar
 from tabulate import tabulate
 
 from benchmarks.plan import BASELINE
-from benchmarks.plots import plot_curves, plot_rates
+from benchmarks.plots import plot_curves, plot_norms, plot_rates
+from benchmarks.presets import cell_name
 from benchmarks.records import Row, replacing
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1 .. 9 degrees of freedom
@@ -22,7 +23,7 @@ Key = TypeVar("Key", bound=Hashable)
 def write_comparison(rows: list[Row], out: Path) -> None:
     """Print the table of a comparison and write `compare.md`, `loss_steps.png` and `loss_seconds.png`."""
     if rows:
-        groups = group(rows, lambda row: str(row["config"]["optimizer"]))
+        groups = group(rows, cell_of)
         table = [comparison_line(name, groups) for name in groups]
         plot_curves(groups, out, unit(rows))
         images = ["![loss by step](loss_steps.png)", "![loss by time](loss_seconds.png)"]
@@ -32,7 +33,7 @@ def write_comparison(rows: list[Row], out: Path) -> None:
 def write_sweep(rows: list[Row], out: Path) -> None:
     """Print the table of a sweep and each optimizer's best rate, and write `sweep.md` and `sweep.png`."""
     if rows:
-        groups = group(rows, lambda row: (str(row["config"]["optimizer"]), float(row["config"]["lr"])))
+        groups = group(rows, lambda row: (cell_of(row), float(row["config"]["lr"])))
         table = [
             {"optimizer": name, "lr": f"{lr:g}", "runs": str(len(members)), **loss_cells(members)}
             for (name, lr), members in sorted(groups.items())
@@ -41,6 +42,40 @@ def write_sweep(rows: list[Row], out: Path) -> None:
         notes = [best_rate(name, groups) for name in dict.fromkeys(name for name, _ in groups)]
         _publish(table, rows, out / "sweep.md", [*notes, "![loss by learning rate](sweep.png)"])
         print("\n".join(notes))
+
+
+def write_norms(rows: list[Row], out: Path) -> None:
+    """Print what the norms are at the end, and write `norms.md` and a plot of each, of the first run of each cell."""
+    rows = [row for row in rows if row["status"] == "finished"]
+    if rows:
+        cells = group(rows, cell_of)
+        table = [norms_line(name, members) for name, members in cells.items()]
+        files = plot_norms({name: members[0] for name, members in cells.items()}, out)
+        _publish(table, rows, out / "norms.md", [f"![{name}]({name})" for name in files])
+
+
+def norms_line(name: str, rows: list[Row]) -> dict[str, str]:
+    """One line of the table of norms: those of the last evaluation, ranges over layers."""
+    first, last = rows[0]["norms"][0][1], rows[0]["norms"][-1][1]
+    return {
+        "optimizer": name,
+        "lr": f"{rows[0]['config']['lr']:g}",
+        **loss_cells(rows),
+        "residual norm at first": _extent(first["residual"]),
+        "residual norm": _extent(last["residual"]),
+        **{f"rows of {kind}": _extent(lengths) for kind, lengths in last["rows"].items()},
+        **{f"alpha of {kind}": _extent(last["alpha"].get(kind, [])) for kind in ("attention", "mlp")},
+    }
+
+
+def _extent(values: list[float]) -> str:
+    return f"{min(values):.3g} .. {max(values):.3g}" if values else ""
+
+
+def cell_of(row: Row) -> str:
+    """The optimizer of a row, and its model if that is not the plain GPT."""
+    config = row["config"]
+    return cell_name(config["optimizer"], config["model"], config.get("model_options"))
 
 
 def group(rows: list[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
@@ -134,9 +169,13 @@ def setting(rows: list[Row]) -> str:
     """One sentence that says what was run."""
     row, config = rows[0], rows[0]["config"]
     preset, seeds = config["preset"], sorted({row["config"]["seed"] for row in rows})
+    models = ", ".join(
+        f"{model} {preset['name']} ({members[0]['parameters']:,} parameters)"
+        for model, members in group(rows, lambda row: str(row["config"]["model"])).items()
+    )
     hardware = "one CPU thread per run" if config["device"] == "cpu" else config["device"]
     return (
-        f"{config['model']} {preset['name']} ({row['parameters']:,} parameters), {preset['steps']} steps of "
+        f"{models}, {preset['steps']} steps of "
         f"{preset['batch']} x {preset['context']} tokens of {config['source']}, seeds {seeds}, {hardware}, "
         f"torch {row['torch']}. Final loss on held-out text."
     )

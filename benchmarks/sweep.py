@@ -14,10 +14,10 @@ def sweep(arguments: Namespace) -> int:
     """Run the sweep and report it; returns the exit code, 1 when a run failed."""
     plan = Plan(arguments)
     configs = []
-    for name in plan.optimizers:
-        rates = arguments.rates or [factor * plan.options(name)["lr"] for factor in FACTORS]
+    for cell in plan.cells:
+        rates = arguments.rates or [factor * plan.options(cell)["lr"] for factor in FACTORS]
         seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
-        configs += [plan.config(name, seed, rate) for rate in rates for seed in seeds]
+        configs += [plan.config(cell, seed, rate) for rate in rates for seed in seeds]
     pool = Pool(arguments.out, arguments.workers or default_size(plan.device))
     rows = pool.run(configs)
     write_sweep(rows, arguments.out)

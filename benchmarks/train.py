@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import normopt
 from benchmarks.data import Corpus, load
+from benchmarks.diagnose import measure
 from benchmarks.presets import RunConfig
 from benchmarks.progress import Progress, clock
 from benchmarks.records import Row, git_commit, replacing, source_hash
@@ -92,6 +93,10 @@ class Run:
         step, every = self.progress.step, max(1, self.preset.steps // self.preset.evaluations)
         if step % every == 0 or step == self.preset.steps:
             self.progress.curve.append((step, self.progress.seconds, self.evaluate(self.preset.curve_tokens)))
+            if self.config.diagnose:
+                windows = self.corpus.validation_windows(self.preset.curve_tokens, self.preset.context)
+                inputs = windows[: self.preset.micro_batch, :-1].to(self.config.device)
+                self.progress.norms.append((step, measure(self.model, inputs)))
 
     def save(self, path: Path) -> None:
         """Write a checkpoint atomically."""
@@ -171,6 +176,7 @@ def result_row(run: Run, final: float) -> Row:
         "bytes_per_token": per_token,
         "bits_per_byte": final / math.log(2) / per_token if finite and per_token else None,
         "curve": [point for point in progress.curve if math.isfinite(point[2])],
+        **({"norms": progress.norms} if progress.norms else {}),
         "steps_done": progress.step,
         "parameters": parameters,
         "tokens_per_second": run.tokens_per_second,

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import train as training
 from benchmarks import workers
-from benchmarks.__main__ import main, make_parser
+from benchmarks.__main__ import MODEL_NAMES, main, make_parser
 from benchmarks.data import Corpus
 from benchmarks.presets import PRESETS, TUNED, RunConfig
 from benchmarks.records import read_rows
@@ -38,7 +38,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Corpus]:
         (["--optimizers", "zzzzzz"], "unknown optimizer 'zzzzzz': choose from"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--data", "short.txt"], "too short"),
-        (["--lr", "sgd=0.1"], "--lr names sgd, which --optimizers does not"),
+        (["--lr", "sgd=0.1"], "--lr names sgd, which is none of adamw, muon, scion, signum"),
         (["--lr", "adamw=fast"], "--lr"),
         (["--lr", "adamw=-1"], "not a positive number"),
         (["--steps", "0"], "0 is not positive"),
@@ -74,10 +74,14 @@ def planned(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[RunCo
 
 def test_constrained_models_have_no_warm_up_and_no_decay(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["compare", "--data", corpus.name, "--optimizers", "adamw,scion"]
-    for model, warmup, decay in [("gpt", 20, 0.1), ("angpt", 0, 0.0), ("ngpt", 0, 0.0)]:
-        adamw, scion = planned([*command, "--model", model], monkeypatch)
-        assert (adamw.model, adamw.preset.warmup, adamw.options["weight_decay"]) == (model, warmup, decay)
-        assert "weight_decay" not in scion.options
+    runs = planned([*command, "--model", "gpt,angpt,ngpt", "--lr", "adamw@angpt=0.5"], monkeypatch)
+    expected = [("gpt", 20, 0.1), ("angpt", 0, 0.0), ("ngpt", 0, 0.0)]
+    assert [(run.model, run.preset.warmup, run.options["weight_decay"]) for run in runs[::2]] == expected
+    assert not any("weight_decay" in run.options for run in runs[1::2])
+    assert [run.lr for run in runs[::2]] == [runs[0].lr, 0.5, runs[0].lr]
+    assert [run.label.split(" lr")[0] for run in runs[::2]] == ["adamw", "adamw@angpt", "adamw@ngpt"]
+    with pytest.raises(SystemExit):
+        planned([*command, "--lr", "adamw@angpt=0.5"], monkeypatch)
 
 
 def test_sizes_and_arguments_of_the_model(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +90,7 @@ def test_sizes_and_arguments_of_the_model(corpus: Corpus, monkeypatch: pytest.Mo
     (plain,), (run,) = planned(command, monkeypatch), planned([*command, *changes], monkeypatch)
     assert (run.preset.d_model, run.preset.n_heads, run.preset.batch) == (64, 2, 4)
     assert run.model_options == {"gate_scale": 1.0, "lerp": False} and run.key != plain.key
-    assert run.label.startswith("adamw angpt gate_scale=1.0 lerp=False lr")
+    assert run.label.startswith("adamw@angpt gate_scale=1.0 lerp=False lr")
     model = training.Run(run, corpus).model
     assert model.embed.weight.shape[1] == 64 and model.blocks[0].mlp_residual.alpha is None
     with pytest.raises(SystemExit):
@@ -127,11 +131,14 @@ def test_sweep_takes_a_factor_two_grid_and_fresh_seeds(corpus: Corpus, monkeypat
     ]
 
 
-def test_model_names_are_models() -> None:
+def test_model_names_are_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(MODEL_NAMES) == set(training.MODELS)
+    with pytest.raises(SystemExit):
+        main(["compare", "--model", "gpt,bert"])
+    assert "bert is none of gpt, angpt, ngpt" in capsys.readouterr().err
     actions = next(a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    for command in actions.choices.values():
+    for command in (command for name, command in actions.choices.items() if name not in ("polar", "step")):
         choices = {action.dest: action.choices for action in command._actions}
-        assert set(choices["model"]) == set(training.MODELS)
         assert set(choices["preset"]) == set(PRESETS) - {"smoke"}
 
 

@@ -1,0 +1,147 @@
+"""The optimizers whose steps are timed: normopt's and, where they are installed, those of other libraries."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import normopt
+
+#: How peers are made, from a model; those that are not installed raise ImportError.
+Maker = Callable[[nn.Module], "Optimizer | Several"]
+
+REFRESH = 10  # steps between two refreshes of SOAP's bases and Shampoo's roots
+
+
+class Several:
+    """Optimizers that step one after the other, as those of matrices and of the rest."""
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = optimizers
+
+    def step(self) -> None:
+        """Step all."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        """The states of all."""
+        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+
+
+def hidden(model: nn.Module) -> list[Tensor]:
+    """The matrices of hidden layers, which Muon and its kin move."""
+    roles = normopt.roles(model)
+    return [p for name, p in model.named_parameters() if roles[name].name == "linear"]
+
+
+def rest(model: nn.Module) -> list[Tensor]:
+    """All other parameters."""
+    matrices = {id(p) for p in hidden(model)}
+    return [p for p in model.parameters() if id(p) not in matrices]
+
+
+def ours(name: str, **options: Any) -> Maker:
+    """An optimizer of normopt for a whole model."""
+    return lambda model: normopt.create(name, model, **options)
+
+
+def torchs(name: str, **options: Any) -> Maker:
+    """An optimizer of torch.optim."""
+    return lambda model: getattr(torch.optim, name)(model.parameters(), **options)
+
+
+def peer(package: str, name: str, **options: Any) -> Maker:
+    """An optimizer of another package, for all parameters."""
+
+    def make(model: nn.Module) -> Optimizer:
+        module = __import__(package, fromlist=[name])
+        return cast(Optimizer, getattr(module, name)(list(model.parameters()), **options))
+
+    return make
+
+
+def matrices_and_adamw(package: str, name: str, **options: Any) -> Maker:
+    """An optimizer of matrices for the hidden ones, torch's AdamW for the rest."""
+
+    def make(model: nn.Module) -> Several:
+        module = __import__(package, fromlist=[name])
+        return Several(getattr(module, name)(hidden(model), **options), torch.optim.AdamW(rest(model), foreach=True))
+
+    return make
+
+
+def _muon_of_pytorch_optimizer(model: nn.Module) -> Optimizer:
+    from pytorch_optimizer import Muon
+
+    groups = [{"params": hidden(model), "use_muon": True}, {"params": rest(model), "use_muon": False}]
+    return cast(Optimizer, Muon(groups))
+
+
+def _shampoo_of_pytorch_optimizer(model: nn.Module) -> Several:
+    from pytorch_optimizer import Shampoo
+
+    own = Shampoo(hidden(model), preconditioning_compute_steps=REFRESH)
+    return Several(own, torch.optim.AdamW(rest(model), foreach=True))
+
+
+#: By family, the first of each family normopt's; rows are compared with the fastest peer of their family.
+FAMILIES: dict[str, dict[str, Maker]] = {
+    "adamw": {
+        "normopt AdamW": ours("adamw"),
+        "torch AdamW": torchs("AdamW"),
+        "torch AdamW, foreach": torchs("AdamW", foreach=True),
+        "torch AdamW, fused": torchs("AdamW", fused=True),
+    },
+    "muon": {
+        "normopt Muon": ours("muon"),
+        "normopt Muon, auto": ours("muon", orthogonalize="auto", orthogonalize_dtype=None),
+        "torch Muon + AdamW": matrices_and_adamw("torch.optim", "Muon"),
+        "pytorch-optimizer Muon": _muon_of_pytorch_optimizer,
+        "timm Muon": peer("timm.optim", "Muon"),
+    },
+    "soap": {
+        "normopt SOAP": ours("soap", precondition_frequency=REFRESH),
+        "pytorch-optimizer SOAP": peer("pytorch_optimizer", "SOAP", precondition_frequency=REFRESH),
+        "heavyball SOAP": peer("heavyball", "SOAP", precondition_frequency=REFRESH),
+    },
+    "shampoo": {
+        "normopt Shampoo": ours("shampoo", betas=(0.9, 0.95), graft="adam", preconditioning_frequency=REFRESH),
+        "pytorch-optimizer Shampoo + AdamW": _shampoo_of_pytorch_optimizer,
+    },
+    "prodigy": {
+        "normopt Prodigy": ours("prodigy"),
+        "prodigyopt Prodigy": peer("prodigyopt", "Prodigy"),
+        "pytorch-optimizer Prodigy": peer("pytorch_optimizer", "Prodigy"),
+    },
+    "lion": {
+        "normopt Lion": ours("lion"),
+        "lion-pytorch Lion": peer("lion_pytorch", "Lion"),
+        "pytorch-optimizer Lion": peer("pytorch_optimizer", "Lion"),
+    },
+    "adamp": {
+        "normopt AdamP": ours("adamp"),
+        "adamp AdamP": peer("adamp", "AdamP"),
+        "pytorch-optimizer AdamP": peer("pytorch_optimizer", "AdamP"),
+    },
+    "adafactor": {
+        "normopt Adafactor": ours("adafactor"),
+        "torch Adafactor": torchs("Adafactor"),
+        "torch Adafactor, foreach": torchs("Adafactor", foreach=True),
+    },
+}
+
+
+def installed(families: list[str]) -> Iterator[tuple[str, str, Maker]]:
+    """Family, name and maker of those contenders whose library is there."""
+    probe = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    for family in families:
+        for name, maker in FAMILIES[family].items():
+            try:
+                maker(probe)
+            except ImportError:
+                continue
+            yield family, name, maker
