@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +34,14 @@ class Rule(Ingredient):
     step_size: StepSize = Constant()
     constraint: tuple[Constraint, ...] = ()
     view: View = View()
+
+    def at(self, group: Mapping[str, Any]) -> Rule:
+        """``resolve`` for a param group, remembered for as long as the numbers are the same."""
+        names = _option_names(self)
+        values = tuple(group.get(name) for name in names)
+        if not all(isinstance(value, (int, float, tuple)) for value in values):
+            return self.resolve(group)
+        return _resolved(self, names, values)
 
     def bounded(self, bounds: Any) -> Rule:
         """This rule with more constraints, given as those of ``updated`` but for parameters as they are stored."""
@@ -84,6 +92,16 @@ class Rule(Ingredient):
                 "matrices, or pass the model instead of its parameters."
             )
         self.view.shape(shape)
+
+
+@lru_cache(maxsize=1024)
+def _option_names(rule: Rule) -> tuple[str, ...]:
+    return tuple(sorted(rule.options()))
+
+
+@lru_cache(maxsize=1024)
+def _resolved(rule: Rule, names: tuple[str, ...], values: tuple[Any, ...]) -> Rule:
+    return rule.resolve(dict(zip(names, values, strict=True)))
 
 
 INGREDIENTS = {field.name for field in fields(Rule)}
