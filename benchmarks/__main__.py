@@ -32,13 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     from benchmarks.compare import compare
     from benchmarks.data import DataError
+    from benchmarks.grid import grid
     from benchmarks.norms import norms
     from benchmarks.plan import PlanError
     from benchmarks.polar import benchmark_polar
     from benchmarks.step import benchmark_step
     from benchmarks.sweep import sweep
 
-    run = {"compare": compare, "sweep": sweep, "norms": norms, "polar": benchmark_polar, "step": benchmark_step}
+    trained = {"compare": compare, "grid": grid, "sweep": sweep, "norms": norms}
+    run = {**trained, "polar": benchmark_polar, "step": benchmark_step}
     try:
         return run[parsed.command](parsed)
     except (DataError, PlanError) as error:
@@ -53,9 +55,13 @@ def make_parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="same batches, same initial weights, each at its tuned rate")
     _add_shared(compare, seeds=1)
     compare.add_argument("--lr", type=_rates_by_name, default={}, help="learning rates, like muon=0.01,adamw=3e-3")
-    sweep = commands.add_parser("sweep", help="a grid of learning rates for each optimizer")
-    _add_shared(sweep, seeds=2)
-    sweep.add_argument("--rates", type=_list_of(_positive_float), help="default: tuned x 1/4, 1/2, 1, 2")
+    grid = commands.add_parser("grid", help="a fixed grid of learning rates for each optimizer")
+    _add_shared(grid, seeds=2)
+    grid.add_argument("--rates", type=_list_of(_positive_float), help="default: tuned x 1/4, 1/2, 1, 2")
+    sweep = commands.add_parser("sweep", help="tune every optimizer by one protocol, with the same number of trials")
+    _add_shared(sweep, seeds=None)
+    sweep.add_argument("--trials", type=_positive_int, default=5, help="short runs of each, at the least; default: 5")
+    sweep.add_argument("--screen-steps", type=_positive_int, help="their length; default: half the full one")
     norms = commands.add_parser("norms", help="norms inside the models over training: residual stream, rows, alpha")
     _add_shared(norms, seeds=1, optimizers="adamw", models=",".join(MODEL_NAMES))
     norms.add_argument("--lr", type=_rates_by_name, default={}, help="learning rates, like adamw@angpt=3e-3")
@@ -87,7 +93,7 @@ def _add_polar(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_shared(
-    parser: argparse.ArgumentParser, seeds: int, optimizers: str = DEFAULT_OPTIMIZERS, models: str = "gpt"
+    parser: argparse.ArgumentParser, seeds: int | None, optimizers: str = DEFAULT_OPTIMIZERS, models: str = "gpt"
 ) -> None:
     add = parser.add_argument
     add("--optimizers", type=_list_of(str), default=optimizers, help=f"default: {optimizers}")
@@ -104,7 +110,8 @@ def _add_shared(
     add("--data", default="shakespeare", help="shakespeare (default), stdlib, a text file, or a pattern of .bin shards")
     add("--steps", type=_positive_int, help="length of the runs; default: the preset's")
     add("--evaluations", type=_positive_int, help="points of the loss curve; default: the preset's")
-    add("--seeds", type=_positive_int, default=seeds, help=f"runs per setting; default: {seeds}")
+    if seeds:
+        add("--seeds", type=_positive_int, default=seeds, help=f"runs per setting; default: {seeds}")
     add("--out", type=Path, help="folder for results and checkpoints; default: runs/PRESET")
     add("--device", default="auto", help="auto (default: CUDA when there is one), cpu, cuda")
     add("--workers", type=_positive_int, help="runs at a time; default: one per core, one on a GPU")

@@ -69,7 +69,12 @@ class Plan:
         if not tuned and cell != optimizer:
             options = tuned_options(self.preset.name, optimizer)[0]
         undecayed = {"weight_decay": 0.0} if model in CONSTRAINED_MODELS else {}
-        return {name: undecayed.get(name, value) for name, value in options.items()}
+        return {name: undecayed.get(name, value) for name, value in options.items() if name != "then"}
+
+    def declared(self, cell: str) -> dict[str, list[Any]]:
+        """What the tuned options declare under "then": one more hyperparameter and its values, for `sweep`."""
+        found: dict[str, list[Any]] = tuned_options(self.preset.name, cell)[0].get("then", {})
+        return found
 
     def rates(self, given: dict[str, float]) -> dict[str, float]:
         """The learning rates of the command line, by cell; a `PlanError` for those of no cell."""

@@ -38,8 +38,8 @@ def plot_curves(groups: dict[str, list[Row]], out: Path, unit: str) -> None:
             _save(figure, out / name)
 
 
-def plot_rates(groups: dict[tuple[str, float], list[Row]], out: Path, unit: str) -> None:
-    """Final loss against the learning rate, one line per optimizer, one dot per run (`sweep.png`)."""
+def plot_rates(groups: dict[tuple[str, float], list[Row]], path: Path, unit: str) -> None:
+    """Final loss against the learning rate, one line per optimizer, one dot per run."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         axes = figure.subplots()
@@ -52,7 +52,7 @@ def plot_rates(groups: dict[tuple[str, float], list[Row]], out: Path, unit: str)
             axes.scatter([lr for lr, _ in dots], [loss for _, loss in dots], color=line.get_color(), s=18)
         axes.set_xscale("log", base=10)
         _label(axes, "learning rate", title=_title(groups), unit=unit)
-        _save(figure, out / "sweep.png")
+        _save(figure, path)
 
 
 def plot_norms(rows: dict[str, Row], out: Path) -> list[str]:

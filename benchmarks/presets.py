@@ -75,6 +75,7 @@ def tuned_options(preset: str, optimizer: str) -> tuple[dict[str, Any], bool]:
 
     Without an entry for the preset those of "quick" are taken, and without any, a learning rate of 1e-3. An entry with
     the key "optimizer" is a variant of that optimizer under a name of its own, one called `muon@angpt` is for a model.
+    "then" declares one more hyperparameter and its values, for `sweep` to try: `{"momentum": [0.9, 0.98]}`.
     """
     tuned = json.loads(TUNED.read_text())
     if optimizer in tuned.get(preset, {}):

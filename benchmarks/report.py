@@ -1,12 +1,13 @@
 """Tables of finished runs, on the terminal and as Markdown."""
 
+import json
 import math
 import shlex
 import statistics
 import sys
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tabulate import tabulate
 
@@ -14,6 +15,9 @@ from benchmarks.plan import BASELINE
 from benchmarks.plots import plot_curves, plot_norms, plot_rates
 from benchmarks.presets import cell_name
 from benchmarks.records import Row, replacing
+
+if TYPE_CHECKING:
+    from benchmarks.sweep import Search
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1 .. 9 degrees of freedom
 
@@ -30,18 +34,59 @@ def write_comparison(rows: list[Row], out: Path) -> None:
         _publish(table, rows, out / "compare.md", images)
 
 
-def write_sweep(rows: list[Row], out: Path) -> None:
-    """Print the table of a sweep and each optimizer's best rate, and write `sweep.md` and `sweep.png`."""
+def write_grid(rows: list[Row], out: Path) -> None:
+    """Print the table of a grid and each optimizer's best rate, and write `grid.md` and `grid.png`."""
     if rows:
         groups = group(rows, lambda row: (cell_of(row), float(row["config"]["lr"])))
         table = [
             {"optimizer": name, "lr": f"{lr:g}", "runs": str(len(members)), **loss_cells(members)}
             for (name, lr), members in sorted(groups.items())
         ]
-        plot_rates(groups, out, unit(rows))
+        plot_rates(groups, out / "grid.png", unit(rows))
         notes = [best_rate(name, groups) for name in dict.fromkeys(name for name, _ in groups)]
-        _publish(table, rows, out / "sweep.md", [*notes, "![loss by learning rate](sweep.png)"])
+        _publish(table, rows, out / "grid.md", [*notes, "![loss by learning rate](grid.png)"])
         print("\n".join(notes))
+
+
+def write_sweep(searches: "list[Search]", gap: float, rows: list[Row], steps: int, out: Path) -> None:
+    """Print what was chosen, and write `sweep.md`, `sweep.png` and `chosen.json`, in the format of `tuned.json`."""
+    of_cell = group(rows, cell_of)
+    table = [sweep_line(search, gap, of_cell[search.cell]) for search in searches]
+    short = [row for row in rows if row["config"]["preset"]["steps"] == steps]
+    plot_rates(group(short, lambda row: (cell_of(row), float(row["config"]["lr"]))), out / "sweep.png", unit(rows))
+    seeds = sorted({row["config"]["seed"] for row in rows})
+    notes = [
+        f"Screened in runs of {steps} steps at one seed; finalists at full length, seeds {seeds}. "
+        f"Seeds usually differ by {gap:.4f}.",
+        "![loss by learning rate](sweep.png)",
+    ]
+    chosen = {search.cell: {"lr": (best := search.chosen(gap)).lr, **best.options} for search in searches}
+    with replacing(out / "chosen.json") as partial:
+        partial.write_text(json.dumps(chosen, indent=2) + "\n")
+    _publish(table, rows, out / "sweep.md", notes)
+
+
+def sweep_line(search: "Search", gap: float, rows: list[Row]) -> dict[str, str]:
+    """One line of the table of a sweep: how much was tried, what was chosen, and the losses of all finalists."""
+    best = search.chosen(gap)
+    finals = [
+        f"{trial.lr:g}{_settings(trial.options)}: {' '.join(f'{loss:.4f}' for loss in trial.losses)}"
+        + (" unstable" if trial.is_unstable(gap) else "")
+        for trial in search.finals
+    ]
+    return {
+        "optimizer": search.cell,
+        "trials": f"{len(search.screened)} short, {sum(len(trial.losses) for trial in search.finals)} full",
+        "CPU s": f"{sum(row['cpu_seconds'] for row in rows):,.0f}",
+        "lr": f"{best.lr:g}{_settings(best.options)}",
+        f"val {unit(rows)}": f"{best.mean:.4f}",
+        "rates screened": f"{search.rate(min(search.screened)):g} .. {search.rate(max(search.screened)):g}",
+        "finalists": "; ".join(finals),
+    }
+
+
+def _settings(options: dict[str, Any]) -> str:
+    return "".join(f" {name}={value}" for name, value in options.items())
 
 
 def write_norms(rows: list[Row], out: Path) -> None:

@@ -1,24 +1,173 @@
-"""`python -m benchmarks sweep`: the final loss of each optimizer over a grid of learning rates."""
+"""`python -m benchmarks sweep`: tune every optimizer by one protocol, with the same number of trials.
 
+Learning rates lie on a grid of factors of two. Each is tried in one short annealed run; the grid follows the best one
+until that is not at its edge. The two best are run again at full length with two seeds. If `tuned.json` declares
+another hyperparameter under "then", its values follow at the chosen rate, at full length and with the same seeds.
+"""
+
+import itertools
+import math
+import statistics
 from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from benchmarks.plan import Plan
+from benchmarks.presets import Preset, RunConfig
+from benchmarks.records import Row
 from benchmarks.report import write_sweep
 from benchmarks.workers import Pool, default_size
 
-FACTORS = (0.25, 0.5, 1.0, 2.0)
 FIRST_SEED = 1000  # far from the seeds of `compare`, so that rates are not chosen on the runs they are judged by
+FINALISTS, SEEDS = 2, 2
+START = (-1, 0, 1)  # exponents of two around the tuned rate
+#: Seeds that differ by more than this many times what they usually do, and by more than this loss, say "unstable".
+UNSTABLE_RATIO, UNSTABLE_GAP = 4.0, 0.02
+
+
+@dataclass
+class Search:
+    """The search of one cell: the losses of its short runs by exponent of two, and its full-length trials."""
+
+    cell: str
+    centre: float
+    screened: dict[int, float] = field(default_factory=dict)
+    finals: "list[Trial]" = field(default_factory=list)
+
+    def rate(self, exponent: int) -> float:
+        """The learning rate of an exponent."""
+        return self.centre * 2.0**exponent
+
+    @property
+    def ranked(self) -> list[int]:
+        """The exponents tried, best first; of rates that all diverge the smallest."""
+        return sorted(self.screened, key=lambda exponent: (self.screened[exponent], exponent))
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate is the smallest or the largest one tried."""
+        return self.ranked[0] in (min(self.screened), max(self.screened))
+
+    def wanted(self) -> tuple[int, ...]:
+        """What to try next: the exponents to start with, then the nearest to the best, on the better side first."""
+        if not self.screened:
+            return START
+        best = self.ranked[0]
+        untried = (e for e in range(min(self.screened) - 1, max(self.screened) + 2) if e not in self.screened)
+
+        def preference(exponent: int) -> tuple[int, float]:
+            neighbour = exponent + (1 if exponent < best else -1)
+            return abs(exponent - best), self.screened.get(neighbour, math.inf)
+
+        return (min(untried, key=preference),)
+
+    def chosen(self, usual_gap: float) -> "Trial":
+        """The full-length trial with the lowest mean, of those whose seeds agree as seeds usually do, if there are."""
+        stable = [trial for trial in self.finals if not trial.is_unstable(usual_gap)]
+        return min(stable or self.finals, key=lambda trial: trial.mean)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting at full length: its rate, what else was set, and the losses of its seeds (infinite: diverged)."""
+
+    lr: float
+    options: dict[str, Any]
+    losses: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean loss over the seeds."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def gap(self) -> float:
+        """The largest difference between seeds."""
+        return max(self.losses) - min(self.losses) if math.isfinite(self.mean) else math.inf
+
+    def is_unstable(self, usual_gap: float) -> bool:
+        """Whether the seeds disagree far more than seeds usually do."""
+        return self.gap > max(UNSTABLE_RATIO * usual_gap, UNSTABLE_GAP)
 
 
 def sweep(arguments: Namespace) -> int:
-    """Run the sweep and report it; returns the exit code, 1 when a run failed."""
+    """Run the protocol and report it; returns the exit code, 1 when a run failed."""
     plan = Plan(arguments)
-    configs = []
-    for cell in plan.cells:
-        rates = arguments.rates or [factor * plan.options(cell)["lr"] for factor in FACTORS]
-        seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
-        configs += [plan.config(cell, seed, rate) for rate in rates for seed in seeds]
-    pool = Pool(arguments.out, arguments.workers or default_size(plan.device))
-    rows = pool.run(configs)
-    write_sweep(rows, arguments.out)
-    return 1 if pool.failures else 0
+    runner = Runner(plan, Pool(arguments.out, arguments.workers or default_size(plan.device)))
+    searches = [Search(cell, plan.options(cell)["lr"]) for cell in plan.cells]
+    steps = arguments.screen_steps or max(1, plan.preset.steps // 2)
+    screen(searches, runner, replace(plan.preset, steps=steps), arguments.trials)
+    if not runner.pool.failures:
+        run_finals(searches, runner)
+    if not runner.pool.failures:
+        run_declared(searches, runner)
+        write_sweep(searches, usual_gap(searches), runner.rows, steps, arguments.out)
+    return 1 if runner.pool.failures else 0
+
+
+@dataclass
+class Runner:
+    """Runs configurations, and keeps all rows."""
+
+    plan: Plan
+    pool: Pool
+    rows: list[Row] = field(default_factory=list)
+
+    def config(self, cell: str, seed: int, lr: float, preset: Preset, **options: Any) -> RunConfig:
+        """A run of a cell with some of its options set."""
+        plain = self.plan.config(cell, seed, lr)
+        return replace(plain, preset=replace(plain.preset, steps=preset.steps), options={**plain.options, **options})
+
+    def losses(self, configs: list[RunConfig]) -> list[float]:
+        """The final losses of runs, infinite where they diverged; fewer than runs if some failed."""
+        rows = self.pool.run(configs)
+        self.rows += rows
+        return [math.inf if row["final_loss"] is None else float(row["final_loss"]) for row in rows]
+
+
+def screen(searches: list[Search], runner: Runner, short: Preset, trials: int) -> None:
+    """Short runs, the same number for all, at least `trials`, and until no best rate is at the edge of its grid."""
+    while any(len(s.screened) < trials or s.at_edge for s in searches) and not runner.pool.failures:
+        asked = [(search, exponent) for search in searches for exponent in search.wanted()]
+        if max(len(s.screened) for s in searches) >= 3 * trials:
+            raise SystemExit("sweep: no end of better rates is in sight; look at the results so far")
+        configs = [runner.config(s.cell, FIRST_SEED, s.rate(exponent), short) for s, exponent in asked]
+        for (search, exponent), loss in zip(asked, runner.losses(configs), strict=False):
+            search.screened[exponent] = loss
+
+
+def run_finals(searches: list[Search], runner: Runner) -> None:
+    """The best rates of each cell at full length."""
+    asked = [(search, search.rate(e), {}) for search in searches for e in search.ranked[:FINALISTS]]
+    run_trials(asked, runner)
+
+
+def run_declared(searches: list[Search], runner: Runner) -> None:
+    """The declared values of one more hyperparameter, at the rate chosen so far."""
+    gap = usual_gap(searches)
+    asked = [
+        (search, search.chosen(gap).lr, {name: value})
+        for search in searches
+        for name, values in itertools.islice(runner.plan.declared(search.cell).items(), 1)
+        for value in values
+    ]
+    run_trials(asked, runner)
+
+
+def run_trials(asked: Iterable[tuple[Search, float, dict[str, Any]]], runner: Runner) -> None:
+    """Every setting with every seed, at full length."""
+    asked, seeds = list(asked), range(FIRST_SEED, FIRST_SEED + SEEDS)
+    configs = [
+        runner.config(s.cell, seed, lr, runner.plan.preset, **options) for s, lr, options in asked for seed in seeds
+    ]
+    losses = runner.losses(configs)
+    if len(losses) == len(configs):
+        for i, (search, lr, options) in enumerate(asked):
+            search.finals.append(Trial(lr, options, tuple(losses[SEEDS * i : SEEDS * (i + 1)])))
+
+
+def usual_gap(searches: list[Search]) -> float:
+    """The median difference between seeds, over all full-length trials."""
+    gaps = [trial.gap for search in searches for trial in search.finals]
+    return statistics.median(gaps) if gaps else 0.0

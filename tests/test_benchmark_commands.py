@@ -117,12 +117,12 @@ def test_comparison_runs_every_optimizer_at_its_tuned_rate(corpus: Corpus, monke
     assert runs[0].device == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_sweep_takes_a_factor_two_grid_and_fresh_seeds(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = planned(["sweep", "--data", corpus.name, "--optimizers", "adamw", "--seeds", "1"], monkeypatch)
+def test_the_grid_has_factors_of_two_and_fresh_seeds(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = planned(["grid", "--data", corpus.name, "--optimizers", "adamw", "--seeds", "1"], monkeypatch)
     centre = json.loads(TUNED.read_text())["quick"]["adamw"]["lr"]
     assert [run.lr for run in runs] == pytest.approx([centre / 4, centre / 2, centre, 2 * centre])
     assert {run.seed for run in runs} == {1000}
-    given = planned(["sweep", "--data", corpus.name, "--optimizers", "adamw,sgd", "--rates", "1e-3,1"], monkeypatch)
+    given = planned(["grid", "--data", corpus.name, "--optimizers", "adamw,sgd", "--rates", "1e-3,1"], monkeypatch)
     assert [(run.optimizer, run.lr, run.seed) for run in given[:4]] == [
         ("adamw", 1e-3, 1000),
         ("adamw", 1e-3, 1001),

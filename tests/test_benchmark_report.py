@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import best_rate, comparison_line, difference, write_comparison, write_sweep
+from benchmarks.report import best_rate, comparison_line, difference, write_comparison, write_grid
 from tests.bench_runs import row
 
 
@@ -50,16 +50,16 @@ def test_unknown_bytes_per_token_leave_bits_out(tmp_path: Path) -> None:
     assert "val nats/token" in (tmp_path / "compare.md").read_text()
 
 
-def test_report_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     losses = {0.1: (2.0, 2.2), 0.2: (1.0, None), 0.4: (1.8, 2.0), 0.8: (3.0, 3.0)}
     rows = [row("muon", seed, loss, lr) for lr, pair in losses.items() for seed, loss in enumerate(pair)]
-    write_sweep([*rows, row("sgd", 0, 3.0, 1.0), row("sgd", 0, 2.0, 2.0), row("sign", 0, None)], tmp_path)
+    write_grid([*rows, row("sgd", 0, 3.0, 1.0), row("sgd", 0, 2.0, 2.0), row("sign", 0, None)], tmp_path)
     printed = capsys.readouterr().out
     assert "muon: best learning rate 0.4 of 4, found in 400 CPU seconds.\n" in printed
     assert "sgd: best learning rate 2 of 2, found in 100 CPU seconds. It is at the edge of the grid" in printed
     assert "sign: every learning rate diverged." in printed
-    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert "diverged (1 of 2)" in (tmp_path / "sweep.md").read_text()
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    assert "diverged (1 of 2)" in (tmp_path / "grid.md").read_text()
 
 
 def test_best_rate_at_the_lower_edge() -> None:
