@@ -55,6 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="same batches, same initial weights, each at its tuned rate")
     _add_shared(compare, seeds=1)
     compare.add_argument("--lr", type=_rates_by_name, default={}, help="learning rates, like muon=0.01,adamw=3e-3")
+    lengths = "other lengths to run too, for the steps to a target, like 150,300"
+    compare.add_argument("--horizons", type=_list_of(_positive_int), default=[], help=lengths)
     grid = commands.add_parser("grid", help="a fixed grid of learning rates for each optimizer")
     _add_shared(grid, seeds=2)
     grid.add_argument("--rates", type=_list_of(_positive_float), help="default: tuned x 1/4, 1/2, 1, 2")

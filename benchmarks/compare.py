@@ -1,9 +1,12 @@
 """`python -m benchmarks compare`: several optimizers on the same batches from the same initial weights."""
 
 from argparse import Namespace
+from dataclasses import replace
 
+from benchmarks.ngram import ngram_loss
 from benchmarks.plan import Plan
 from benchmarks.report import write_comparison
+from benchmarks.targets import Target
 from benchmarks.workers import Pool, default_size
 
 
@@ -14,8 +17,11 @@ def compare(arguments: Namespace) -> int:
     untuned = [cell for cell in plan.untuned() if cell not in rates]
     if untuned and not arguments.smoke:
         print(f"Not tuned for {plan.preset.name}: {', '.join(untuned)}. Set learning rates with --lr NAME=RATE.")
-    configs = [plan.config(cell, seed, rates.get(cell)) for seed in range(arguments.seeds) for cell in plan.cells]
+    full = [plan.config(cell, seed, rates.get(cell)) for seed in range(arguments.seeds) for cell in plan.cells]
+    lengths = sorted({plan.preset.steps, *(arguments.horizons or [])}, reverse=True)
+    configs = [replace(config, preset=replace(config.preset, steps=steps)) for steps in lengths for config in full]
     pool = Pool(arguments.out, arguments.workers or default_size(plan.device))
     rows = pool.run(configs)
-    write_comparison(rows, arguments.out)
+    counted = arguments.horizons and plan.corpus.bytes_per_token == 1
+    write_comparison(rows, arguments.out, [Target("5-gram model", ngram_loss(plan.corpus))] if counted else [])
     return 1 if pool.failures else 0

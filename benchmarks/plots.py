@@ -1,6 +1,7 @@
 """Plots of finished runs: loss against steps, against seconds and against the learning rate."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.records import Row, replacing
+from benchmarks.targets import Target
 
 matplotlib.use("Agg")
 STYLE: dict[Any, Any] = {
@@ -53,6 +55,24 @@ def plot_rates(groups: dict[tuple[str, float], list[Row]], path: Path, unit: str
         axes.set_xscale("log", base=10)
         _label(axes, "learning rate", title=_title(groups), unit=unit)
         _save(figure, path)
+
+
+def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target], out: Path, unit: str) -> None:
+    """Final loss of annealed runs against their length, with the targets drawn in (`horizons.png`)."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for name, by_length in losses.items():
+            axes.plot(list(by_length), list(by_length.values()), marker="o", label=name, linewidth=2)
+        lengths = sorted({length for by_length in losses.values() for length in by_length})
+        for target in targets:
+            axes.axhline(target.loss, color="black", linewidth=0.8, linestyle="--")
+            axes.annotate(target.name, (lengths[-1], target.loss), ha="right", va="bottom", fontsize=8)
+        axes.set_xscale("log")
+        axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
+        axes.minorticks_off()
+        _label(axes, "steps of an annealed run", title="", unit=unit)
+        _save(figure, out / "horizons.png")
 
 
 def plot_norms(rows: dict[str, Row], out: Path) -> list[str]:

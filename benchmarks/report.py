@@ -1,20 +1,22 @@
 """Tables of finished runs, on the terminal and as Markdown."""
 
+import csv
 import json
 import math
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tabulate import tabulate
 
 from benchmarks.plan import BASELINE
-from benchmarks.plots import plot_curves, plot_norms, plot_rates
+from benchmarks.plots import plot_curves, plot_horizons, plot_norms, plot_rates
 from benchmarks.presets import cell_name
 from benchmarks.records import Row, replacing
+from benchmarks.targets import Target, mean_losses, reach, seconds_a_step
 
 if TYPE_CHECKING:
     from benchmarks.sweep import Search
@@ -24,14 +26,63 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Stud
 Key = TypeVar("Key", bound=Hashable)
 
 
-def write_comparison(rows: list[Row], out: Path) -> None:
-    """Print the table of a comparison and write `compare.md`, `loss_steps.png` and `loss_seconds.png`."""
-    if rows:
-        groups = group(rows, cell_of)
-        table = [comparison_line(name, groups) for name in groups]
-        plot_curves(groups, out, unit(rows))
-        images = ["![loss by step](loss_steps.png)", "![loss by time](loss_seconds.png)"]
-        _publish(table, rows, out / "compare.md", images)
+def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ()) -> None:
+    """Print the table of a comparison and write it as `compare.md`, `.csv` and `.tex`, with plots of the loss.
+
+    Runs of the full length count there. Where there are shorter ones too, a second table (`targets.csv`, `targets.tex`)
+    says how long it takes to each target, tuned AdamW's final loss before those given, and `horizons.png` shows why.
+    """
+    if not rows:
+        return
+    lengths = sorted({int(row["config"]["preset"]["steps"]) for row in rows})
+    full = [row for row in rows if row["config"]["preset"]["steps"] == lengths[-1]]
+    groups = group(full, cell_of)
+    plot_curves(groups, out, unit(rows))
+    notes = ["![loss by step](loss_steps.png)", "![loss by time](loss_seconds.png)"]
+    if len(lengths) > 1:
+        of_cell = group(rows, cell_of)
+        if BASELINE in groups and losses(groups[BASELINE]):
+            targets = [
+                Target(f"tuned {BASELINE} after {lengths[-1]} steps", mean(groups[BASELINE], "final_loss")),
+                *targets,
+            ]
+        table = [target_line(name, members, target) for target in targets for name, members in of_cell.items()]
+        write_table(table, out / "targets")
+        plot_horizons({name: mean_losses(members) for name, members in of_cell.items()}, targets, out, unit(rows))
+        print("\n" + tabulate(table, "keys", tablefmt="simple_outline", disable_numparse=True, stralign="right"))
+        markdown = tabulate(table, "keys", tablefmt="github", disable_numparse=True, stralign="right")
+        notes += [
+            f"Runs of {', '.join(map(str, lengths))} steps, each annealed.",
+            markdown,
+            "![horizons](horizons.png)",
+        ]
+    table = [comparison_line(name, groups) for name in groups]
+    write_table(table, out / "compare")
+    _publish(table, full, out / "compare.md", notes)
+
+
+def target_line(name: str, rows: list[Row], target: Target) -> dict[str, str]:
+    """How long one optimizer takes to a target."""
+    preset = rows[0]["config"]["preset"]
+    found = reach(mean_losses(rows), target.loss)
+    return {
+        "target": f"{target.name}, {target.loss:.4f}",
+        "optimizer": name,
+        "steps": found.of(1),
+        "tokens": found.of(preset["batch"] * preset["context"]),
+        "CPU s" if rows[0]["config"]["device"] == "cpu" else "s": found.of(seconds_a_step(rows)),
+    }
+
+
+def write_table(table: list[dict[str, str]], path: Path) -> None:
+    """The table as `path`.csv and `path`.tex."""
+    with replacing(path.with_suffix(".csv")) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    with replacing(path.with_suffix(".tex")) as partial:
+        text = tabulate(table, "keys", tablefmt="latex_booktabs", disable_numparse=True, stralign="right")
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def write_grid(rows: list[Row], out: Path) -> None:
@@ -160,7 +211,10 @@ def loss_cells(rows: list[Row]) -> dict[str, str]:
 
 
 def difference(rows: list[Row], baseline: list[Row]) -> str:
-    """Mean difference of the final losses to the baseline's of the same seeds, with its 95% confidence interval."""
+    """Mean difference of the final losses to the baseline's of the same seeds, with its 95% confidence interval.
+
+    "not resolved" where the interval holds 0.
+    """
     by_seed = {row["config"]["seed"]: row["final_loss"] for row in baseline if row["final_loss"] is not None}
     pairs = [(row["final_loss"], by_seed.get(row["config"]["seed"])) for row in rows if row["final_loss"] is not None]
     gaps = [ours - theirs for ours, theirs in pairs if theirs is not None]
@@ -169,7 +223,8 @@ def difference(rows: list[Row], baseline: list[Row]) -> str:
     if len(gaps) == 1:
         return f"{gaps[0]:+.4f}"
     quantile = T_975[len(gaps) - 2] if len(gaps) - 2 < len(T_975) else 2.262
-    return f"{statistics.mean(gaps):+.4f} ± {quantile * statistics.stdev(gaps) / math.sqrt(len(gaps)):.4f}"
+    middle, half = statistics.mean(gaps), quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return f"{middle:+.4f} ± {half:.4f}" + ("" if abs(middle) > half else ", not resolved")
 
 
 def best_rate(name: str, groups: dict[tuple[str, float], list[Row]]) -> str:

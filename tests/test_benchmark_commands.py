@@ -117,6 +117,14 @@ def test_comparison_runs_every_optimizer_at_its_tuned_rate(corpus: Corpus, monke
     assert runs[0].device == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_horizons_are_runs_of_other_lengths(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["compare", "--data", corpus.name, "--optimizers", "adamw,muon", "--steps", "40", "--horizons", "10,20"]
+    runs = planned(command, monkeypatch)
+    assert [(run.preset.steps, run.optimizer) for run in runs] == [
+        (steps, name) for steps in (40, 20, 10) for name in ("adamw", "muon")
+    ]
+
+
 def test_the_grid_has_factors_of_two_and_fresh_seeds(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = planned(["grid", "--data", corpus.name, "--optimizers", "adamw", "--seeds", "1"], monkeypatch)
     centre = json.loads(TUNED.read_text())["quick"]["adamw"]["lr"]

@@ -1,10 +1,19 @@
 """Tables and plots of finished runs."""
 
+import csv
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from benchmarks.data import Corpus
+from benchmarks.ngram import ngram_loss
+from benchmarks.records import Row
 from benchmarks.report import best_rate, comparison_line, difference, write_comparison, write_grid
+from benchmarks.targets import Reach, Target, mean_losses, reach
 from tests.bench_runs import row
 
 
@@ -15,7 +24,7 @@ def test_comparison_line() -> None:
         "lr": "0.1",
         "val nats/byte": "1.7000 ± 0.2828",
         "bits/byte": "2.4526",
-        "vs adamw": "-0.4000 ± 1.2706",  # t(0.975, 1 degree of freedom) = 12.706 times 0.1414 / sqrt(2)
+        "vs adamw": "-0.4000 ± 1.2706, not resolved",  # t(0.975, 1 degree of freedom) = 12.706 times 0.1414 / sqrt(2)
         "tok/s": "1,234",
         "fwd+bwd ms": "90",
         "opt ms": "10.0",
@@ -43,6 +52,62 @@ def test_report_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for name in ("loss_steps.png", "loss_seconds.png"):
         assert f"({name})" in markdown
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def of_length(made: Row, steps: int) -> Row:
+    made["config"]["preset"]["steps"] = steps
+    return {**made, "steps_done": steps, "train_seconds": 0.5 * steps}
+
+
+def test_report_of_horizons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """AdamW ends at 2.0 after 400 steps; Muon's loss is linear in log(steps), 2.5 at 100 and 1.5 at 400."""
+    found = {"adamw": {100: 3.0, 200: 2.5, 400: 2.0}, "muon": {100: 2.5, 200: 2.0, 400: 1.5}}
+    rows = [
+        of_length(row(n, seed, loss), steps) for n, by in found.items() for steps, loss in by.items() for seed in (0, 1)
+    ]
+    write_comparison(rows, tmp_path, [Target("counting", 1.75)])
+    printed, markdown = capsys.readouterr().out, (tmp_path / "compare.md").read_text()
+    lines = list(csv.DictReader((tmp_path / "targets.csv").read_text().splitlines()))
+    reached = {(line["target"].split(",")[0], line["optimizer"]): line for line in lines}
+    assert reached["tuned adamw after 400 steps", "muon"]["steps"] == "200"
+    assert reached["tuned adamw after 400 steps", "muon"]["tokens"] == str(200 * 6 * 8).replace("9600", "9,600")
+    assert reached["tuned adamw after 400 steps", "muon"]["CPU s"] == "100"
+    assert reached["counting", "muon"]["steps"] == "283" and reached["counting", "adamw"]["steps"] == "> 400"
+    assert "> 400" in printed and "horizons.png" in markdown and (tmp_path / "horizons.png").stat().st_size > 10_000
+    (line,) = [
+        line
+        for line in csv.DictReader((tmp_path / "compare.csv").read_text().splitlines())
+        if line["optimizer"] == "muon"
+    ]
+    assert line["val nats/byte"] == "1.5000 ± 0.0000" and line["vs adamw"] == "-0.5000 ± 0.0000"
+    assert r"\begin{tabular}" in (tmp_path / "compare.tex").read_text()
+
+
+@given(st.floats(0.1, 3), st.floats(0.01, 2), st.floats(50, 900))
+def test_targets_are_interpolated_in_log_steps(start: float, slope: float, steps: float) -> None:
+    losses = {length: start - slope * math.log(length) for length in (100, 200, 400, 800)}
+    found = reach(losses, start - slope * math.log(steps))
+    if steps <= 100 or steps > 800:
+        assert (found.bound, found.steps) == (("<= ", 100) if steps <= 100 else ("> ", 800))
+    else:
+        assert found.bound == "" and found.steps == pytest.approx(steps, rel=1e-6)
+
+
+def test_targets_of_lengths_that_diverge() -> None:
+    assert reach({100: math.inf, 200: 2.0}, 2.5) == Reach(200)
+    assert reach({100: 3.0, 200: math.inf}, 2.5) == Reach(200, "> ")
+    assert mean_losses([of_length(row("a", 0, None), 100), of_length(row("a", 1, 2.0), 100)]) == {100: math.inf}
+
+
+def test_counting_models() -> None:
+    """By hand: after "a" come b, b and c of 256; after "b" only a."""
+    text = np.frombuffer(b"abacab", dtype=np.uint8)
+    corpus = Corpus("text", (text, text[:2]), np.frombuffer(b"abx", dtype=np.uint8), 256, 1.0, "")
+    a_then_b, b_then_x = (3 + 0.1) / (4 + 25.6), 0.1 / (1 + 25.6)
+    assert ngram_loss(corpus, 2, 0.1) == pytest.approx(-(math.log(a_then_b) + math.log(b_then_x)) / 2)
+    assert ngram_loss(corpus, 1, 0.1) == pytest.approx(-sum(math.log((n + 0.1) / (8 + 25.6)) for n in (4, 3, 0)) / 3)
+    with pytest.raises(ValueError, match="9-grams of 256 tokens"):
+        ngram_loss(corpus, 9)
 
 
 def test_unknown_bytes_per_token_leave_bits_out(tmp_path: Path) -> None:
