@@ -63,6 +63,7 @@ from normopt.stepsize import (
     TrustRatio,
 )
 from normopt.subspace import Aligned, LowRank
+from normopt.torch_state import from_torch_state
 from normopt.view import View
 from normopt.whitening import KLWhitened
 from normopt.zoo import create, list_optimizers
@@ -146,6 +147,7 @@ __all__ = [
     "create",
     "describe",
     "directions",
+    "from_torch_state",
     "list_optimizers",
     "momentum",
     "nn",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from functools import reduce
 from operator import mul
 from typing import Any
@@ -31,6 +32,8 @@ class Batch:
     def __init__(self, group: dict[str, Any], params: list[Tensor], rule: Rule, state: State) -> None:
         self.group, self.params, self.rule = group, params, rule
         self.flat = rule.elementwise
+        self._kept: Tensor | None = None
+        self.ok: Tensor | None = None  # whether the device finds that the step can be taken, if it must ask
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
         self.steps = torch.tensor([age(state, p) for p in params])
         g = self.gradient()
@@ -40,17 +43,13 @@ class Batch:
         for name, tensor in self.state.items():
             for views, view in zip(self._views, self._state_views(tensor), strict=True):
                 views[name] = view
-        self._adopt(state)
+        for p, views in zip(params, self._views, strict=True):
+            _check_shapes(state.get(p, {}), views)
 
-    def _adopt(self, state: State) -> None:
+    def adopt(self, state: State) -> None:
         """Copy the parameters' state into this batch, and let ``state`` hold views of it from now on."""
-        homes = [(state[p], views) for p, views in zip(self.params, self._views, strict=True)]
-        for saved, views in homes:
-            for name in saved.keys() & views.keys():
-                if saved[name].shape != views[name].shape:
-                    shapes = f"{tuple(saved[name].shape)} where its parameter needs {tuple(views[name].shape)}"
-                    raise ValueError(f"the state {name!r} has shape {shapes}: it was loaded from another model")
-        for saved, views in homes:
+        for p, views in zip(self.params, self._views, strict=True):
+            saved = state[p]
             for name in saved.keys() & views.keys():
                 views[name].copy_(saved[name])
             saved.update(views)
@@ -58,7 +57,7 @@ class Batch:
     def is_current(self, state: State) -> bool:
         """Whether the parameters' state still consists of this batch's views."""
         return all(
-            state[p].get(name) is view
+            state.get(p, {}).get(name) is view
             for p, views in zip(self.params, self._views, strict=True)
             for name, view in views.items()
         )
@@ -85,22 +84,52 @@ class Batch:
         return [self._like(piece, p) for piece, p in zip(self._pieces(x), self.params, strict=True)]
 
     def gradient(self, gradients: Iterable[Tensor] | None = None) -> Tensor:
-        """The gradients, or those given, negated where the group maximizes."""
-        g = self.gather([p.grad for p in self.params] if gradients is None else gradients)  # type: ignore[misc]
+        """The gradients, or those given, negated where the group maximizes; 0 for a step that must not be taken."""
+        if gradients is None:
+            g, self._kept = self._gathered() if self._kept is None else self._kept, None
+        else:
+            g = self.gather(gradients)
+        g = g if self.ok is None else choose(self.ok, g, torch.zeros_like(g))
         return g.neg() if self.group["maximize"] else g
+
+    def _gathered(self) -> Tensor:
+        return self.gather([p.grad for p in self.params])  # type: ignore[misc]
+
+    def sum_of_gradient(self) -> float:
+        """The sum of all entries, for which gradients are gathered now and kept until the step asks for them."""
+        self._kept = self._gathered()
+        return self._kept.sum().item()
 
     def weights(self) -> Tensor:
         """The weights, in float32 or better."""
         return self.gather(self.params)
 
     @property
+    def is_watched(self) -> bool:
+        """Whether gradients that are not finite keep these parameters from moving."""
+        return bool(self.group["nonfinite"] != "propagate")
+
+    @property
     def is_vector(self) -> bool:
         """Whether these are vectors or scalars, each seen as a matrix with one row."""
         return not self.flat and self.params[0].ndim < 2
 
+    def snapshot(self) -> list[Tensor]:
+        """Copies of weights and state, if only the device will know whether the step can be taken."""
+        return [] if self.ok is None else [x.clone() for x in (self.weights(), *self.state.values())]
+
+    def undo_unless_ok(self, before: list[Tensor]) -> None:
+        """Put back what ``snapshot`` has returned if the device finds that the step must not be taken."""
+        if self.ok is None:
+            return
+        old_weights, *old = before
+        torch._foreach_copy_(self.params, self.scatter(choose(self.ok, self.weights(), old_weights)))
+        for x, y in zip(self.state.values(), old, strict=True):
+            x.copy_(choose(self.ok, x, y))
+
     def prepare(self, rule: Rule, shared: Shared) -> None:
         """Take this step's numbers from the param group, before anything moves: they may be out of range."""
-        self.rule, lr = rule, self.group["lr"]
+        self.rule, self._kept, lr = rule, None, self.group["lr"]
         if isinstance(lr, Tensor):
             lr = lr.squeeze().to(self.params[0].device, non_blocking=True)
         step = max(1.0, self.taken() + 1)
@@ -138,9 +167,40 @@ class Batch:
             yield self._like(piece, p) if whole else piece
 
 
+def choose(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` if the step can be taken, else ``old``, decided on the device."""
+    return torch.where(ok.to(new.device, non_blocking=True), new, old)
+
+
+def sums_are_finite(batches: Iterable[Batch]) -> bool:
+    """Whether gradients are surely finite; ``False`` if that is not known, or if it would take the memory of batches.
+
+    A finite sum has finite terms. Nothing is gathered for its sake alone, so that it costs next to nothing.
+    """
+    watched = [batch for batch in batches if batch.is_watched]
+    if sum(p.numel() for batch in watched for p in batch.params) > MAX_ENTRIES:
+        return False
+    return all(math.isfinite(batch.sum_of_gradient()) for batch in watched)
+
+
 def age(state: State, p: Tensor) -> float:
     """How many steps ``p`` has taken."""
     return float(state[p]["step"]) if "step" in state.get(p, ()) else 0.0
+
+
+def _check_shapes(saved: Mapping[str, Any], views: Mapping[str, Tensor]) -> None:
+    for name in saved.keys() & views.keys():
+        if saved[name].shape != views[name].shape:
+            shapes = f"{tuple(saved[name].shape)} where its parameter needs {tuple(views[name].shape)}"
+            raise ValueError(f"the state {name!r} has shape {shapes}: it is that of another parameter")
+
+
+def state_shapes(p: Tensor, rule: Rule) -> dict[str, tuple[int, ...]]:
+    """The shape of each piece of state, save ``step``, that a rule keeps for a parameter; nothing is computed."""
+    seen = (p.numel(),) if rule.elementwise else rule.view.shape(tuple(p.shape))
+    x = torch.empty(seen, device="meta")
+    state = rule.init_state(x, lambda: x)
+    return {name: tuple(p.shape if y.shape == x.shape else y.shape) for name, y in state.items()}
 
 
 def partition(group: dict[str, Any], params: list[Tensor], rule: Rule, state: State) -> Iterator[Batch]:

@@ -210,7 +210,7 @@ class Factored(Direction):
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        check_range(self, "decay", self.decay, -float("inf"), 0, closed=True)
+        check_range(self, "decay", self.decay, -1e300, 0, closed=True)
         if self.eps is not None:
             check_range(self, "eps", self.eps, 0, float("inf"))
 

@@ -112,7 +112,7 @@ class HeavyBall(Momentum):
 
     Args:
         beta: weight of the past, in [0, 1); 0 keeps no state.
-        dampening: how much of each later gradient is left out.
+        dampening: how much of each later gradient is left out, in [0, 1].
         nesterov: look ahead; needs ``beta > 0`` and no dampening.
         damp_first: dampen the first gradient too.
     """
@@ -124,6 +124,7 @@ class HeavyBall(Momentum):
 
     def __post_init__(self) -> None:
         check_range(self, "beta", self.beta, 0, 1)
+        check_range(self, "dampening", self.dampening, 0, 1, closed=True)
         if self.nesterov is True and not (self.beta and not self.dampening):
             raise ValueError("HeavyBall: nesterov needs beta > 0 and dampening = 0")
 

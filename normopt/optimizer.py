@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, field
-from numbers import Real
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from normopt.batch import Batch, partition
+from normopt import finite
+from normopt.batch import Batch, choose, partition
+from normopt.checks import (
+    check_alone,
+    check_distinct,
+    check_gradients,
+    check_known,
+    check_lr,
+    check_numbers,
+    check_parameters,
+    rule_of,
+)
 from normopt.constraints import Constraint
-from normopt.ingredient import Context, Stage, nearest, parse
+from normopt.cycling import first_weight, forward
+from normopt.ingredient import Stage, nearest
 from normopt.momentum import Momentum, NoMomentum
+from normopt.move import Move, anyone, apply, begin, direct, kinds, shared_by
 from normopt.roles import Geometry, entry, overlaid, param_groups, with_beta
 from normopt.rule import INGREDIENTS, Rule
-from normopt.stepsize import Shared, StepSize, double
+from normopt.state import ADDED, VERSION, accepted, restored, to_home
+from normopt.stepsize import StepSize, double
 from normopt.view import View
-
-#: Param-group entries that are no options of an ingredient: ours, and those that torch's schedulers and users write.
-_GROUP_KEYS = {"params", "param_names", "lr", "maximize", "role", "reasons", "rule", "name", "initial_lr", "lr_scale"}
-_GROUP_KEYS |= {f"{bound}_{name}" for bound in ("base", "max", "min") for name in ("lr", "momentum")}
-
-
-@dataclass
-class _Move:
-    """What one batch is about to do, known step by step: the averaged gradient and the direction come last."""
-
-    batch: Batch
-    context: Context
-    averaged: Tensor = field(default_factory=lambda: torch.empty(0))
-    direction: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def step_size(self) -> StepSize:
-        """That of the batch's rule."""
-        return self.batch.rule.step_size
 
 
 class SteepestDescent(Optimizer):
@@ -66,14 +58,20 @@ class SteepestDescent(Optimizer):
         overrides: with a model, glob pattern over parameter names -> role, norm or dict, see :func:`normopt.roles`.
         view: how tensors are seen as matrices; a model's roles have views of their own.
         maximize: go up instead of down.
+        nonfinite: what ``step`` does when it finds NaN or Inf in a gradient. ``"raise"``: an error that names the
+            parameters; ``"skip"``: nothing, as a ``GradScaler`` does; ``"propagate"``: it does not look. Until then
+            nothing has changed, neither weights nor state. Every param group can have its own; one bad gradient keeps
+            all groups where they are. On accelerators the device leaves the step out without being waited for, the
+            error comes with the next call of ``step``, and step counters are right again by then.
         foreach: taken for torch's sake; tensors are always batched.
         fused: likewise.
         capturable: must be False.
         differentiable: must be False.
 
     Raises:
-        ValueError: an unknown name, a number out of range, a norm that does not fit a parameter's shape; and in
-            ``step``, before anything has changed, a sparse or complex gradient. Messages name parameter or argument.
+        ValueError: an unknown name, a number out of range, a norm that does not fit a parameter's shape, a parameter
+            that is sharded, flattened or given twice; and in ``step``, before anything has changed, a gradient that is
+            sparse, complex, not finite or shaped otherwise. Messages name parameter or argument.
         TypeError: a param group with an entry that none of its ingredients reads.
     """
 
@@ -104,6 +102,7 @@ class SteepestDescent(Optimizer):
         overrides: Mapping[str, Any] | None = None,
         view: View | Mapping[str, Any] | None = None,
         maximize: bool = False,
+        nonfinite: str = "raise",
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -120,29 +119,44 @@ class SteepestDescent(Optimizer):
             params = param_groups(params, overlaid(self.geometry, geometry), overrides)
         elif geometry is not None or overrides is not None:
             raise ValueError("geometry and overrides need a whole model: pass the module instead of its parameters")
+        self._forget_steps()
+        defaults = {"lr": lr, "maximize": maximize, "nonfinite": nonfinite, "rule": repr(rule), **numbers}
+        super().__init__(params, defaults)
+        self._check_geometry()
+        if not {"betas", "momentum"} & self.defaults.keys():
+            weight = first_weight((group, rule_of(group)) for group in self.param_groups)
+            self.defaults |= {} if weight is None else {"momentum": weight}  # for schedulers that cycle it
+
+    def _forget_steps(self) -> None:
         self._batches_of: dict[int, list[Batch]] = {}
-        super().__init__(params, {"lr": lr, "maximize": maximize, "rule": repr(rule), **numbers})
+        self._watch = finite.Watch()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._batches_of = {}
+        self.defaults.pop("differentiable", None)  # torch's, which groups that are added later would get
+        self._forget_steps()
+        for group in self.param_groups:
+            for name, value in {**ADDED, "state_version": VERSION}.items():
+                group.setdefault(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._watch.settle()
+        return super().__getstate__()
 
     # Param groups ---------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group as in torch.optim; it may name its own ingredients, and ``lr_ratio`` in place of ``lr``."""
         group = dict(param_group)
-        rule = self._rule_of(group)
-        group["rule"] = repr(rule)
-        if "lr_ratio" in group:
-            group["lr"] = self.defaults["lr"] * group.pop("lr_ratio")
-        own = {name for role in self.geometry for name in entry(self.geometry, role)} if "role" in group else set()
-        _check_options({**self.defaults, **group}, rule, self.defaults.keys() | own)
+        rule = self._check_group(group)
+        if not isinstance(group["params"], (Tensor, set)):
+            group["params"] = list(group["params"])
+            check_distinct(group["params"])
         super().add_param_group(group)
         group = self.param_groups[-1]
         try:
-            _check_parameters(group, rule)
-        except ValueError:
+            check_parameters(group, rule)
+        except Exception:
             del self.param_groups[-1]
             raise
         for name, value in rule.step_size.init_shared().items():
@@ -150,15 +164,32 @@ class SteepestDescent(Optimizer):
             fresh = torch.tensor(value, dtype=double(device), device=device)
             group[name] = next((other[name] for other in self.param_groups if name in other), fresh)
 
+    def _check_group(self, group: dict[str, Any]) -> Rule:
+        """The group's rule, which takes the place of the ingredients that it names; all numbers are in range."""
+        rule = self._rule_of(group)
+        group |= {"rule": repr(rule), "state_version": VERSION}
+        if "lr_ratio" in group:
+            check_lr(self.defaults["lr"])
+            group["lr"] = self.defaults["lr"] * group.pop("lr_ratio")
+        own = {name for role in self.geometry for name in entry(self.geometry, role)} if "role" in group else set()
+        check_known(group.keys(), rule, self.defaults.keys() | own)
+        check_numbers({**self.defaults, **group}, rule)
+        return rule
+
+    def _check_geometry(self) -> None:
+        """Check what the optimizer's own table says of roles that no parameter plays, too."""
+        for role in self.geometry:
+            self._check_group({"role": role, **entry(self.geometry, role)})
+
     def _rule_of(self, group: dict[str, Any]) -> Rule:
         """The optimizer's own rule with the ingredients and bounds that the group names, which are taken out of it."""
         bounds = group.pop("bounds", None)
         return self._unbounded_rule_of(group).bounded(bounds)
 
     def _unbounded_rule_of(self, group: dict[str, Any]) -> Rule:
-        default = _rule(self.defaults)
+        default = rule_of(self.defaults)
         if "rule" in group:
-            return _rule(group)
+            return rule_of(group)
         given = {name: group.pop(name) for name in INGREDIENTS & group.keys()}
         if isinstance(given.get("momentum"), (int, float)):
             beta = given.pop("momentum")
@@ -168,23 +199,39 @@ class SteepestDescent(Optimizer):
                 given["momentum"] = beta if default.momentum == NoMomentum() else with_beta(default.momentum, beta)
         return default.updated(given)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned, of an optimizer with the same ingredients.
+    # Saving and loading -------------------------------------------------------------------------------------------
 
-        State keeps the dtype that it was saved with (torch would cast it to the parameter's).
+    def state_dict(self) -> dict[str, Any]:
+        """Param groups and state as in torch.optim: tensors, numbers, strings, lists and dicts."""
+        self._watch.settle()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned, of an optimizer with the same ingredients and parameters.
+
+        State keeps the dtype that it was saved with (torch would cast it to the parameter's) and shares no memory with
+        ``state_dict``. Hooks that change the state dict see it first.
 
         Raises:
-            ValueError: other param groups or other ingredients; nothing has been loaded.
+            ValueError: other param groups, ingredients or shapes, or a number out of range; nothing has been loaded.
         """
-        for i, (mine, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
-            if "rule" not in saved or _rule(mine) != _rule(saved):
-                raise ValueError(f"param group {i} does not match the saved one: {_difference(mine, saved)}")
-        super().load_state_dict(state_dict)
-        for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        given: dict[str, Any] = {}
+
+        def accept(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            given.update(accepted(self.param_groups, state_dict))
+            return given
+
+        hook = self.register_load_state_dict_pre_hook(accept)  # the last one
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        self._watch = finite.Watch()
+        for mine, saved in zip(self.param_groups, given["param_groups"], strict=True):
+            to_home(mine)
             for p, key in zip(mine["params"], saved["params"], strict=True):
-                for name, value in state_dict["state"].get(key, {}).items():
-                    if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
-                        self.state[p][name] = value.to(self.state[p][name].device, copy=True)
+                for name, value in given["state"].get(key, {}).items():
+                    self.state[p][name] = restored(value, self.state[p][name])
 
     # One step -------------------------------------------------------------------------------------------------
 
@@ -200,34 +247,71 @@ class SteepestDescent(Optimizer):
         Raises:
             ValueError: no closure for a momentum that looks back, or a gradient that cannot be used; nothing has moved.
         """
+        self._watch.settle()
+        self._watch.check()
         if closure is None:
-            _check_alone(self.param_groups)
+            check_alone(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _check_gradients(group)
-        batches = [batch for group in self.param_groups for batch in self._batches(group)]
+            check_gradients(group)
+        prepared = [(group, *self._batches_in(group)) for group in self.param_groups]
+        batches = [batch for _, batches, _ in prepared for batch in batches]
+        if not self._watch.may_go(list(finite.watched(self.param_groups)), batches):
+            return loss
+        self._adopt(prepared)
         # One batch after the other, so that temporary memory stays small, unless a step size must see all of them.
         past = self._look_back(batches, closure)
-        begun = (_begin(batch, past.get(batch)) for batch in batches if not batch.look())
-        moves = map(_direct, self._surveyed(list(begun)) if _any(batches, "survey") else begun)
-        for move in self._measured(list(moves)) if _any(batches, "measure") else moves:
-            _apply(move)
+        if past and not self._watch.may_go([(b.group, b.params, g) for b, g in past.items() if b.is_watched], None):
+            return loss
+        self._move(batches, past)
         return loss
 
-    def _batches(self, group: dict[str, Any]) -> list[Batch]:
-        """The group's parameters that have gradients, in batches; those of the last step where nothing has changed."""
-        params = [p for p in group["params"] if p.grad is not None]
-        rule = _rule(group).resolve(group)
-        batches = self._batches_of.get(id(group), [])
-        if not _same(batches, group, params, self.state) or not all(batch.holds_state_of(rule) for batch in batches):
-            batches = list(partition(group, params, rule, self.state))
-            self._batches_of[id(group)] = batches
+    def _move(self, batches: list[Batch], past: dict[Batch, list[Tensor]]) -> None:
+        """Take the step, or leave it out where the device finds that it must."""
+        ok = self._watch.ok()
+        shared = [] if ok is None else [shared_by(group) for group in self.param_groups]
+        begun = self._begun(batches, past, ok)
+        moves = map(direct, self._surveyed(list(begun)) if anyone(batches, "survey") else begun)
+        for move in self._measured(list(moves)) if anyone(batches, "measure") else moves:
+            apply(move)
+            move.batch.undo_unless_ok(move.before)
+        for group, before in zip(self.param_groups, shared, strict=False):
+            group.update({name: choose(ok, group[name], x) for name, x in before.items() if ok is not None})
+
+    def _begun(self, batches: list[Batch], past: dict[Batch, list[Tensor]], ok: Tensor | None) -> Iterator[Move]:
         for batch in batches:
-            batch.prepare(rule, _shared(batch))
-        return batches
+            batch.ok = ok
+            before = batch.snapshot()
+            self._watch.count(batch)
+            if batch.look():
+                batch.undo_unless_ok(before)
+            else:
+                yield begin(batch, past.get(batch), before)
+
+    # Batches ------------------------------------------------------------------------------------------------------
+
+    def _adopt(self, prepared: list[tuple[dict[str, Any], list[Batch], bool]]) -> None:
+        """Let new batches take the parameters' state; until then nothing has changed."""
+        for group, batches, are_new in prepared:
+            self._batches_of[id(group)] = batches
+            for batch in batches if are_new else ():
+                batch.adopt(self.state)
+
+    def _batches_in(self, group: dict[str, Any]) -> tuple[list[Batch], bool]:
+        """The group's parameters that have gradients, in batches, and whether these are new since the last step."""
+        forward(group, rule_of(group), self.defaults)
+        params = [p for p in group["params"] if p.grad is not None]
+        rule = rule_of(group).at(group)
+        batches = self._batches_of.get(id(group), [])
+        are_new = not _same(batches, group, params, self.state) or not all(b.holds_state_of(rule) for b in batches)
+        if are_new:
+            batches = list(partition(group, params, rule, self.state))
+        for batch in batches:
+            batch.prepare(rule, shared_by(group))
+        return batches, are_new
 
     def _look_back(self, batches: list[Batch], closure: Callable[[], Any] | None) -> dict[Batch, list[Tensor]]:
         """The gradients at the weights before the last step, for those batches whose momentum asks for them.
@@ -255,19 +339,19 @@ class SteepestDescent(Optimizer):
             for p, gradient in zip(every, gradients, strict=True):
                 p.grad = gradient
 
-    def _surveyed(self, moves: list[_Move]) -> list[_Move]:
+    def _surveyed(self, moves: list[Move]) -> list[Move]:
         """The same moves; step sizes that need all gradients have seen them."""
-        for kind in _kinds(moves, "survey"):
+        for kind in kinds(moves, "survey"):
             self._conclude(kind, [m.step_size.survey(m.batch.state, m.context, m.context.shared) for m in kind])
         return moves
 
-    def _measured(self, moves: list[_Move]) -> list[_Move]:
+    def _measured(self, moves: list[Move]) -> list[Move]:
         """The same moves; step sizes that need all directions have seen them."""
-        for kind in _kinds(moves, "measure"):
+        for kind in kinds(moves, "measure"):
             self._conclude(kind, [m.step_size.measure(m.averaged, m.direction, m.context) for m in kind])
         return moves
 
-    def _conclude(self, moves: list[_Move], summands: list[dict[str, Tensor]]) -> None:
+    def _conclude(self, moves: list[Move], summands: list[dict[str, Tensor]]) -> None:
         """Give all moves what their step size concludes, and keep its state in all groups with such a step size.
 
         Step sizes of one kind share sums and state, in all groups; the first group's numbers count.
@@ -279,90 +363,8 @@ class SteepestDescent(Optimizer):
         for move in moves:
             move.context.shared = shared
         for group in self.param_groups:
-            if type(_rule(group).step_size) is type(step_size):
+            if type(rule_of(group).step_size) is type(step_size):
                 group.update({name: shared[name] for name in step_size.init_shared()})
-
-
-def _begin(batch: Batch, past: list[Tensor] | None) -> _Move:
-    """From the gradient, and that of the past for momenta that look back, to what the step size sees."""
-    step = batch.advance()
-
-    def seen(raw: Tensor, weights: Callable[[], Tensor]) -> Context:
-        context = Context(raw, raw, step, batch.rate, batch.rule.norm, weights)
-        for constraint in batch.rule.constraint:
-            if constraint.overrides("gradient"):
-                context.g = constraint.gradient(context.g, context)
-        return context
-
-    context = seen(batch.gradient(), batch.weights)
-    context.shared, context.shrink, context.is_vector = _shared(batch), batch.shrink, batch.is_vector
-    if past is not None:
-        context.past = lambda: seen(batch.gradient(past), lambda: batch.state["previous"]).g
-    return _Move(batch, context)
-
-
-def _direct(move: _Move) -> _Move:
-    """From the gradient to the direction."""
-    rule, state, context = move.batch.rule, move.batch.state, move.context
-    leading, context.g = rule.step_size.weigh(context.g, context, context.shared)
-    move.averaged = rule.momentum(leading, state, context)
-    move.direction = rule.norm(move.averaged, state, context)
-    return move
-
-
-def _any(batches: list[Batch], method: str) -> bool:
-    """Whether some batch's step size overrides ``method``."""
-    return any(batch.rule.step_size.overrides(method) for batch in batches)
-
-
-def _kinds(moves: list[_Move], method: str) -> list[list[_Move]]:
-    """The moves whose step size overrides ``method``, those of one kind together."""
-    kinds: dict[type[StepSize], list[_Move]] = defaultdict(list)
-    for move in moves:
-        if move.step_size.overrides(method):
-            kinds[type(move.step_size)].append(move)
-    return list(kinds.values())
-
-
-def _apply(move: _Move) -> None:
-    """From the direction to the new weights."""
-    batch, context, d = move.batch, move.context, move.direction
-    rule, params = batch.rule, batch.params
-    for constraint in rule.constraint:
-        if constraint.overrides("update"):
-            d = constraint.update(d, context)
-    size, shrink = -rule.step_size.length(move.averaged, d, context, context.shared), context.shrink
-    bounds = [constraint for constraint in rule.constraint if constraint.overrides("weight")]
-    if batch.dtype != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
-        _keep(batch, bounds, context, batch.weights() * shrink + d * size)
-        return
-    if isinstance(shrink, Tensor):  # 1 - 1e-8 is 1 in float32, but w - 1e-8 w need not be w
-        torch._foreach_add_(params, torch._foreach_mul(params, shrink - 1))
-    elif shrink != 1.0:
-        torch._foreach_mul_(params, shrink)
-    if isinstance(size, Tensor):
-        torch._foreach_add_(params, batch.scatter(d * size))
-    else:
-        torch._foreach_add_(params, batch.scatter(d), alpha=size)
-    if bounds:
-        _keep(batch, bounds, context, batch.weights())
-
-
-def _keep(batch: Batch, bounds: list[Constraint], context: Context, new: Tensor) -> None:
-    """Write the new weights to the parameters, brought to where they may live."""
-    for constraint in bounds:
-        new = constraint.weight(new, batch.state, context)
-    torch._foreach_copy_(batch.params, batch.scatter(new))
-
-
-def _rule(group: Mapping[str, Any]) -> Rule:
-    rule = parse(group["rule"])
-    assert isinstance(rule, Rule)
-    return rule
-
-
-def _shared(batch: Batch) -> Shared:
-    return {name: batch.group[name] for name in batch.rule.step_size.init_shared()}
 
 
 def _same(batches: list[Batch], group: dict[str, Any], params: list[Tensor], state: Any) -> bool:
@@ -373,55 +375,3 @@ def _same(batches: list[Batch], group: dict[str, Any], params: list[Tensor], sta
         and {*map(id, held)} == {*map(id, params)}
         and all(batch.group is group and batch.is_current(state) for batch in batches)
     )
-
-
-def _check_options(options: Mapping[str, Any], rule: Rule, spare: Set[str]) -> None:
-    """Every number in range, every option that the rule reads present, and none that nothing reads save ``spare``."""
-    lr = options["lr"]
-    is_number = lr.numel() == 1 if isinstance(lr, Tensor) else isinstance(lr, Real) and not isinstance(lr, bool)
-    if not is_number or not float(lr) >= 0:
-        raise ValueError(f"lr must be a number that is not negative, got {lr!r}")
-    known = rule.options() | INGREDIENTS | {"lr", "maximize"}
-    for name in options.keys() - known - _GROUP_KEYS - spare:
-        raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {nearest(name, known)}")
-    resolved = rule.resolve(options)
-    resolved.step_size.check_composes(resolved.norm)
-
-
-def _check_parameters(group: dict[str, Any], rule: Rule) -> None:
-    for i, p in enumerate(group["params"]):
-        if type(p).__name__ == "DTensor":
-            raise ValueError(f"{_name(group, i)} is sharded (a DTensor), which is not supported; pass whole tensors")
-        if not p.is_floating_point():
-            raise ValueError(f"{_name(group, i)} has dtype {p.dtype}; only real floating-point ones can be trained")
-        rule.check_fits(_name(group, i), tuple(p.shape))
-
-
-def _check_alone(groups: list[dict[str, Any]]) -> None:
-    for rule in map(_rule, groups):
-        if rule.momentum.looks_back:
-            raise ValueError(
-                f"{rule.momentum} compares the gradients of one sample at two points: give step a closure that "
-                "computes the loss and the gradients, optimizer.step(closure)"
-            )
-
-
-def _check_gradients(group: dict[str, Any]) -> None:
-    for i, p in enumerate(group["params"]):
-        if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
-            kind = "complex" if p.grad.is_complex() else "sparse"
-            raise ValueError(f"{_name(group, i)} has a {kind} gradient; only dense real gradients can be used")
-
-
-def _name(group: Mapping[str, Any], i: int) -> str:
-    names = group.get("param_names")
-    return f"parameter {names[i]!r}" if names else f"parameter {i} of its group"
-
-
-def _difference(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
-    """Which ingredients two param groups do not share, for an error message."""
-    if "rule" not in saved:
-        return f"it was saved by another library and has no ingredients; this one has {_rule(mine)}"
-    a, b = _rule(mine), _rule(saved)
-    names = [name for name in sorted(INGREDIENTS) if getattr(a, name) != getattr(b, name)]
-    return "; ".join(f"{name} is {getattr(a, name)!r} here, {getattr(b, name)!r} in the saved state" for name in names)

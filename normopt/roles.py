@@ -292,7 +292,8 @@ def param_groups(
         Dicts with ``params`` (name, parameter), ``role``, ``view``, ``reasons`` and what the geometry says of the role.
 
     Raises:
-        ValueError: an unknown geometry, a role that it does not cover, or a pattern that matches nothing.
+        ValueError: an unknown geometry, a role that it does not cover or that no parameter plays (other than those of
+            ``ROLES``), or a pattern that matches nothing.
     """
     if isinstance(geometry, str) and geometry not in GEOMETRIES:
         raise ValueError(f"unknown geometry {geometry!r}; {nearest(geometry, GEOMETRIES)}")
@@ -300,7 +301,11 @@ def param_groups(
     parameters = dict(model.named_parameters())
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     members: dict[tuple[Any, ...], list[tuple[str, Role]]] = defaultdict(list)
-    for name, role in roles(model, overrides).items():
+    found = roles(model, overrides)
+    played = {*ROLES, "*", *(role.name for role in found.values())}
+    for unknown in table.keys() - played:
+        raise ValueError(f"the geometry names the role {unknown!r}, which none plays; {nearest(unknown, played)}")
+    for name, role in found.items():
         if role.name not in table and "*" not in table:
             raise ValueError(f"the geometry says nothing of the role {role.name!r} (parameter {name!r}); add it or '*'")
         options = merged(entry(table, role.name), role.options)

@@ -16,7 +16,7 @@ from normopt.optimizer import SteepestDescent
 from normopt.roles import Geometry
 from normopt.stepsize import DAdaptation
 from normopt.stepsize import Prodigy as ProdigyStep
-from normopt.zoo.common import NO_DECAY, Fixed, Unpack
+from normopt.zoo.common import NO_DECAY, Fixed, Unpack, second
 
 BETAS = (option("betas", 0), option("betas", 1))
 
@@ -74,7 +74,7 @@ class Prodigy(SteepestDescent):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
-            "beta3": betas[1] ** 0.5 if beta3 is None else beta3,
+            "beta3": second(betas) ** 0.5 if beta3 is None else beta3,
             "d_coef": d_coef,
             "growth_rate": growth_rate,
         }

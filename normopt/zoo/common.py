@@ -19,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import Unpack  # comes with torch
 
-__all__ = ["NO_DECAY", "Common", "Fixed", "Unpack", "adamw", "with_radius"]
+__all__ = ["NO_DECAY", "Common", "Fixed", "Unpack", "adamw", "second", "with_radius"]
 
 
 class Fixed(TypedDict, total=False):
@@ -28,6 +28,7 @@ class Fixed(TypedDict, total=False):
     geometry: str | Geometry | None
     overrides: Mapping[str, Any] | None
     maximize: bool
+    nonfinite: str
     foreach: bool | None
     fused: bool | None
     capturable: bool
@@ -48,6 +49,14 @@ def with_radius(step_size: str | StepSize) -> StepSize:
     """The step size of that name; one that finds the learning rate reads ``radius`` from the param group."""
     found = get(StepSize, step_size)
     return replace(found, radius=option("radius")) if isinstance(found, LearningRateFree) else found
+
+
+def second(betas: tuple[float, float]) -> float:
+    """The second beta; a ``ValueError`` unless there are two."""
+    beta: float = option("betas", 1).value({"betas": betas})
+    if not 0 <= beta <= 1:
+        raise ValueError(f"betas must lie in [0, 1], got {betas!r}")
+    return beta
 
 
 def adamw(betas: tuple[float, float], eps: float, weight_decay: float, lr: dict[str, float]) -> dict[str, Any]:

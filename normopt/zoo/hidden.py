@@ -79,6 +79,8 @@ class Hidden(SteepestDescent):
         rates: dict[str, Any] = ratio if aux_lr is None else {"lr": aux_lr}
         step_size = step_size if own_length else with_radius(step_size)
         if isinstance(step_size, LearningRateFree):
+            if aux_lr is not None and not float(lr) > 0:
+                raise ValueError(f"aux_lr counts beside lr under {step_size}, so that lr must be positive, got {lr!r}")
             rates = {"radius": aux_ratio if aux_lr is None else aux_lr / float(lr)}
             options = {**options, "radius": 1.0}
         aux = adamw(aux_betas, aux_eps, aux_weight_decay, rates)

@@ -152,7 +152,8 @@ class NaP(SteepestDescent):
             *(numbers.pop("lr"), rule.norm, rule.momentum, rule.step_size, rule.constraint),
             view=rule.view,
             maximize=numbers.pop("maximize"),
-            options={name: number for name, number in numbers.items() if name != "rule"},
+            nonfinite=numbers.pop("nonfinite"),
+            options={name: numbers[name] for name in rule.options() & numbers.keys()},
         )
 
     def _rule_of(self, group: dict[str, Any]) -> Rule:

@@ -10,14 +10,14 @@ from torch.optim.optimizer import ParamsT
 from normopt.bases import Eigenbasis
 from normopt.constraints import WeightDecay
 from normopt.directions import Blocked, Chain, Grafted, Identity, Rotated, Smoothed
-from normopt.ingredient import nearest, option
+from normopt.ingredient import check_range, nearest, option
 from normopt.momentum import EMA
 from normopt.norms import Column, Direction, Euclidean, Max, Spectral
 from normopt.optimizer import SteepestDescent
 from normopt.roles import Geometry
 from normopt.stepsize import Constant
 from normopt.whitening import KLWhitened
-from normopt.zoo.common import NO_DECAY, Common, Unpack
+from normopt.zoo.common import NO_DECAY, Common, Unpack, second
 from normopt.zoo.hidden import FixedWithAux, Hidden, WithAux
 
 #: Whose length an update of Shampoo can have.
@@ -83,9 +83,11 @@ class Shampoo(SteepestDescent):
             Spectral("unit", exponent=exponent),
             option("betas", 1),
             option("eps"),
-            accumulate="sum" if betas[1] == 1 else "ema",
+            accumulate="sum" if second(betas) == 1 else "ema",
             frequency=preconditioning_frequency,
         )
+        check_range(self, "graft_beta2", graft_beta2, 0, 1)
+        check_range(self, "graft_eps", graft_eps, 0, float("inf"))
         numbers = {"graft_beta2": graft_beta2, "graft_eps": graft_eps} if graft in ("adam", "rmsprop") else {}
         super().__init__(
             params,
@@ -147,6 +149,7 @@ class SOAP(SteepestDescent):
             "correct_bias": correct_bias,
         }
         beta = option("betas", 1)
+        check_range(self, "shampoo_beta", shampoo_beta, -float("inf"), 1)
         if shampoo_beta >= 0:
             beta, numbers["shampoo_beta"] = option("shampoo_beta"), shampoo_beta
         adam = Smoothed(Max(), option("betas", 1), option("eps"), option("correct_bias"), eps_at="raw")

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from normopt.complement import Complement
 from normopt.constraints import FrankWolfe
-from normopt.ingredient import nearest, option, parse
+from normopt.ingredient import check_range, nearest, option, parse
 from normopt.momentum import EMA
 from normopt.norms import Norm, Spectral
 from normopt.optimizer import SteepestDescent
@@ -84,6 +84,9 @@ class Muon(Hidden):
             raise ValueError(f"Muon: unknown adjust_lr_fn {adjust_lr_fn!r}; {hint}")
         if ns_coefficients is not None and orthogonalize != "newton-schulz":
             raise ValueError("Muon: ns_coefficients need orthogonalize='newton-schulz'")
+        check_range(self, "eps", eps, 0, float("inf"))
+        for coefficient in ns_coefficients or ():
+            check_range(self, "ns_coefficients", coefficient, -1e30, 1e30)
         method = Schedule((ns_coefficients,)) if ns_coefficients else orthogonalize
         super().__init__(
             params,

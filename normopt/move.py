@@ -1,0 +1,113 @@
+"""What a batch does in one step: from the gradient to the direction, and from the direction to the weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normopt.batch import Batch
+from normopt.checks import rule_of
+from normopt.constraints import Constraint
+from normopt.ingredient import Context
+from normopt.stepsize import Shared, StepSize
+
+
+@dataclass
+class Move:
+    """What one batch is about to do, known step by step: the averaged gradient and the direction come last."""
+
+    batch: Batch
+    context: Context
+    before: list[Tensor] = field(default_factory=list)
+    averaged: Tensor = field(default_factory=lambda: torch.empty(0))
+    direction: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def step_size(self) -> StepSize:
+        """That of the batch's rule."""
+        return self.batch.rule.step_size
+
+
+def begin(batch: Batch, past: list[Tensor] | None, before: list[Tensor]) -> Move:
+    """From the gradient, and that of the past for momenta that look back, to what the step size sees.
+
+    ``before`` is what there was, if the step may have to be undone.
+    """
+    step = batch.advance()
+
+    def seen(raw: Tensor, weights: Callable[[], Tensor]) -> Context:
+        context = Context(raw, raw, step, batch.rate, batch.rule.norm, weights)
+        for constraint in batch.rule.constraint:
+            if constraint.overrides("gradient"):
+                context.g = constraint.gradient(context.g, context)
+        return context
+
+    context = seen(batch.gradient(), batch.weights)
+    context.shared, context.shrink, context.is_vector = shared_by(batch.group), batch.shrink, batch.is_vector
+    if past is not None:
+        context.past = lambda: seen(batch.gradient(past), lambda: batch.state["previous"]).g
+    return Move(batch, context, before)
+
+
+def direct(move: Move) -> Move:
+    """From the gradient to the direction."""
+    rule, state, context = move.batch.rule, move.batch.state, move.context
+    leading, context.g = rule.step_size.weigh(context.g, context, context.shared)
+    move.averaged = rule.momentum(leading, state, context)
+    move.direction = rule.norm(move.averaged, state, context)
+    return move
+
+
+def anyone(batches: list[Batch], method: str) -> bool:
+    """Whether some batch's step size overrides ``method``."""
+    return any(batch.rule.step_size.overrides(method) for batch in batches)
+
+
+def kinds(moves: list[Move], method: str) -> list[list[Move]]:
+    """The moves whose step size overrides ``method``, those of one kind together."""
+    found: dict[type[StepSize], list[Move]] = defaultdict(list)
+    for move in moves:
+        if move.step_size.overrides(method):
+            found[type(move.step_size)].append(move)
+    return list(found.values())
+
+
+def apply(move: Move) -> None:
+    """From the direction to the new weights."""
+    batch, context, d = move.batch, move.context, move.direction
+    rule, params = batch.rule, batch.params
+    for constraint in rule.constraint:
+        if constraint.overrides("update"):
+            d = constraint.update(d, context)
+    size, shrink = -rule.step_size.length(move.averaged, d, context, context.shared), context.shrink
+    bounds = [constraint for constraint in rule.constraint if constraint.overrides("weight")]
+    if batch.dtype != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
+        _keep(batch, bounds, context, batch.weights() * shrink + d * size)
+        return
+    if isinstance(shrink, Tensor):  # 1 - 1e-8 is 1 in float32, but w - 1e-8 w need not be w
+        torch._foreach_add_(params, torch._foreach_mul(params, shrink - 1))
+    elif shrink != 1.0:
+        torch._foreach_mul_(params, shrink)
+    if isinstance(size, Tensor):
+        torch._foreach_add_(params, batch.scatter(d * size))
+    else:
+        torch._foreach_add_(params, batch.scatter(d), alpha=size)
+    if bounds:
+        _keep(batch, bounds, context, batch.weights())
+
+
+def _keep(batch: Batch, bounds: list[Constraint], context: Context, new: Tensor) -> None:
+    """Write the new weights to the parameters, brought to where they may live."""
+    for constraint in bounds:
+        new = constraint.weight(new, batch.state, context)
+    torch._foreach_copy_(batch.params, batch.scatter(new))
+
+
+def shared_by(group: Mapping[str, Any]) -> Shared:
+    """The numbers of the whole optimizer that a param group holds."""
+    return {name: group[name] for name in rule_of(group).step_size.init_shared()}
