@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normopt import fused
 from normopt.rule import Rule
 from normopt.stepsize import Shared
 
@@ -33,6 +34,7 @@ class Batch:
         self.group, self.params, self.rule = group, params, rule
         self.flat = rule.elementwise
         self._kept: Tensor | None = None
+        self.kernel: fused.AdamKernel | None = None
         self.ok: Tensor | None = None  # whether the device finds that the step can be taken, if it must ask
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
         self.steps = torch.tensor([age(state, p) for p in params])
@@ -92,13 +94,27 @@ class Batch:
         g = g if self.ok is None else choose(self.ok, g, torch.zeros_like(g))
         return g.neg() if self.group["maximize"] else g
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The parameters' gradients as they are."""
+        return [p.grad for p in self.params]  # type: ignore[misc]
+
     def _gathered(self) -> Tensor:
-        return self.gather([p.grad for p in self.params])  # type: ignore[misc]
+        return self.gather(self.gradients)
 
     def sum_of_gradient(self) -> float:
-        """The sum of all entries, for which gradients are gathered now and kept until the step asks for them."""
+        """The sum of all entries, for which gradients are gathered now and kept until the step asks for them.
+
+        Kernels take gradients as they are; then it is the sum of their norms.
+        """
+        if self.kernel is not None:
+            return sum(norm.item() for norm in torch._foreach_norm(self.gradients))
         self._kept = self._gathered()
         return self._kept.sum().item()
+
+    def views(self, name: str) -> list[Tensor]:
+        """Each parameter's part of one piece of state."""
+        return [views[name] for views in self._views]
 
     def weights(self) -> Tensor:
         """The weights, in float32 or better."""
@@ -134,6 +150,7 @@ class Batch:
             lr = lr.squeeze().to(self.params[0].device, non_blocking=True)
         step = max(1.0, self.taken() + 1)
         self.rate = rule.step_size.rate(lr, step, shared)
+        self.kernel = fused.kernel_of(self)
         self.shrink = reduce(mul, (constraint.shrink(self.rate) for constraint in rule.constraint), 1.0)
 
     def look(self) -> bool:

@@ -288,6 +288,9 @@ class SteepestDescent(Optimizer):
             self._watch.count(batch)
             if batch.look():
                 batch.undo_unless_ok(before)
+            elif batch.kernel is not None and ok is None:
+                batch.advance()
+                batch.kernel(batch)
             else:
                 yield begin(batch, past.get(batch), before)
 

@@ -35,9 +35,13 @@ class Rule(Ingredient):
     constraint: tuple[Constraint, ...] = ()
     view: View = View()
 
+    def options(self) -> frozenset[str]:
+        """The names of the param-group options that the ingredients read."""
+        return _options(self)
+
     def at(self, group: Mapping[str, Any]) -> Rule:
         """``resolve`` for a param group, remembered for as long as the numbers are the same."""
-        names = _option_names(self)
+        names = tuple(_options(self))
         values = tuple(group.get(name) for name in names)
         if not all(isinstance(value, (int, float, tuple)) for value in values):
             return self.resolve(group)
@@ -95,8 +99,8 @@ class Rule(Ingredient):
 
 
 @lru_cache(maxsize=1024)
-def _option_names(rule: Rule) -> tuple[str, ...]:
-    return tuple(sorted(rule.options()))
+def _options(rule: Rule) -> frozenset[str]:
+    return Ingredient.options(rule)
 
 
 @lru_cache(maxsize=1024)

@@ -320,7 +320,10 @@ def test_state_shares_no_memory_with_weights_and_gradients(make: Make, dtype: to
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_parameters_move_as_their_float32_copies(make: Make, dtype: torch.dtype) -> None:
-    """State and arithmetic are float32: after each step the weights are the float32 result, rounded once."""
+    """State and arithmetic are float32: after each step the weights are the float32 result, rounded once.
+
+    Those that have one of torch's kernels take it for the float32 copies alone.
+    """
     params = tensors(dtype=dtype)
     twins = [nn.Parameter(p.detach().float()) for p in params]
     optimizer, twin = make(params, lr=0.1), make(twins, lr=0.1)
@@ -333,7 +336,8 @@ def test_half_parameters_move_as_their_float32_copies(make: Make, dtype: torch.d
         twin.step()
         for p, q in zip(params, twins, strict=True):
             torch.testing.assert_close(p.detach().float(), q.detach(), rtol=torch.finfo(dtype).eps * 0.501, atol=1e-6)
-    assert_equal(optimizer.state_dict()["state"], twin.state_dict()["state"])
+    has_kernel = any(batch.kernel for batches in twin._batches_of.values() for batch in batches)
+    assert_equal(optimizer.state_dict()["state"], twin.state_dict()["state"], 1e-6 if has_kernel else 0.0)
 
 
 @every

@@ -1,0 +1,86 @@
+"""Rules that torch has one kernel for: the same step, to rounding, in one pass over memory."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from normopt.constraints import L2, WeightDecay
+from normopt.directions import Smoothed
+from normopt.momentum import EMA
+from normopt.norms import Max
+from normopt.rule import Rule
+from normopt.stepsize import Constant
+
+if TYPE_CHECKING:
+    from normopt.batch import Batch
+
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class AdamKernel:
+    """Adam with L2 regularization or decoupled decay, and AMSGrad: torch.optim's ``fused=True``."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    amsgrad: bool
+
+    def __call__(self, batch: Batch) -> None:
+        """Take the step; the batch has counted it already."""
+        step = torch.full((), batch.taken(), dtype=torch.float32, device=batch.params[0].device)
+        run = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
+        run(
+            batch.params,
+            batch.gradients,
+            batch.views("momentum"),
+            batch.views("second_moment"),
+            batch.views("max_second_moment") if self.amsgrad else [],
+            [step] * len(batch.params),
+            lr=batch.rate,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            amsgrad=self.amsgrad,
+            maximize=batch.group["maximize"],
+        )
+
+
+def kernel_of(batch: Batch) -> AdamKernel | None:
+    """The kernel for a batch with its numbers, if torch has one for its rule and its tensors."""
+    kernel, device, dtype = find(batch.rule), batch.params[0].device, batch.params[0].dtype
+    if kernel is None or device.type not in DEVICES or batch.dtype != dtype:
+        return None
+    plain = all(p.is_contiguous() for p in batch.params) and all(
+        g.is_contiguous() and g.dtype == dtype for g in batch.gradients
+    )
+    return kernel if plain else None
+
+
+@functools.lru_cache(maxsize=256)
+def find(rule: Rule) -> AdamKernel | None:
+    """The kernel that computes what a rule without options says; ``None`` if there is none."""
+    norm, momentum, constraint = rule.norm, rule.momentum, rule.constraint
+    if not (isinstance(norm, Smoothed) and isinstance(norm.norm, Max) and isinstance(momentum, EMA)):
+        return None
+    decay = constraint[0] if constraint else WeightDecay(0.0)
+    if not isinstance(decay, (WeightDecay, L2)):
+        return None
+    plain = Rule(
+        Smoothed(Max(), norm.beta, norm.eps, maximum=norm.maximum),
+        EMA(momentum.beta, bias_correction=True),
+        Constant(),
+        (type(decay)(decay.weight_decay),) if constraint else (),
+        rule.view,
+    )
+    if rule != plain:
+        return None
+    decoupled = isinstance(decay, WeightDecay)
+    return AdamKernel(momentum.beta, norm.beta, norm.eps, decay.weight_decay, decoupled, norm.maximum)

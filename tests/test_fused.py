@@ -1,0 +1,138 @@
+"""torch's fused kernels inside the loop: when they are used, and that they take the same steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normopt
+from normopt import EMA, L2, Constant, Max, RowBound, Rule, Smoothed, SteepestDescent, WeightDecay, fused, zoo
+from normopt.batch import Batch
+
+SHAPES: list[tuple[int, ...]] = [(6, 4), (4, 6), (7,), (), (0, 3), (2, 3, 2, 2)]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("adamw", {"weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-4}),
+    ("adamw", {"amsgrad": True}),
+    ("adam", {"weight_decay": 0.1}),
+    ("adam", {"weight_decay": 0.1, "decoupled_weight_decay": True, "amsgrad": True}),
+    ("adamw", {"maximize": True}),
+    ("adamw", {"lr": torch.tensor(0.03, dtype=torch.float64)}),
+]
+
+
+def params(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    noise = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(s, generator=noise, dtype=torch.float64).to(dtype)) for s in SHAPES]
+
+
+def run(optimizer: SteepestDescent, weights: list[Tensor], steps: range) -> None:
+    for i in steps:
+        noise = torch.Generator().manual_seed(100 + i)
+        for j, p in enumerate(weights):
+            g = torch.randn(p.shape, generator=noise, dtype=torch.float64).to(p.dtype)
+            p.grad = None if (i, j) == (3, 1) else g
+        optimizer.step()
+
+
+def kernels(optimizer: SteepestDescent) -> list[Any]:
+    return [batch.kernel for batches in optimizer._batches_of.values() for batch in batches]
+
+
+@pytest.fixture
+def unfused(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Call ``unfused.undo()`` to have kernels again."""
+    monkeypatch.setattr(fused, "kernel_of", lambda batch: None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_kernels_take_the_same_steps(
+    name: str, options: dict[str, Any], dtype: torch.dtype, unfused: pytest.MonkeyPatch
+) -> None:
+    """With a parameter that is left out once, and with the kernel coming and going in the middle of a run."""
+    options = {"lr": 0.03, **options}
+    slow, fast, mixed = params(dtype), params(dtype), params(dtype)
+    optimizers = [normopt.create(name, weights, **options) for weights in (slow, fast, mixed)]
+    run(optimizers[0], slow, range(10))
+    run(optimizers[2], mixed, range(5))
+    assert kernels(optimizers[0]) and not any(kernels(optimizers[0]))
+    unfused.undo()
+    run(optimizers[1], fast, range(10))
+    run(optimizers[2], mixed, range(5, 10))
+    assert all(kernels(optimizers[1]))
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    for a, b, c in zip(slow, fast, mixed, strict=True):
+        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(c, a, rtol=tolerance, atol=tolerance)
+    for p, q in zip(slow, fast, strict=True):
+        for entry, value in optimizers[0].state[p].items():
+            torch.testing.assert_close(optimizers[1].state[q][entry], value, rtol=tolerance, atol=tolerance)
+
+
+def test_adamw_is_torchs_fused_one_to_the_bit() -> None:
+    ours, theirs = params(torch.float32), params(torch.float32)
+    run(zoo.AdamW(ours, lr=0.03, weight_decay=0.1), ours, range(3))  # the step in which one is left out: not yet
+    reference = torch.optim.AdamW(theirs, lr=0.03, weight_decay=0.1, fused=True)
+    run(reference, theirs, range(3))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+ADAM = Rule(Smoothed(Max(), 0.9, 1e-8), EMA(0.9, bias_correction=True), Constant(), (WeightDecay(0.1),))
+
+
+@pytest.mark.parametrize(
+    ("rule", "has"),
+    [
+        (ADAM, True),
+        (ADAM.updated({"constraint": None}), True),
+        (ADAM.updated({"constraint": L2(0.1)}), True),
+        (ADAM.updated({"norm": Smoothed(Max(), 0.9, 1e-8, maximum=True)}), True),
+        (ADAM.updated({"norm": Smoothed(Max(), 0.9, 1e-8, bias_correction=False)}), False),
+        (ADAM.updated({"norm": Smoothed(Max(), 0.9, 1e-8, accumulate="sum")}), False),
+        (ADAM.updated({"norm": Smoothed(Max(2.0), 0.9, 1e-8)}), False),
+        (ADAM.updated({"norm": Max()}), False),
+        (ADAM.updated({"momentum": EMA(0.9)}), False),
+        (ADAM.updated({"momentum": EMA(0.9, True, True)}), False),
+        (ADAM.updated({"momentum": None}), False),
+        (ADAM.updated({"step_size": Constant(2.0)}), False),
+        (ADAM.updated({"step_size": "prodigy"}), False),
+        (ADAM.updated({"constraint": WeightDecay(0.1, cautious=True)}), False),
+        (ADAM.updated({"constraint": WeightDecay(0.1, after=True)}), False),
+        (ADAM.bounded(RowBound()), False),
+    ],
+    ids=str,
+)
+def test_which_rules_have_a_kernel(rule: Rule, has: bool) -> None:
+    assert (fused.find(rule) is not None) == has
+
+
+@pytest.mark.parametrize("what", ["bfloat16", "strides", "gradient strides", "gradient dtype"])
+def test_tensors_without_a_kernel_take_the_long_way(what: str) -> None:
+    p = nn.Parameter(torch.randn(4, 6).to(torch.bfloat16 if what == "bfloat16" else torch.float32))
+    p = nn.Parameter(p.detach().T) if what == "strides" else p
+    optimizer = zoo.AdamW([p], lr=0.1)
+    p.grad = torch.randn_like(p)
+    if what == "gradient strides":
+        p.grad = torch.randn(6, 4).T
+    elif what == "gradient dtype":
+        p.grad_dtype = None  # type: ignore[attr-defined]
+        p.grad = torch.randn(4, 6, dtype=torch.float64)
+    before = p.detach().clone()
+    optimizer.step()
+    assert kernels(optimizer) == [None] and not torch.equal(p, before)
+
+
+def test_muons_other_parameters_move_by_a_kernel() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+    optimizer = zoo.Muon(model, lr=0.1)
+    model(torch.arange(5)).square().sum().backward()
+    optimizer.step()
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for group in optimizer.param_groups:
+        batches: list[Batch] = optimizer._batches_of[id(group)]
+        found[all(batch.kernel for batch in batches)] |= {group["role"]}
+    assert found == {True: {"embedding", "vector", "unembedding"}, False: {"linear"}}
