@@ -36,11 +36,12 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     from benchmarks.norms import norms
     from benchmarks.plan import PlanError
     from benchmarks.polar import benchmark_polar
+    from benchmarks.probes_report import probe_all
     from benchmarks.step import benchmark_step
     from benchmarks.sweep import sweep
 
     trained = {"compare": compare, "grid": grid, "sweep": sweep, "norms": norms}
-    run = {**trained, "polar": benchmark_polar, "step": benchmark_step}
+    run = {**trained, "polar": benchmark_polar, "step": benchmark_step, "probes": probe_all}
     try:
         return run[parsed.command](parsed)
     except (DataError, PlanError) as error:
@@ -69,7 +70,18 @@ def make_parser() -> argparse.ArgumentParser:
     norms.add_argument("--lr", type=_rates_by_name, default={}, help="learning rates, like adamw@angpt=3e-3")
     _add_polar(commands.add_parser("polar", help="accuracy and speed of polar factors, without any training"))
     _add_step(commands.add_parser("step", help="what a step costs, beside other libraries, without any training"))
+    _add_probes(commands.add_parser("probes", help="what users take for granted, asked of ours and of other libraries"))
     return parser
+
+
+def _add_probes(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    help_ = "like muon,torch.Muon; default: one of each family, and all installed peers"
+    add("--optimizers", type=_list_of(str), help=help_)
+    add("--all", action="store_true", help="all of normopt's optimizers in place of one of each family")
+    add("--out", type=Path, help="folder for the results; default: runs/probes")
+    add("--smoke", action="store_true", help="two optimizers, without the slow probes: does everything work?")
+    parser.set_defaults(preset="probes")
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
