@@ -21,6 +21,7 @@ from normopt.bases import Basis, Eigenbasis
 from normopt.bounds import (
     Ball,
     FrobeniusSphere,
+    KahanSum,
     RowBound,
     SoftSpectralCap,
     SpectralCap,
@@ -100,6 +101,7 @@ __all__ = [
     "Identity",
     "InverseTime",
     "KLWhitened",
+    "KahanSum",
     "KyFan",
     "LearningRateFree",
     "LookAhead",

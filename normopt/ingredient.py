@@ -12,6 +12,7 @@ from functools import cached_property
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T", bound="Ingredient")
@@ -130,6 +131,7 @@ class Context:
             them; constraints may multiply it in their ``update``.
         is_vector: whether these are vectors or scalars, seen as matrices with one row.
         past: how to get ``previous``; ``None`` if there is none.
+        dtype: that of the parameters; ``None`` if it is that of the weights here.
     """
 
     g: Tensor
@@ -143,6 +145,7 @@ class Context:
     shrink: float | Tensor = 1.0
     is_vector: bool = False
     past: Callable[[], Tensor] | None = None
+    dtype: torch.dtype | None = None
 
     @cached_property
     def previous(self) -> Tensor:

@@ -49,6 +49,7 @@ def begin(batch: Batch, past: list[Tensor] | None, before: list[Tensor]) -> Move
 
     context = seen(batch.gradient(), batch.weights)
     context.shared, context.shrink, context.is_vector = shared_by(batch.group), batch.shrink, batch.is_vector
+    context.dtype = batch.params[0].dtype
     if past is not None:
         context.past = lambda: seen(batch.gradient(past), lambda: batch.state["previous"]).g
     return Move(batch, context, before)
