@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import reduce
 from operator import mul
 from typing import Any
@@ -15,9 +15,13 @@ from normopt import fused
 from normopt.rule import Rule
 from normopt.stepsize import Shared
 
-#: The most entries that one batch holds, unless a single parameter has more. It bounds the temporary memory of a step
-#: to a few times this many numbers.
+#: The most entries that one batch of matrices holds, unless a single parameter has more. It bounds the temporary memory
+#: of a step to a few times this many numbers.
 MAX_ENTRIES = 1 << 22
+
+#: The same for rules that work entry by entry, whose larger parameters are worked through in pieces: few enough for the
+#: caches, since such rules do little more than read and write memory.
+FLAT_ENTRIES = 1 << 19
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -112,6 +116,22 @@ class Batch:
         self._kept = self._gathered()
         return self._kept.sum().item()
 
+    def pieces(self) -> Sequence[Batch | Piece]:
+        """This batch, or the parts of its one parameter, if that is large and every entry moves by itself."""
+        p = self.params[0]
+        in_pieces = (
+            self.flat
+            and self.ok is None
+            and len(self.params) == 1
+            and p.numel() > FLAT_ENTRIES
+            and all(x.is_contiguous() for x in (p, *self.gradients))
+            and all(x.shape == self._shape for x in self.state.values())
+            and not (self.rule.momentum.looks_back or self.rule.norm.looks_first)
+        )
+        if not in_pieces:
+            return (self,)
+        return [Piece(self, slice(i, i + FLAT_ENTRIES)) for i in range(0, p.numel(), FLAT_ENTRIES)]
+
     def views(self, name: str) -> list[Tensor]:
         """Each parameter's part of one piece of state."""
         return [views[name] for views in self._views]
@@ -189,6 +209,38 @@ def choose(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(ok.to(new.device, non_blocking=True), new, old)
 
 
+class Piece:
+    """A part of a batch of one parameter whose rule works entry by entry; it does for the loop what the batch does."""
+
+    def __init__(self, batch: Batch, part: slice) -> None:
+        self.rule, self.group, self.dtype = batch.rule, batch.group, batch.dtype
+        self.rate, self.shrink, self.is_vector = batch.rate, batch.shrink, batch.is_vector
+        self.params = [batch.params[0].detach().view(-1)[part]]
+        self.state = {name: x[part] for name, x in batch.state.items()}
+        self._batch, self._part = batch, part
+
+    def advance(self) -> float:
+        """Count one more step, at the first piece; returns its number."""
+        return self._batch.advance() if self._part.start == 0 else self._batch.taken()
+
+    def gradient(self, gradients: Iterable[Tensor] | None = None) -> Tensor:
+        """As that of a batch."""
+        (whole,) = self._batch.gradients if gradients is None else gradients
+        g = whole.view(-1)[self._part].to(self.dtype)
+        return g.neg() if self.group["maximize"] else g
+
+    def weights(self) -> Tensor:
+        """As those of a batch."""
+        return self.params[0].to(self.dtype)
+
+    def scatter(self, x: Tensor) -> list[Tensor]:
+        """``x`` itself."""
+        return [x]
+
+    def undo_unless_ok(self, before: list[Tensor]) -> None:
+        """Nothing: batches that may have to be undone are not taken in pieces."""
+
+
 def sums_are_finite(batches: Iterable[Batch]) -> bool:
     """Whether gradients are surely finite; ``False`` if that is not known, or if it would take the memory of batches.
 
@@ -221,15 +273,16 @@ def state_shapes(p: Tensor, rule: Rule) -> dict[str, tuple[int, ...]]:
 
 
 def partition(group: dict[str, Any], params: list[Tensor], rule: Rule, state: State) -> Iterator[Batch]:
-    """Batches of the parameters that can move together, none larger than ``MAX_ENTRIES`` unless it is one parameter."""
+    """Batches of the parameters that can move together, none too large unless it is one parameter."""
     kinds: dict[tuple[Any, ...], list[Tensor]] = {}
     for p in params:
         shape = () if rule.elementwise else (p.ndim < 2, *rule.view.shape(p.shape)[1:])
         kinds.setdefault((shape, p.dtype, p.device, age(state, p)), []).append(p)
     for members in kinds.values():
         entries, part = 0, list[Tensor]()
+        limit = FLAT_ENTRIES if rule.elementwise else MAX_ENTRIES
         for p in members:
-            if part and entries + p.numel() > MAX_ENTRIES:
+            if part and entries + p.numel() > limit:
                 yield Batch(group, part, rule, state)
                 entries, part = 0, []
             entries, part = entries + p.numel(), [*part, p]

@@ -86,7 +86,8 @@ class WeightDecay(Constraint):
             raise ValueError("WeightDecay: a cautious decay is one of the weights before the update; leave after False")
 
     def shrink(self, rate: Rate) -> Rate:
-        return 1.0 if self.cautious else 1 - rate * self.weight_decay
+        none = not isinstance(self.weight_decay, Tensor) and self.weight_decay == 0
+        return 1.0 if none or self.cautious else 1 - rate * self.weight_decay
 
     def update(self, d: Tensor, context: Context) -> Tensor:
         if not self.cautious:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normopt.batch import Batch
+from normopt.batch import Batch, Piece
 from normopt.checks import rule_of
 from normopt.constraints import Constraint
 from normopt.ingredient import Context
@@ -21,7 +21,7 @@ from normopt.stepsize import Shared, StepSize
 class Move:
     """What one batch is about to do, known step by step: the averaged gradient and the direction come last."""
 
-    batch: Batch
+    batch: Batch | Piece
     context: Context
     before: list[Tensor] = field(default_factory=list)
     averaged: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -33,7 +33,7 @@ class Move:
         return self.batch.rule.step_size
 
 
-def begin(batch: Batch, past: list[Tensor] | None, before: list[Tensor]) -> Move:
+def begin(batch: Batch | Piece, past: list[Tensor] | None, before: list[Tensor]) -> Move:
     """From the gradient, and that of the past for momenta that look back, to what the step size sees.
 
     ``before`` is what there was, if the step may have to be undone.
@@ -94,7 +94,9 @@ def apply(move: Move) -> None:
         torch._foreach_add_(params, torch._foreach_mul(params, shrink - 1))
     elif shrink != 1.0:
         torch._foreach_mul_(params, shrink)
-    if isinstance(size, Tensor):
+    if isinstance(size, Tensor) and not size.ndim:
+        torch._foreach_addcmul_(params, batch.scatter(d), [size.to(batch.dtype)] * len(params))
+    elif isinstance(size, Tensor):
         torch._foreach_add_(params, batch.scatter(d * size))
     else:
         torch._foreach_add_(params, batch.scatter(d), alpha=size)
@@ -102,7 +104,7 @@ def apply(move: Move) -> None:
         _keep(batch, bounds, context, batch.weights())
 
 
-def _keep(batch: Batch, bounds: list[Constraint], context: Context, new: Tensor) -> None:
+def _keep(batch: Batch | Piece, bounds: list[Constraint], context: Context, new: Tensor) -> None:
     """Write the new weights to the parameters, brought to where they may live."""
     for constraint in bounds:
         new = constraint.weight(new, batch.state, context)

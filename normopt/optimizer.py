@@ -292,7 +292,8 @@ class SteepestDescent(Optimizer):
                 batch.advance()
                 batch.kernel(batch)
             else:
-                yield begin(batch, past.get(batch), before)
+                for piece in batch.pieces():
+                    yield begin(piece, past.get(batch), before)
 
     # Batches ------------------------------------------------------------------------------------------------------
 

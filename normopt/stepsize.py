@@ -410,8 +410,9 @@ class Prodigy(LearningRateFree):
         g, w, d = self._sliced(context.g), self._sliced(context.w), shared["d"]
         # d / d0 in place of d keeps both sums away from underflow and cancels in their ratio.
         total = state["gradient_sum"].mul_(self.beta3)
-        total.add_(g * ((d if self.safeguard_warmup else context.rate) * (d / self.d0)))
-        progress = (g * (state["initial"] - w)).sum() * (context.rate * (d / self.d0))
+        total.addcmul_(g, _like((d if self.safeguard_warmup else context.rate) * (d / self.d0), g))
+        moved = (state["initial"] - w).flatten()
+        progress = torch.dot(g.flatten(), moved.to(g.dtype)) * (context.rate * (d / self.d0))
         return {"numerator": progress, "denominator": context.direction.steepness(total, state).sum() * self.radius}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
@@ -431,6 +432,11 @@ class Prodigy(LearningRateFree):
 
     def _sliced(self, x: Tensor) -> Tensor:
         return x if self.slice_p == 1 else x.flatten(-2)[..., :: self.slice_p]
+
+
+def _like(number: Tensor, x: Tensor) -> Tensor:
+    """A number of the whole optimizer in the dtype of ``x``, for operations that do not mix dtypes."""
+    return number.to(x.dtype)
 
 
 @dataclass(frozen=True)
