@@ -280,8 +280,10 @@ class KahanSum(Constraint):
 
     ``w' = w + c``, ``w <- round(w')``, ``c <- w' - w``, with the step in ``w``. Without it, steps of less than half a
     unit in the last place of a bfloat16 weight, 0.2% of it, are lost entirely. ``c`` is kept in bfloat16, 2 bytes for
-    each weight, and the two together are as good as 16 bits of mantissa. It must be the last constraint, and bounds
-    before it hold to half precision. Weights in float32 and more are added up as they are.
+    each weight, and the two together are as good as 16 bits of mantissa: steps of more than 1e-5 of a weight add up. It
+    must be the last constraint. Other ingredients see the rounded weights: bounds hold to half precision, and Prodigy
+    and D-Adaptation, which measure how far the weights have come, still do not start. Weights in float32 and more are
+    added up as they are.
     """
 
     reduces: ClassVar[str] = "entry"
