@@ -41,7 +41,7 @@ def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ())
     notes = ["![loss by step](loss_steps.png)", "![loss by time](loss_seconds.png)"]
     if len(lengths) > 1:
         of_cell = group(rows, cell_of)
-        if BASELINE in groups and losses(groups[BASELINE]):
+        if BASELINE in groups and len(losses(groups[BASELINE])) == len(groups[BASELINE]):
             targets = [
                 Target(f"tuned {BASELINE} after {lengths[-1]} steps", mean(groups[BASELINE], "final_loss")),
                 *targets,
@@ -99,8 +99,10 @@ def write_grid(rows: list[Row], out: Path) -> None:
         print("\n".join(notes))
 
 
-def write_sweep(searches: "list[Search]", gap: float, rows: list[Row], steps: int, out: Path) -> None:
-    """Print what was chosen, and write `sweep.md`, `sweep.png` and `chosen.json`, in the format of `tuned.json`."""
+def write_sweep(
+    searches: "list[Search]", gap: float, rows: list[Row], steps: int, tuned: dict[str, dict[str, Any]], out: Path
+) -> None:
+    """Print what was chosen, and write `sweep.md`, `sweep.png` and `chosen.json`: `tuned` with what was chosen."""
     of_cell = group(rows, cell_of)
     table = [sweep_line(search, gap, of_cell[search.cell]) for search in searches]
     short = [row for row in rows if row["config"]["preset"]["steps"] == steps]
@@ -111,7 +113,8 @@ def write_sweep(searches: "list[Search]", gap: float, rows: list[Row], steps: in
         f"Seeds usually differ by {gap:.4f}.",
         "![loss by learning rate](sweep.png)",
     ]
-    chosen = {search.cell: {"lr": (best := search.chosen(gap)).lr, **best.options} for search in searches}
+    best = {search.cell: search.chosen(gap) for search in searches}
+    chosen = {cell: {**tuned[cell], "lr": trial.lr, **trial.options} for cell, trial in best.items()}
     with replacing(out / "chosen.json") as partial:
         partial.write_text(json.dumps(chosen, indent=2) + "\n")
     _publish(table, rows, out / "sweep.md", notes)

@@ -102,7 +102,8 @@ def sweep(arguments: Namespace) -> int:
         run_finals(searches, runner)
     if not runner.pool.failures:
         run_declared(searches, runner)
-        write_sweep(searches, usual_gap(searches), runner.rows, steps, arguments.out)
+        tuned = {cell: plan.options(cell) for cell in plan.cells}
+        write_sweep(searches, usual_gap(searches), runner.rows, steps, tuned, arguments.out)
     return 1 if runner.pool.failures else 0
 
 
@@ -130,7 +131,7 @@ def screen(searches: list[Search], runner: Runner, short: Preset, trials: int) -
     """Short runs, the same number for all, at least `trials`, and until no best rate is at the edge of its grid."""
     while any(len(s.screened) < trials or s.at_edge for s in searches) and not runner.pool.failures:
         asked = [(search, exponent) for search in searches for exponent in search.wanted()]
-        if max(len(s.screened) for s in searches) >= 3 * trials:
+        if max(len(s.screened) for s in searches) >= max(12, 3 * trials):
             raise SystemExit("sweep: no end of better rates is in sight; look at the results so far")
         configs = [runner.config(s.cell, FIRST_SEED, s.rate(exponent), short) for s, exponent in asked]
         for (search, exponent), loss in zip(asked, runner.losses(configs), strict=False):
@@ -168,6 +169,6 @@ def run_trials(asked: Iterable[tuple[Search, float, dict[str, Any]]], runner: Ru
 
 
 def usual_gap(searches: list[Search]) -> float:
-    """The median difference between seeds, over all full-length trials."""
-    gaps = [trial.gap for search in searches for trial in search.finals]
-    return statistics.median(gaps) if gaps else 0.0
+    """The median difference between seeds, over all full-length trials that did not diverge; of two the smaller."""
+    gaps = [trial.gap for search in searches for trial in search.finals if math.isfinite(trial.gap)]
+    return statistics.median_low(gaps) if gaps else 0.0

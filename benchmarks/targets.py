@@ -44,8 +44,9 @@ def reach(losses: dict[int, float], target: float) -> Reach:
     for shorter, longer in itertools.pairwise(lengths):
         above, below = losses[shorter], losses[longer]
         if above > target >= below:
-            part = (above - target) / (above - below) if math.isfinite(above) else 1.0
-            return Reach(shorter * (longer / shorter) ** part)
+            if math.isinf(above):
+                return Reach(longer, "<= ")
+            return Reach(shorter * (longer / shorter) ** ((above - target) / (above - below)))
     return Reach(lengths[-1], "> ")
 
 

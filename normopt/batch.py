@@ -41,7 +41,8 @@ class Batch:
         self.kernel: fused.AdamKernel | None = None
         self.ok: Tensor | None = None  # whether the device finds that the step can be taken, if it must ask
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
-        self.steps = torch.tensor([age(state, p) for p in params])
+        self.steps = torch.tensor([age(state, p) for p in params], dtype=torch.float32, device="cpu")
+        self._kinds = [_kind(p) for p in params]
         g = self.gradient()
         self._shape = g.shape
         self.state = rule.init_state(g, self.weights)
@@ -61,8 +62,8 @@ class Batch:
             saved.update(views)
 
     def is_current(self, state: State) -> bool:
-        """Whether the parameters' state still consists of this batch's views."""
-        return all(
+        """Whether the parameters are what they were, and their state still consists of this batch's views."""
+        return self._kinds == [_kind(p) for p in self.params] and all(
             state.get(p, {}).get(name) is view
             for p, views in zip(self.params, self._views, strict=True)
             for name, view in views.items()
@@ -130,6 +131,7 @@ class Batch:
         )
         if not in_pieces:
             return (self,)
+        self._kept = None
         return [Piece(self, slice(i, i + FLAT_ENTRIES)) for i in range(0, p.numel(), FLAT_ENTRIES)]
 
     def views(self, name: str) -> list[Tensor]:
@@ -255,6 +257,11 @@ def sums_are_finite(batches: Iterable[Batch]) -> bool:
 def age(state: State, p: Tensor) -> float:
     """How many steps ``p`` has taken."""
     return float(state[p]["step"]) if "step" in state.get(p, ()) else 0.0
+
+
+def _kind(p: Tensor) -> tuple[Any, ...]:
+    """What the data of a parameter must keep for its batch to stay: it may have been replaced."""
+    return p.shape, p.dtype, p.device
 
 
 def _check_shapes(saved: Mapping[str, Any], views: Mapping[str, Tensor]) -> None:

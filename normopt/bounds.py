@@ -11,9 +11,11 @@ from torch import Tensor
 
 from normopt.constraints import Constraint, Rate
 from normopt.ingredient import Context, check_count, check_positive
-from normopt.norms import Norm, Spectral
+from normopt.norms import Direction, Norm, Spectral
 from normopt.norms.base import Scale, euclidean, normalize
 from normopt.polar import polar
+from normopt.stepsize import Constant, StepSize
+from normopt.view import View
 
 #: Of the Polar Express, to the last bits of float32 for singular values above 1e-3 of the Frobenius norm.
 POLAR_STEPS = 10
@@ -35,6 +37,7 @@ class _AlongAxis(Constraint):
     """
 
     _abstract: ClassVar[bool] = True
+    place: ClassVar[int] = 1
     radius: float = 1.0
     axis: int = -1
 
@@ -43,8 +46,14 @@ class _AlongAxis(Constraint):
         if self.axis not in (-1, -2):
             raise ValueError(f"{type(self).__name__}: axis must be -1 (rows) or -2 (columns), got {self.axis!r}")
 
-    def transposed(self) -> Constraint:
-        return replace(self, axis=-3 - self.axis)
+    def seen_through(self, view: View) -> Constraint:
+        seen = replace(self, axis=-3 - self.axis) if view.transpose else self
+        if view.split > 1 and seen.axis == -2:
+            raise ValueError(f"{self}: its vectors run across the {view.split} matrices of {view}; see them as one")
+        return seen
+
+    def _factor(self, w: Tensor, context: Context) -> Tensor:
+        return _factor(w, -1 if context.is_vector else self.axis, self.radius)
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class RowBound(_AlongAxis):
     """
 
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        return w * _factor(w, self.axis, self.radius).clamp_(max=1.0)
+        return w * self._factor(w, context).clamp_(max=1.0)
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Sphere(_AlongAxis):
     """
 
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        return w * _factor(w, self.axis, self.radius)
+        return w * self._factor(w, context)
 
 
 @dataclass(frozen=True)
@@ -121,8 +130,28 @@ class Ball(Constraint):
     def __post_init__(self) -> None:
         check_positive(self, "radius", self.radius)
 
+    def seen_through(self, view: View) -> Constraint:
+        return Transposed(self) if view.transpose else self
+
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         return self.norm.project(w, self.radius)
+
+
+@dataclass(frozen=True)
+class Transposed(Constraint):
+    """A bound of the matrices that an optimizer sees transposed, such as embeddings: ``bound(w^T)^T``.
+
+    Args:
+        bound: what holds for the weights as they are stored.
+    """
+
+    bound: Constraint
+
+    def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
+        return self.bound.init_state(x.mT, lambda: weights().mT)
+
+    def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self.bound.weight(w.mT, state, context).mT
 
 
 @dataclass(frozen=True)
@@ -141,6 +170,9 @@ class _OfSpectrum(Constraint):
     def __post_init__(self) -> None:
         check_positive(self, "radius", self.radius)
         Spectral(self.scale)  # knows what is wrong with it
+
+    def seen_through(self, view: View) -> Constraint:
+        return Transposed(self) if view.transpose else self
 
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         if context.is_vector or not w.numel():
@@ -183,12 +215,14 @@ class SoftSpectralCap(_OfSpectrum):
     so that weights that start in the ball stay there. All smaller values shrink, by ``3 a^2 s^5`` and less.
 
     Args:
+        scale: that of the direction, which must be ``Spectral`` with this scale; steps must be ``Constant()``.
         max_update: the largest spectral norm of an update at rate 1, in units of ``Spectral(scale)``: 1.2 for Jordan's
             Newton-Schulz steps, the default, and 1.01 for other methods.
 
     Raises:
-        ValueError: ``rate max_update`` is more than 0.3 of the radius, or a matrix starts outside the ball: cubics that
-            must press so hard lift other values. Before anything has moved.
+        ValueError: another direction or step size, whose updates have no such bound; ``rate max_update`` is more than
+            0.3 of the radius, or a matrix starts outside the ball: cubics that must press so hard lift other values.
+            Before anything has moved.
     """
 
     needs_bounded_step: ClassVar[bool] = True
@@ -198,8 +232,15 @@ class SoftSpectralCap(_OfSpectrum):
         super().__post_init__()
         check_positive(self, "max_update", self.max_update)
 
+    def check_composes(self, direction: Direction, step_size: StepSize) -> None:
+        if not isinstance(direction, Spectral) or direction.scale != self.scale or step_size != Constant():
+            raise ValueError(
+                f"{self} needs to know how large updates can be: steps of Constant() along Spectral(scale="
+                f"{self.scale!r}), not of {step_size} along {direction}; see SpectralCap"
+            )
+
     def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
-        if x.device.type != "meta" and x.numel() and x.shape[-2] > 1:
+        if x.device.type != "meta" and x.numel():
             largest = Spectral(self.scale).norm(weights()).amax().item()
             if not largest <= self.radius * 1.01:
                 raise ValueError(
@@ -281,12 +322,13 @@ class KahanSum(Constraint):
     ``w' = w + c``, ``w <- round(w')``, ``c <- w' - w``, with the step in ``w``. Without it, steps of less than half a
     unit in the last place of a bfloat16 weight, 0.2% of it, are lost entirely. ``c`` is kept in bfloat16, 2 bytes for
     each weight, and the two together are as good as 16 bits of mantissa: steps of more than 1e-5 of a weight add up. It
-    must be the last constraint. Other ingredients see the rounded weights: bounds hold to half precision, and Prodigy
+    comes after all other bounds. Other ingredients see the rounded weights: bounds hold to half precision, and Prodigy
     and D-Adaptation, which measure how far the weights have come, still do not start. Weights in float32 and more are
     added up as they are.
     """
 
     reduces: ClassVar[str] = "entry"
+    place: ClassVar[int] = 2
 
     def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
         return {"compensation": torch.zeros_like(x, dtype=torch.bfloat16)}

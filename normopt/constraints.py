@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normopt.ingredient import Context, Ingredient, check_range
+from normopt.norms import Direction
+from normopt.stepsize import StepSize
+from normopt.view import View
 
 Rate = float | Tensor
 
@@ -28,6 +31,8 @@ class Constraint(Ingredient):
     reduces: ClassVar[str] = "matrix"
     #: Whether it holds only if the step's length is the rate times a constant.
     needs_bounded_step: ClassVar[bool] = False
+    #: Bounds beside an optimizer's own constraints are applied in the order of this number.
+    place: ClassVar[int] = 0
 
     def gradient(self, g: Tensor, context: Context) -> Tensor:
         """The gradient that the optimizer works with."""
@@ -52,9 +57,12 @@ class Constraint(Ingredient):
         """The weights after the update ``w``, in float32 or better, brought to where they may live."""
         return w
 
-    def transposed(self) -> Constraint:
-        """The same constraint for matrices that are seen transposed."""
+    def seen_through(self, view: View) -> Constraint:
+        """The same constraint of a parameter as it is stored, where the optimizer sees it through ``view``."""
         return self
+
+    def check_composes(self, direction: Direction, step_size: StepSize) -> None:
+        """Raise a ``ValueError`` for directions and step sizes that this constraint makes no sense with."""
 
     def overrides(self, *methods: str) -> bool:
         """Whether this constraint does anything in one of ``methods``."""

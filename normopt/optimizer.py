@@ -141,7 +141,7 @@ class SteepestDescent(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._watch.settle()
-        return super().__getstate__()
+        return {**super().__getstate__(), "geometry": self.geometry}
 
     # Param groups ---------------------------------------------------------------------------------------------
 

@@ -163,7 +163,8 @@ def _declared(model: nn.Module, attribute: str) -> dict[str, Any]:
 def _tied(first: Role, second: Role, name: str) -> Role:
     """A shared weight keeps the embedding's role and view, whichever name comes first."""
     kept = second if second.name == "embedding" else first
-    return replace(kept, reason=f"{kept.reason}; tied with {name}")
+    options = first.options if first.options == second.options else merged(first.options, second.options)
+    return replace(kept, options=options, reason=f"{kept.reason}; tied with {name}")
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -332,16 +333,23 @@ def entry(table: Geometry, role: str) -> dict[str, Any]:
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Param-group options laid over one another, the last on top.
 
-    ``lr`` and ``lr_ratio`` replace each other, and a number for ``momentum`` becomes the beta of a momentum below it.
+    ``lr`` and ``lr_ratio`` replace each other, a number for ``momentum`` becomes the beta of a momentum below it, and
+    bounds add up, save that ``()`` or ``None`` leaves none of those below.
     """
     options: dict[str, Any] = {}
     for layer in layers:
         below = options.get("momentum")
         rates = {"lr", "lr_ratio"} if {"lr", "lr_ratio"} & layer.keys() else set()
-        options = {name: value for name, value in options.items() if name not in rates} | dict(layer)
+        before, options = options, {name: value for name, value in options.items() if name not in rates} | dict(layer)
+        if options.get("bounds"):
+            options["bounds"] = _several(before.get("bounds")) + _several(layer.get("bounds"))
         if isinstance(below, Momentum) and isinstance(options["momentum"], (int, float)):
             options["momentum"] = with_beta(below, options["momentum"])
     return options
+
+
+def _several(bounds: Any) -> tuple[Any, ...]:
+    return () if bounds is None else tuple(bounds) if isinstance(bounds, (tuple, list)) else (bounds,)
 
 
 def with_beta(momentum: Momentum, beta: float) -> Momentum:

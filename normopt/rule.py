@@ -43,14 +43,15 @@ class Rule(Ingredient):
         """``resolve`` for a param group, remembered for as long as the numbers are the same."""
         names = tuple(_options(self))
         values = tuple(group.get(name) for name in names)
-        if not all(isinstance(value, (int, float, tuple)) for value in values):
+        if not all(map(_is_plain, values)):
             return self.resolve(group)
         return _resolved(self, names, values)
 
     def bounded(self, bounds: Any) -> Rule:
         """This rule with more constraints, given as those of ``updated`` but for parameters as they are stored."""
-        seen = (bound.transposed() if self.view.transpose else bound for bound in _constraints(bounds))
-        return replace(self, constraint=(*self.constraint, *seen))
+        seen = (bound.seen_through(self.view) for bound in _constraints(bounds))
+        several = sorted((*self.constraint, *seen), key=lambda constraint: constraint.place)
+        return replace(self, constraint=tuple(several))
 
     def updated(self, given: Mapping[str, Any]) -> Rule:
         """This rule with the ingredients that ``given`` names, each a string, a number, ``None`` or an object."""
@@ -60,6 +61,7 @@ class Rule(Ingredient):
         for constraint in self.constraint:
             if constraint.needs_bounded_step and self.step_size.times:
                 raise ValueError(f"{constraint} needs steps of bounded length; those of {self.step_size} are not")
+            constraint.check_composes(self.norm, self.step_size)
         self.momentum.check_composes(self.step_size)
 
     @property
@@ -96,6 +98,11 @@ class Rule(Ingredient):
                 "matrices, or pass the model instead of its parameters."
             )
         self.view.shape(shape)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it can be told by its value whether it has changed."""
+    return isinstance(value, (int, float)) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
 @lru_cache(maxsize=1024)

@@ -94,7 +94,7 @@ def test_targets_are_interpolated_in_log_steps(start: float, slope: float, steps
 
 
 def test_targets_of_lengths_that_diverge() -> None:
-    assert reach({100: math.inf, 200: 2.0}, 2.5) == Reach(200)
+    assert reach({100: math.inf, 200: 2.0}, 2.5) == Reach(200, "<= ")
     assert reach({100: 3.0, 200: math.inf}, 2.5) == Reach(200, "> ")
     assert mean_losses([of_length(row("a", 0, None), 100), of_length(row("a", 1, 2.0), 100)]) == {100: math.inf}
 

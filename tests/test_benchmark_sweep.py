@@ -83,7 +83,7 @@ def swept(arguments: list[str], monkeypatch: pytest.MonkeyPatch, loss: Callable[
 def test_every_optimizer_gets_the_same_trials(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    tuned = {"adamw": {"lr": 0.01, "then": {"weight_decay": [0.3, 0.5]}}, "sgd": {"lr": 0.1}}
+    tuned = {"adamw": {"lr": 0.01, "betas": [0.9, 0.95], "then": {"weight_decay": [0.3, 0.5]}}, "sgd": {"lr": 0.1}}
     (tmp_path / "tuned.json").write_text(json.dumps({"quick": tuned}))
     monkeypatch.setattr(presets, "TUNED", tmp_path / "tuned.json")
 
@@ -105,7 +105,7 @@ def test_every_optimizer_gets_the_same_trials(
         assert best in rates and len(rates) == 2 and other in {*rates, other}
     assert [f for f in finals if f[2]] == [("adamw", 0.01, d, s) for d in (0.3, 0.5) for s in (1000, 1001)]
     chosen: dict[str, Any] = json.loads(Path("out/chosen.json").read_text())
-    assert chosen == {"adamw": {"lr": 0.01, "weight_decay": 0.3}, "sgd": {"lr": 0.1 / 32}}
+    assert chosen == {"adamw": {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.3}, "sgd": {"lr": 0.1 / 32}}
     assert "8 short, 8 full" in capsys.readouterr().out and "8 short, 4 full" in Path("out/sweep.md").read_text()
     assert Path("out/sweep.png").stat().st_size > 10_000
 

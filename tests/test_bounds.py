@@ -29,7 +29,7 @@ from normopt import (
     SteepestDescent,
     zoo,
 )
-from normopt.bounds import soft_coefficient
+from normopt.bounds import Transposed, soft_coefficient
 from normopt.ingredient import Context, choices, parse
 from normopt.norms.schatten import singular_values
 from tests.strategies import NORMS, from_spectrum, label
@@ -95,7 +95,7 @@ def test_zeros_and_vectors() -> None:
     for constraint in (RowBound(), Sphere(), FrobeniusSphere(1.0), FrobeniusSphere(), SpectralCap(), SoftSpectralCap()):
         assert torch.equal(put(constraint, zero), zero)
     assert torch.equal(put(FrobeniusSphere(), w, zero), w), "there is no length to keep"
-    for constraint in (FrobeniusSphere(1.0), SpectralCap(), SoftSpectralCap(), SpectralNormalize()):
+    for constraint in (FrobeniusSphere(1.0), SpectralCap(), SpectralNormalize()):
         vector = torch.randn(1, 1, 5)
         assert torch.equal(put(constraint, vector, is_vector=True), vector)
 
@@ -192,8 +192,13 @@ def test_the_soft_cap_refuses_what_it_cannot_press_into_the_ball() -> None:
         with pytest.raises(ValueError, match=message):
             optimizer.step()
         assert torch.equal(w, torch.eye(3)) and all(state["step"] == 0 for state in optimizer.state.values())
-    with pytest.raises(ValueError, match="needs steps of bounded length"):
-        SteepestDescent([w], step_size="dual", constraint="soft-spectral-cap")
+    for rule in ({"step_size": "dual"}, {"norm": "max"}, {"norm": "Spectral(scale='unit')"}):
+        with pytest.raises(ValueError, match=r"needs (steps of bounded length|to know how large updates can be)"):
+            SteepestDescent([w], **rule, constraint="soft-spectral-cap")
+    row = nn.Parameter(torch.tensor([[5.0, 0.0]]))
+    row.grad = torch.ones(1, 2)
+    with pytest.raises(ValueError, match="starts with norm 5"):
+        SteepestDescent([row], 0.1, Spectral("unit"), constraint=SoftSpectralCap(1.0, "unit")).step()
 
 
 # Declared by modules --------------------------------------------------------------------------------------------------
@@ -312,7 +317,49 @@ def test_declared_bounds_come_after_the_optimizers_own_and_can_be_overridden() -
         optimizer = normopt.create("adamw", net(), overrides=overrides)
         (group,) = (g for g in optimizer.param_groups if "head.weight" in g["param_names"])
         own = parse(group["rule"]).constraint[len(decay) :]  # type: ignore[attr-defined]
-        assert own == (() if overrides["head.weight"]["bounds"] == () else (RowBound(2.0),))
+        assert own == (() if overrides["head.weight"]["bounds"] == () else (RowBound(0.5), RowBound(2.0)))
+
+
+def test_bounds_add_up_and_kahan_summation_comes_last() -> None:
+    """Geometry, declaration and override."""
+    geometry = {"*": {"bounds": ["KahanSum()", "RowBound(3.0)"]}}
+    optimizer = normopt.create("nap", net(), geometry=geometry, overrides={"*up.weight": {"bounds": "RowBound(2.0)"}})
+    (group,) = (g for g in optimizer.param_groups if "layer.up.weight" in g["param_names"])
+    found = parse(group["rule"]).constraint[1:]  # type: ignore[attr-defined]
+    assert found == (FrobeniusSphere(), RowBound(3.0), RowBound(), RowBound(2.0), normopt.KahanSum())
+    assert normopt.create("nap", net(), base="adamh")  # one sphere is enough
+
+
+def test_tied_weights_keep_the_bounds_of_both() -> None:
+    model = net()
+    model.head.weight = model.embed.weight
+    optimizer = normopt.create("sgd", model)
+    (group,) = (g for g in optimizer.param_groups if "embed.weight" in g["param_names"])
+    assert parse(group["rule"]).constraint[-2:] == (RowBound(axis=-2), RowBound(0.5, axis=-2))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("bound", [Ball(Row("unit"), 0.5), SpectralCap(0.5), RowBound(0.5), FrobeniusSphere()])
+def test_bounds_hold_for_weights_as_they_are_stored(bound: Constraint) -> None:
+    torch.manual_seed(0)
+    tables = [nn.Embedding(9, 4), nn.Embedding(9, 4)]
+    tables[1].weight.data.copy_(tables[0].weight.data)
+    seen = [normopt.View(transpose=True), normopt.View()]
+    for table, view in zip(tables, seen, strict=True):
+        optimizer = SteepestDescent([{"params": [table.weight], "bounds": bound, "view": view}], 0.1, "max")
+        table.weight.grad = torch.ones(9, 4)
+        optimizer.step()
+    torch.testing.assert_close(tables[0].weight, tables[1].weight)
+
+
+def test_columns_of_a_split_view_are_refused_and_vectors_are_one_row() -> None:
+    qkv = {"params": [nn.Parameter(torch.ones(6, 4))], "view": normopt.View(split=3), "bounds": "Sphere(axis=-2)"}
+    with pytest.raises(ValueError, match="across the 3 matrices"):
+        SteepestDescent([qkv], norm="max")
+    v = nn.Parameter(torch.tensor([3.0, 4.0]))
+    v.grad = torch.zeros(2)
+    group = {"params": [v], "view": normopt.View(transpose=True), "bounds": "Sphere()"}
+    SteepestDescent([group], 0.1, "max").step()
+    torch.testing.assert_close(v.detach(), torch.tensor([0.6, 0.8]))
 
 
 def test_views_of_rows() -> None:
@@ -333,7 +380,8 @@ def test_bounds_of_low_precision_are_applied_before_rounding(dtype: torch.dtype)
 @pytest.mark.parametrize("kind", [k for k in choices(Constraint).values() if k.__module__ == "normopt.bounds"])
 def test_bounds_resume_to_the_bit(kind: type[Constraint]) -> None:
     def run(params: list[Tensor], steps: range, state: Any = None) -> SteepestDescent:
-        optimizer = SteepestDescent(params, 0.1, Spectral("unit", "exact"), 0.9, constraint=kind())
+        bound = Transposed(SpectralNormalize()) if kind is Transposed else kind()
+        optimizer = SteepestDescent(params, 0.1, Spectral("rms", "exact"), 0.9, constraint=bound)
         if state is not None:
             optimizer.load_state_dict(state)
         for i in steps:

@@ -136,3 +136,42 @@ def test_muons_other_parameters_move_by_a_kernel() -> None:
         batches: list[Batch] = optimizer._batches_of[id(group)]
         found[all(batch.kernel for batch in batches)] |= {group["role"]}
     assert found == {True: {"embedding", "vector", "unembedding"}, False: {"linear"}}
+
+
+def test_data_of_another_size_is_refused_before_anything_moves() -> None:
+    """A kernel would write beyond the state."""
+    for make in (zoo.AdamW, zoo.Lion):
+        p = nn.Parameter(torch.randn(6))
+        optimizer = make([p], lr=0.1)
+        p.grad = torch.randn(6)
+        optimizer.step()
+        p.data, p.grad = torch.ones(4096), None
+        p.grad = torch.randn(4096)
+        with pytest.raises(ValueError, match="that of another parameter"):
+            optimizer.step()
+        assert torch.equal(p, torch.ones(4096)) and optimizer.state[p]["step"] == 1
+
+
+def test_step_counts_are_float32_whatever_the_default() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        p = nn.Parameter(torch.zeros(3, dtype=torch.float32))
+        optimizer = zoo.AdamW([p], lr=0.1)
+        for _ in range(300):
+            p.grad = torch.ones(3, dtype=torch.float32)
+            optimizer.step()
+        assert optimizer.state[p]["step"] == 300
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_numbers_in_tensors_in_tuples_are_read_anew() -> None:
+    p, beta = nn.Parameter(torch.zeros(3)), torch.tensor(0.9)
+    optimizer = zoo.Lion([p], lr=0.1, betas=(beta, 0.9))
+    optimizer.param_groups[0]["betas"] = (beta, 0.9)
+    for value in (0.9, 0.1):
+        beta.fill_(value)
+        p.grad = torch.ones(3)
+        optimizer.step()
+        (batch,) = optimizer._batches_of[id(optimizer.param_groups[0])]
+        assert float(batch.rule.momentum.beta1) == pytest.approx(value)  # type: ignore[attr-defined]

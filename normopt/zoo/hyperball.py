@@ -158,7 +158,8 @@ class NaP(SteepestDescent):
 
     def _rule_of(self, group: dict[str, Any]) -> Rule:
         rule = super()._rule_of(group)
-        return rule.bounded(FrobeniusSphere()) if group.get("role") in self.projected else rule
+        is_new = group.get("role") in self.projected and FrobeniusSphere() not in rule.constraint
+        return rule.bounded(FrobeniusSphere()) if is_new else rule
 
 
 def _fresh(group: Mapping[str, Any]) -> dict[str, Any]:
