@@ -37,7 +37,7 @@ def plot_curves(groups: dict[str, list[Row]], out: Path, unit: str) -> None:
             for optimizer, rows in groups.items():
                 _draw_curve(axes, optimizer, [row for row in rows if row["status"] == "finished"], column)
             _label(axes, label, title=_title(groups), unit=unit)
-            _save(figure, out / name)
+            save(figure, out / name)
 
 
 def plot_rates(groups: dict[tuple[str, float], list[Row]], path: Path, unit: str) -> None:
@@ -54,7 +54,7 @@ def plot_rates(groups: dict[tuple[str, float], list[Row]], path: Path, unit: str
             axes.scatter([lr for lr, _ in dots], [loss for _, loss in dots], color=line.get_color(), s=18)
         axes.set_xscale("log", base=10)
         _label(axes, "learning rate", title=_title(groups), unit=unit)
-        _save(figure, path)
+        save(figure, path)
 
 
 def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target], out: Path, unit: str) -> None:
@@ -72,7 +72,7 @@ def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target]
         axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
         axes.minorticks_off()
         _label(axes, "steps of an annealed run", title="", unit=unit)
-        _save(figure, out / "horizons.png")
+        save(figure, out / "horizons.png")
 
 
 def plot_norms(rows: dict[str, Row], out: Path) -> list[str]:
@@ -95,7 +95,7 @@ def plot_norms(rows: dict[str, Row], out: Path) -> list[str]:
                 axes.set_title(title, loc="left", fontsize=11)
                 if axes.get_legend_handles_labels()[0]:
                     axes.legend(fontsize=8)
-            _save(figure, out / name)
+            save(figure, out / name)
     return list(panels)
 
 
@@ -155,6 +155,7 @@ def _title(groups: "dict[str, list[Row]] | dict[tuple[str, float], list[Row]]") 
     return f"{models} {configs[0]['preset']['name']}, {configs[0]['source']}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically."""
     with replacing(path) as partial:
         figure.savefig(partial, dpi=150, format="png")

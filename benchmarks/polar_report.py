@@ -1,7 +1,5 @@
 """The table and the plots of `python -m benchmarks polar`."""
 
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +7,10 @@ import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tabulate import tabulate
 
-from benchmarks.plots import STYLE
-from benchmarks.records import Row, replacing
+from benchmarks.plots import STYLE, save
+from benchmarks.records import Row
+from benchmarks.tables import publish
 
 NOTES = (
     "Shapes are matrices x short x long sides, in float32; dtype is that of the products. Time is a ratio to "
@@ -30,17 +28,10 @@ def write_polar(rows: list[Row], out: Path) -> None:
     """Print the table, and write `polar.md`, `polar_pareto.png`, `polar_width.png` and `polar_count.png`."""
     rates = {row["dtype"]: max(r["product_rate"] for r in rows if r["dtype"] == row["dtype"]) for row in rows}
     table = [line(row, rates[row["dtype"]]) for row in rows]
-    headers = {name: name for name in table[0]}
-    print("\n" + tabulate(table, headers, tablefmt="simple_outline", disable_numparse=True, stralign="right"))
-    markdown = tabulate(table, headers, tablefmt="github", disable_numparse=True, stralign="right")
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     setting = f"torch {rows[0]['torch']}, {rows[0]['repeats']} repeats. {NOTES}"
-    images = [f"![{name}](polar_{name}.png)" for name in ("pareto", "width", "count")]
-    with replacing(out / "polar.md") as partial:
-        partial.write_text("\n\n".join([f"`{command}`", setting, markdown, *images]) + "\n", encoding="utf-8")
     plot_pareto(rows, out)
     plot_growth(rows, out)
-    print(f"Written to {out}: polar.md, polar.jsonl and the plots")
+    publish(table, setting, out / "polar.md", [f"![{name}](polar_{name}.png)" for name in ("pareto", "width", "count")])
 
 
 def line(row: Row, rate: float) -> dict[str, str]:
@@ -76,7 +67,7 @@ def plot_pareto(rows: list[Row], out: Path) -> None:
         panels[0].set_ylabel("largest deviation from 1")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
-        _save(figure, out / "polar_pareto.png")
+        save(figure, out / "polar_pareto.png")
 
 
 def _scatter(axes: Axes, rows: list[Row]) -> None:
@@ -119,9 +110,4 @@ def _growth(rows: list[Row], x: Callable[[Row], int], label: str, path: Path) ->
         axes.set_xlabel(label)
         axes.set_ylabel("milliseconds")
         axes.legend(fontsize=8)
-        _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+        save(figure, path)

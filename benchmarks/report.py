@@ -1,25 +1,19 @@
 """Tables of finished runs, on the terminal and as Markdown."""
 
-import csv
 import json
 import math
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from tabulate import tabulate
+from typing import Any, TypeVar
 
 from benchmarks.plan import BASELINE
 from benchmarks.plots import plot_curves, plot_horizons, plot_norms, plot_rates
 from benchmarks.presets import cell_name
 from benchmarks.records import Row, replacing
+from benchmarks.search import Search
+from benchmarks.tables import drawn, publish, write_table
 from benchmarks.targets import Target, mean_losses, reach, seconds_a_step
-
-if TYPE_CHECKING:
-    from benchmarks.sweep import Search
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1 .. 9 degrees of freedom
 
@@ -49,16 +43,15 @@ def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ())
         table = [target_line(name, members, target) for target in targets for name, members in of_cell.items()]
         write_table(table, out / "targets")
         plot_horizons({name: mean_losses(members) for name, members in of_cell.items()}, targets, out, unit(rows))
-        print("\n" + tabulate(table, "keys", tablefmt="simple_outline", disable_numparse=True, stralign="right"))
-        markdown = tabulate(table, "keys", tablefmt="github", disable_numparse=True, stralign="right")
+        print("\n" + drawn(table, "simple_outline"))
         notes += [
             f"Runs of {', '.join(map(str, lengths))} steps, each annealed.",
-            markdown,
+            drawn(table, "github"),
             "![horizons](horizons.png)",
         ]
     table = [comparison_line(name, groups) for name in groups]
     write_table(table, out / "compare")
-    _publish(table, full, out / "compare.md", notes)
+    publish(table, setting(full), out / "compare.md", notes)
 
 
 def target_line(name: str, rows: list[Row], target: Target) -> dict[str, str]:
@@ -74,17 +67,6 @@ def target_line(name: str, rows: list[Row], target: Target) -> dict[str, str]:
     }
 
 
-def write_table(table: list[dict[str, str]], path: Path) -> None:
-    """The table as `path`.csv and `path`.tex."""
-    with replacing(path.with_suffix(".csv")) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-    with replacing(path.with_suffix(".tex")) as partial:
-        text = tabulate(table, "keys", tablefmt="latex_booktabs", disable_numparse=True, stralign="right")
-        partial.write_text(text + "\n", encoding="utf-8")
-
-
 def write_grid(rows: list[Row], out: Path) -> None:
     """Print the table of a grid and each optimizer's best rate, and write `grid.md` and `grid.png`."""
     if rows:
@@ -95,12 +77,12 @@ def write_grid(rows: list[Row], out: Path) -> None:
         ]
         plot_rates(groups, out / "grid.png", unit(rows))
         notes = [best_rate(name, groups) for name in dict.fromkeys(name for name, _ in groups)]
-        _publish(table, rows, out / "grid.md", [*notes, "![loss by learning rate](grid.png)"])
+        publish(table, setting(rows), out / "grid.md", [*notes, "![loss by learning rate](grid.png)"])
         print("\n".join(notes))
 
 
 def write_sweep(
-    searches: "list[Search]", gap: float, rows: list[Row], steps: int, tuned: dict[str, dict[str, Any]], out: Path
+    searches: list[Search], gap: float, rows: list[Row], steps: int, tuned: dict[str, dict[str, Any]], out: Path
 ) -> None:
     """Print what was chosen, and write `sweep.md`, `sweep.png` and `chosen.json`: `tuned` with what was chosen."""
     of_cell = group(rows, cell_of)
@@ -117,10 +99,10 @@ def write_sweep(
     chosen = {cell: {**tuned[cell], "lr": trial.lr, **trial.options} for cell, trial in best.items()}
     with replacing(out / "chosen.json") as partial:
         partial.write_text(json.dumps(chosen, indent=2) + "\n")
-    _publish(table, rows, out / "sweep.md", notes)
+    publish(table, setting(rows), out / "sweep.md", notes)
 
 
-def sweep_line(search: "Search", gap: float, rows: list[Row]) -> dict[str, str]:
+def sweep_line(search: Search, gap: float, rows: list[Row]) -> dict[str, str]:
     """One line of the table of a sweep: how much was tried, what was chosen, and the losses of all finalists."""
     best = search.chosen(gap)
     finals = [
@@ -150,7 +132,7 @@ def write_norms(rows: list[Row], out: Path) -> None:
         cells = group(rows, cell_of)
         table = [norms_line(name, members) for name, members in cells.items()]
         files = plot_norms({name: members[0] for name, members in cells.items()}, out)
-        _publish(table, rows, out / "norms.md", [f"![{name}]({name})" for name in files])
+        publish(table, setting(rows), out / "norms.md", [f"![{name}]({name})" for name in files])
 
 
 def norms_line(name: str, rows: list[Row]) -> dict[str, str]:
@@ -255,17 +237,6 @@ def losses(rows: list[Row]) -> list[float]:
 def mean(rows: list[Row], column: str) -> float:
     """Mean of a column."""
     return statistics.fmean(row[column] for row in rows)
-
-
-def _publish(table: list[dict[str, str]], rows: list[Row], path: Path, notes: list[str]) -> None:
-    """Print a table, and write it with the setting, the command and notes to a Markdown file."""
-    headers = {name: name for name in table[0]}
-    print("\n" + tabulate(table, headers, tablefmt="simple_outline", disable_numparse=True, stralign="right"))
-    markdown = tabulate(table, headers, tablefmt="github", disable_numparse=True, stralign="right")
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
-    with replacing(path) as partial:
-        partial.write_text("\n\n".join([f"`{command}`", setting(rows), markdown, *notes]) + "\n", encoding="utf-8")
-    print(f"Written to {path.parent}: {path.name}, results.jsonl and the plots")
 
 
 def setting(rows: list[Row]) -> str:

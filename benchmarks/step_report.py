@@ -1,15 +1,13 @@
 """The table and the plot of `python -m benchmarks step`."""
 
-import shlex
-import sys
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from tabulate import tabulate
 
-from benchmarks.plots import STYLE
-from benchmarks.records import Row, replacing
+from benchmarks.plots import STYLE, save
+from benchmarks.records import Row
+from benchmarks.tables import publish
 
 OURS = "normopt"
 NOTES = (
@@ -23,16 +21,10 @@ NOTES = (
 def write_step(rows: list[Row], out: Path) -> None:
     """Print the table, and write `step.md` and `step.png`."""
     table = [line(row, rows) for row in rows]
-    headers = {name: name for name in table[0]}
-    print("\n" + tabulate(table, headers, tablefmt="simple_outline", disable_numparse=True, stralign="right"))
-    markdown = tabulate(table, headers, tablefmt="github", disable_numparse=True, stralign="right")
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     first = rows[0]
     setting = f"torch {first['torch']}, {first['threads']} threads, {len(first['seconds'])} rounds. {NOTES}"
-    with replacing(out / "step.md") as partial:
-        partial.write_text("\n\n".join([f"`{command}`", setting, markdown, "![ratios](step.png)"]) + "\n")
     plot_step(rows, out)
-    print(f"Written to {out}: step.md, step.jsonl and step.png")
+    publish(table, setting, out / "step.md", ["![ratios](step.png)"])
 
 
 def reference(row: Row, rows: list[Row]) -> Row | None:
@@ -82,5 +74,4 @@ def plot_step(rows: list[Row], out: Path) -> None:
             axes.axvline(1, color="black", linewidth=0.8)
             axes.set_xlabel("step time / mean of the fastest peer (bar: median, mark: mean)", fontsize=9)
             axes.set_title(f"{name}, {shown[0][0]['parameters'] / 1e6:.2f} M parameters", loc="left", fontsize=11)
-        with replacing(out / "step.png") as partial:
-            figure.savefig(partial, dpi=150, format="png")
+        save(figure, out / "step.png")

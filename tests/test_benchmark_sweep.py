@@ -17,7 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.data import Corpus
 from benchmarks.presets import RunConfig
 from benchmarks.records import Row
-from benchmarks.sweep import Search, Trial
+from benchmarks.search import Search, Trial
 from tests.bench_runs import row, tiny_corpus
 
 
