@@ -57,6 +57,7 @@ class Eigenbasis(Basis):
     """
 
     looks_first: ClassVar[bool] = True
+    decides_on_host: ClassVar[bool] = True
     beta: float = 0.95
     frequency: int = 10
     max_dim: int = 10000

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normopt import fused
 from normopt.rule import Rule
-from normopt.stepsize import Shared
+from normopt.stepsize import Shared, double
 
 #: The most entries that one batch of matrices holds, unless a single parameter has more. It bounds the temporary memory
 #: of a step to a few times this many numbers.
@@ -24,6 +24,7 @@ MAX_ENTRIES = 1 << 22
 FLAT_ENTRIES = 1 << 19
 
 State = MutableMapping[Tensor, dict[str, Any]]
+Number = Any  # a float, or a 0-dimensional tensor of the device in capturable steps
 
 
 class Batch:
@@ -38,10 +39,13 @@ class Batch:
         self.group, self.params, self.rule = group, params, rule
         self.flat = rule.elementwise
         self._kept: Tensor | None = None
+        self.number: Number = 0.0
         self.kernel: fused.AdamKernel | None = None
         self.ok: Tensor | None = None  # whether the device finds that the step can be taken, if it must ask
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
-        self.steps = torch.tensor([age(state, p) for p in params], dtype=torch.float32, device="cpu")
+        self.captured = bool(group["capturable"])
+        home = params[0].device if self.captured else "cpu"
+        self.steps = torch.full((len(params),), age(state, params[0]), dtype=torch.float32, device=home)
         self._kinds = [_kind(p) for p in params]
         g = self.gradient()
         self._shape = g.shape
@@ -117,8 +121,11 @@ class Batch:
         self._kept = self._gathered()
         return self._kept.sum().item()
 
-    def pieces(self) -> Sequence[Batch | Piece]:
-        """This batch, or the parts of its one parameter, if that is large and every entry moves by itself."""
+    def pieces(self) -> Sequence[tuple[Batch | Piece, list[Tensor]]]:
+        """This batch, or the parts of its one parameter, if that is large and every entry moves by itself.
+
+        Each with what must be put back if the device finds that the step must not be taken.
+        """
         p = self.params[0]
         in_pieces = (
             self.flat
@@ -130,9 +137,9 @@ class Batch:
             and not (self.rule.momentum.looks_back or self.rule.norm.looks_first)
         )
         if not in_pieces:
-            return (self,)
+            return [(self, self.snapshot())]
         self._kept = None
-        return [Piece(self, slice(i, i + FLAT_ENTRIES)) for i in range(0, p.numel(), FLAT_ENTRIES)]
+        return [(Piece(self, slice(i, i + FLAT_ENTRIES)), []) for i in range(0, p.numel(), FLAT_ENTRIES)]
 
     def views(self, name: str) -> list[Tensor]:
         """Each parameter's part of one piece of state."""
@@ -164,14 +171,16 @@ class Batch:
         torch._foreach_copy_(self.params, self.scatter(choose(self.ok, self.weights(), old_weights)))
         for x, y in zip(self.state.values(), old, strict=True):
             x.copy_(choose(self.ok, x, y))
+        if self.captured:
+            self.steps.copy_(choose(self.ok, self.steps, self.steps - 1))
 
     def prepare(self, rule: Rule, shared: Shared) -> None:
         """Take this step's numbers from the param group, before anything moves: they may be out of range."""
         self.rule, self._kept, lr = rule, None, self.group["lr"]
         if isinstance(lr, Tensor):
             lr = lr.squeeze().to(self.params[0].device, non_blocking=True)
-        step = max(1.0, self.taken() + 1)
-        self.rate = rule.step_size.rate(lr, step, shared)
+        step = self.taken() + 1
+        self.rate = rule.step_size.rate(lr, step if self.captured else max(1.0, step), shared)
         self.kernel = fused.kernel_of(self)
         self.shrink = reduce(mul, (constraint.shrink(self.rate) for constraint in rule.constraint), 1.0)
 
@@ -179,17 +188,24 @@ class Batch:
         """Whether this is a first gradient that only prepares the direction's state, which has been done."""
         looks = self.rule.norm.looks_first and self.steps[0].item() == 0
         if looks:
+            before = self.snapshot()
             self.rule.norm.look(self.gradient(), self.state)
             self.steps.add_(1)
+            self.undo_unless_ok(before)
         return looks
 
-    def advance(self) -> float:
-        """Count one more step; returns its number, from 1."""
+    def advance(self) -> None:
+        """Count one more step; its ``number``, from 1, is what ``begin`` sees."""
         self.steps.add_(1)
-        return self.taken()
+        self.number = self.taken()
 
-    def taken(self) -> float:
-        """How many steps these parameters have taken; first gradients that moved nothing do not count."""
+    def taken(self) -> Number:
+        """How many steps these parameters have taken; first gradients that moved nothing do not count.
+
+        A tensor of the device if the host must not look.
+        """
+        if self.captured:
+            return self.steps[0].to(double(self.steps.device))
         return self.steps[0].item() - self.rule.norm.looks_first
 
     def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -219,11 +235,8 @@ class Piece:
         self.rate, self.shrink, self.is_vector = batch.rate, batch.shrink, batch.is_vector
         self.params = [batch.params[0].detach().view(-1)[part]]
         self.state = {name: x[part] for name, x in batch.state.items()}
+        self.number = batch.number
         self._batch, self._part = batch, part
-
-    def advance(self) -> float:
-        """Count one more step, at the first piece; returns its number."""
-        return self._batch.advance() if self._part.start == 0 else self._batch.taken()
 
     def gradient(self, gradients: Iterable[Tensor] | None = None) -> Tensor:
         """As that of a batch."""

@@ -108,9 +108,9 @@ class FrobeniusSphere(Constraint):
 
 def _factor(w: Tensor, dim: int | tuple[int, ...], radius: float | Tensor) -> Tensor:
     """What makes ``w`` as long as ``radius`` along ``dim``: 1 where either is 0, or where it is to rounding already."""
-    lengths = torch.linalg.vector_norm(w, dim=dim, keepdim=True)
+    lengths = euclidean(w, dim, keepdim=True)
     factor = radius / lengths
-    there = ((factor - 1).abs() <= 8 * torch.finfo(w.dtype).eps) | (lengths == 0) | (factor == 0)
+    there = ((factor - 1).abs() <= 8 * torch.finfo(w.dtype).eps) | (lengths == 0) | (factor == 0) | factor.isinf()
     return torch.where(there, 1.0, factor)
 
 
@@ -129,6 +129,10 @@ class Ball(Constraint):
 
     def __post_init__(self) -> None:
         check_positive(self, "radius", self.radius)
+
+    @property
+    def decides_on_host(self) -> bool:
+        return self.norm.reduces == "matrix"
 
     def seen_through(self, view: View) -> Constraint:
         return Transposed(self) if view.transpose else self
@@ -226,6 +230,7 @@ class SoftSpectralCap(_OfSpectrum):
     """
 
     needs_bounded_step: ClassVar[bool] = True
+    decides_on_host: ClassVar[bool] = True
     max_update: float = 1.2
 
     def __post_init__(self) -> None:

@@ -18,8 +18,14 @@ POLICIES = ("raise", "skip", "propagate")
 
 #: Param-group entries that are no options of an ingredient: ours, and those that torch's schedulers and users write.
 GROUP_KEYS = {"params", "param_names", "lr", "maximize", "role", "reasons", "rule", "name", "initial_lr", "lr_scale"}
-GROUP_KEYS |= {"nonfinite", "state_version"}
+GROUP_KEYS |= {"nonfinite", "capturable", "state_version"}
 GROUP_KEYS |= {f"{bound}_{name}" for bound in ("base", "max", "min") for name in ("lr", "momentum")}
+
+#: What is wrong with parts of parameters, and what to do.
+WHOLE = (
+    "which is not supported: a norm needs the whole matrix. Train whole parameters, as under DistributedDataParallel; "
+    "pass whole tensors"
+)
 
 
 def rule_of(group: Mapping[str, Any]) -> Rule:
@@ -59,11 +65,17 @@ def check_numbers(options: Mapping[str, Any], rule: Rule) -> None:
     check_policy(options["nonfinite"])
     resolved = rule.resolve(options)
     resolved.step_size.check_composes(resolved.norm)
+    if options["capturable"] and resolved.decides_on_host:
+        culprit = next(part for part in resolved.parts() if part.decides_on_host)
+        raise ValueError(
+            f"capturable: {culprit} lets the host look at numbers or at the step's count, which a CUDA graph cannot; "
+            "leave capturable False, or give these parameters another rule"
+        )
 
 
 def check_known(names: Set[str], rule: Rule, spare: Set[str]) -> None:
     """Raise a ``TypeError`` for param-group entries that nothing reads, save ``spare``."""
-    known = rule.options() | INGREDIENTS | {"lr", "maximize", "nonfinite"}
+    known = rule.options() | INGREDIENTS | {"lr", "maximize", "nonfinite", "capturable"}
     for name in names - known - GROUP_KEYS - spare:
         raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {nearest(name, known)}")
 
@@ -80,13 +92,16 @@ def check_distinct(params: Iterable[Any]) -> None:
 
 def check_parameters(group: Mapping[str, Any], rule: Rule) -> None:
     """Raise a ``ValueError`` for parameters that are not whole or not real, and for those that the rule is not for."""
+    given = group.get("param_names") or group["params"]
+    if len(given) != len(group["params"]) and not rule.elementwise:
+        raise ValueError(
+            f"the param group of parameter {given[0]!r} was given {len(given)} tensors and has {len(group['params'])}: "
+            f"a wrapper such as DeepSpeed's ZeRO has flattened or partitioned them, {WHOLE}"
+        )
     for name, p in zip(names_of(group), group["params"], strict=True):
         part = _part_of(p)
         if part:
-            raise ValueError(
-                f"{name} is {part}, which is not supported: a norm needs the whole matrix. Train whole parameters, as "
-                "under DistributedDataParallel; pass whole tensors"
-            )
+            raise ValueError(f"{name} is {part}, {WHOLE}")
         if not p.is_floating_point():
             raise ValueError(f"{name} has dtype {p.dtype}; only real floating-point ones can be trained")
         rule.check_fits(name, tuple(p.shape))
@@ -104,12 +119,13 @@ def _part_of(p: Tensor) -> str:
     return ""
 
 
-def check_alone(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise a ``ValueError`` if a momentum looks back, which takes a closure."""
-    for rule in map(rule_of, groups):
-        if rule.momentum.looks_back:
+def check_alone(groups: Iterable[Mapping[str, Any]], is_first: bool) -> None:
+    """Raise a ``ValueError`` if a momentum looks back, which takes a closure unless the first step moves nothing."""
+    for group in groups:
+        momentum = rule_of(group).momentum
+        if momentum.looks_back and not (is_first and group["lr"] == 0):
             raise ValueError(
-                f"{rule.momentum} compares the gradients of one sample at two points: give step a closure that "
+                f"{momentum} compares the gradients of one sample at two points: give step a closure that "
                 "computes the loss and the gradients, optimizer.step(closure)"
             )
 

@@ -38,6 +38,7 @@ class Complement(Direction):
     """
 
     needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    decides_on_host: ClassVar[bool] = True
     norm: Norm = Spectral()
     protect: int = 1
     iterations: int | None = None

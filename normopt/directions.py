@@ -121,6 +121,10 @@ class Smoothed(Direction):
             self._refresh(state, context)
         return self.apply(x, state, context)
 
+    @property
+    def decides_on_host(self) -> bool:
+        return self.frequency > 1 or self.initial == "first" or self.norm.matrix_memory
+
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         kept = _all(state, "root")
         roots = kept or self._roots(state, context)
@@ -224,17 +228,21 @@ class Factored(Direction):
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         square = context.g.square()
-        state["row"].lerp_(square.mean(dim=-1, keepdim=True), context.step**self.decay)
-        state["column"].lerp_(square.mean(dim=-2, keepdim=True), context.step**self.decay)
+        square.clamp_(max=torch.finfo(square.dtype).max / (2 * max(1, *square.shape[-2:])))  # so that sums are finite
+        newest = context.step**self.decay
+        newest = newest.to(square.dtype) if isinstance(newest, Tensor) else newest
+        state["row"].lerp_(square.mean(dim=-1, keepdim=True), newest)
+        state["column"].lerp_(square.mean(dim=-2, keepdim=True), newest)
         return self.apply(x, state, context)
 
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = torch.finfo(x.dtype).eps if self.eps is None else max(self.eps, torch.finfo(x.dtype).tiny)
         row, column = state["row"], state["column"]
         if x.shape[-2] == 1:
             variance = column.clone()
         else:
-            variance = (row * column).div_(row.mean(dim=-2, keepdim=True).clamp_(min=eps))
+            # r c may overflow where r c / mean(r) does not.
+            variance = row.div(row.mean(dim=-2, keepdim=True).clamp_(min=eps)).mul(column)
         return torch.div(x, variance.sqrt_().clamp_(min=eps), out=variance)
 
     def rms(self, shape: tuple[int, ...]) -> float:
@@ -569,14 +577,22 @@ class Rotated(_Elsewhere):
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         basis, inner = self.basis, substate(state, "rotated.")
         there = context.through(lambda t: basis.rotate(t, state))
-        d = basis.unrotate(self.direction(basis.rotate(x, state), inner, there), state)
+        d = basis.unrotate(self.direction(self._seen(x, state), inner, there), state)
         basis.learn(context.g, state, context, [t for name, t in state.items() if name.startswith("rotated.")])
         return d
 
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         basis = self.basis
         there = context.through(lambda t: basis.rotate(t, state))
-        return basis.unrotate(self.direction.apply(basis.rotate(x, state), substate(state, "rotated."), there), state)
+        return basis.unrotate(self.direction.apply(self._seen(x, state), substate(state, "rotated."), there), state)
+
+    def _seen(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """``L^T x R`` without its rounding errors, which divided by those of the memory could be of any size."""
+        turned = self.basis.rotate(x, state)
+        if turned is x:
+            return x
+        noise = euclidean(x, axes(x), keepdim=True) * (4 * torch.finfo(x.dtype).eps)
+        return torch.where(turned.abs() > noise, turned, 0.0)
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """That of the direction in the rotated coordinates."""

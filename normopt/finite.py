@@ -34,7 +34,20 @@ def watched(groups: Iterable[dict[str, Any]]) -> Iterator[Watched]:
 
 def on_host(gradients: Iterable[Watched]) -> bool:
     """Whether all gradients live where reading a number costs nothing."""
-    return not DEFERRED and all(g.device.type == "cpu" for _, _, each in gradients for g in each)
+    return not DEFERRED and all(
+        g.device.type == "cpu" and not group["capturable"] for group, _, each in gradients for g in each
+    )
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph records what is launched now: the host can see none of it."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def check_capture(groups: Iterable[dict[str, Any]]) -> None:
+    """Raise a ``ValueError`` if a CUDA graph is being captured and the host looks at numbers of some param group."""
+    if capturing() and not all(group["capturable"] for group in groups):
+        raise ValueError("a step is being captured in a CUDA graph: give the optimizer capturable=True")
 
 
 def all_finite(gradients: Iterable[Watched]) -> bool:
@@ -95,6 +108,9 @@ class Verdict:
         home = found[0].device if found else torch.device("cpu")
         flags = torch.cat([flag.to(home) for flag in found]) if found else torch.ones(0, dtype=torch.bool)
         self.ok = flags.all()
+        if capturing():
+            self._owners, self._flags, self._event = [], flags.new_empty(0, device="cpu"), None
+            return
         self._flags = flags.to("cpu", non_blocking=True)
         self._event = torch.Event(home) if home.type in _WITH_EVENTS else None
         if self._event is not None:
@@ -139,11 +155,13 @@ class Watch:
 
     def count(self, batch: Batch) -> None:
         """Note that a batch counts this step; the count is taken back if the device leaves the step out."""
-        if batch.ok is not None:
+        if batch.ok is not None and not batch.captured:
             self._counted.append(batch)
 
     def settle(self) -> None:
         """Find out whether the device took the last step; if not, take back its count, and keep the error if any."""
+        if capturing():
+            self._verdicts, self._counted = [], []
         culprits = [culprit for verdict in self._verdicts for culprit in verdict.culprits()]
         if culprits:
             for batch in self._counted:

@@ -34,7 +34,7 @@ class AdamKernel:
 
     def __call__(self, batch: Batch) -> None:
         """Take the step; the batch has counted it already."""
-        step = torch.full((), batch.taken(), dtype=torch.float32, device=batch.params[0].device)
+        step = torch.as_tensor(batch.number, dtype=torch.float32, device=batch.params[0].device)
         run = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
         run(
             batch.params,

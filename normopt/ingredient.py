@@ -49,6 +49,15 @@ class Ingredient:
         """The names of the param-group options that this ingredient reads."""
         return frozenset(option.name for _, value in _fields(self) for option in _options(value))
 
+    @property
+    def decides_on_host(self) -> bool:
+        """Whether the host looks at numbers to know what to do, so that a step cannot be captured as a CUDA graph."""
+        return any(part.decides_on_host for part in self.parts())
+
+    def parts(self) -> list[Ingredient]:
+        """The ingredients that this one is made of."""
+        return _parts(self)
+
     def __str__(self) -> str:
         """The repr without what is left at its default."""
         shown = [
@@ -93,6 +102,12 @@ def _fields(ingredient: Ingredient) -> list[tuple[str, Any]]:
     return [(field.name, getattr(ingredient, field.name)) for field in dataclasses.fields(ingredient)]
 
 
+def _parts(value: Any) -> list[Ingredient]:
+    if isinstance(value, tuple):
+        return [part for item in value for part in ([item] if isinstance(item, Ingredient) else _parts(item))]
+    return _parts(tuple(item for _, item in _fields(value))) if isinstance(value, Ingredient) else []
+
+
 def _options(value: Any) -> list[Option]:
     if isinstance(value, Option):
         return [value]
@@ -121,7 +136,7 @@ class Context:
         g: the gradient as memories should see it: after L2 and the step size's weight; inside a ``Chain``, the result
             of the stage before.
         raw: the gradient as it came.
-        step: the number of this step, counted from 1.
+        step: the number of this step, counted from 1; a 0-dimensional tensor of the device in ``capturable`` steps.
         rate: the learning rate, as the step size sees it.
         direction: the rule's direction, resolved.
         weights: how to get the weights.
@@ -136,7 +151,7 @@ class Context:
 
     g: Tensor
     raw: Tensor
-    step: float
+    step: Any
     rate: float | Tensor
     direction: Any
     weights: Callable[[], Tensor]
@@ -146,6 +161,7 @@ class Context:
     is_vector: bool = False
     past: Callable[[], Tensor] | None = None
     dtype: torch.dtype | None = None
+    _w: Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def previous(self) -> Tensor:
@@ -154,10 +170,12 @@ class Context:
             raise ValueError("there is no gradient at the previous weights: only a rule's momentum can look back")
         return self.past()
 
-    @cached_property
+    @property
     def w(self) -> Tensor:
         """The weights before the step, shape ``(..., out, in)``, gathered when first asked for; never modified."""
-        return self.weights()
+        if self._w is None:  # compilers do not see through functools.cached_property
+            self._w = self.weights()
+        return self._w
 
     def unscaled(self, x: Tensor) -> Tensor:
         """``x``, a gradient or an average of them, without the step size's factor ``scale``."""

@@ -128,6 +128,10 @@ class HeavyBall(Momentum):
         if self.nesterov is True and not (self.beta and not self.dampening):
             raise ValueError("HeavyBall: nesterov needs beta > 0 and dampening = 0")
 
+    @property
+    def decides_on_host(self) -> bool:
+        return bool(self.dampening) and not self.damp_first
+
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(x)} if self.beta else {}
 
@@ -135,7 +139,7 @@ class HeavyBall(Momentum):
         if not self.beta:
             return x
         b = state["momentum"]
-        whole = context.step == 1 and not self.damp_first
+        whole = self.decides_on_host and context.step == 1
         b.mul_(self.beta).add_(x, alpha=1.0 if whole else 1 - self.dampening)
         return x.add(b, alpha=self.beta) if self.nesterov else b
 
@@ -156,6 +160,7 @@ class Recursive(Momentum):
     """
 
     looks_back: ClassVar[bool] = True  # type: ignore[misc]
+    decides_on_host: ClassVar[bool] = True
     beta: float | None = 0.9
 
     def __post_init__(self) -> None:
@@ -192,6 +197,7 @@ class WarmNesterov(Momentum):
         decay: how fast ``mu`` grows, not negative.
     """
 
+    decides_on_host: ClassVar[bool] = True
     beta: float = 0.9
     decay: float = 4e-3
 
@@ -246,6 +252,10 @@ class TwoSpeed(Momentum):
         for name in ("slow_warmup", "alpha_warmup"):
             if getattr(self, name) is not None:
                 check_count(self, name, getattr(self, name))
+
+    @property
+    def decides_on_host(self) -> bool:
+        return self.slow_warmup is not None or self.alpha_warmup is not None
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(x), "slow_momentum": torch.zeros_like(x)}

@@ -38,10 +38,9 @@ def begin(batch: Batch | Piece, past: list[Tensor] | None, before: list[Tensor])
 
     ``before`` is what there was, if the step may have to be undone.
     """
-    step = batch.advance()
 
     def seen(raw: Tensor, weights: Callable[[], Tensor]) -> Context:
-        context = Context(raw, raw, step, batch.rate, batch.rule.norm, weights)
+        context = Context(raw, raw, batch.number, batch.rate, batch.rule.norm, weights)
         for constraint in batch.rule.constraint:
             if constraint.overrides("gradient"):
                 context.g = constraint.gradient(context.g, context)
@@ -86,7 +85,7 @@ def apply(move: Move) -> None:
         if constraint.overrides("update"):
             d = constraint.update(d, context)
     size, shrink = -rule.step_size.length(move.averaged, d, context, context.shared), context.shrink
-    bounds = [constraint for constraint in rule.constraint if constraint.overrides("weight")]
+    bounds = _bounds(batch)
     if batch.dtype != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
         _keep(batch, bounds, context, batch.weights() * shrink + d * size)
         return
@@ -102,6 +101,13 @@ def apply(move: Move) -> None:
         torch._foreach_add_(params, batch.scatter(d), alpha=size)
     if bounds:
         _keep(batch, bounds, context, batch.weights())
+
+
+def _bounds(batch: Batch | Piece) -> list[Constraint]:
+    """What brings the new weights to where they may live; nothing does with lr 0, since such a step moves nothing."""
+    lr = batch.group["lr"]
+    stays = not isinstance(lr, Tensor) and lr == 0
+    return [] if stays else [constraint for constraint in batch.rule.constraint if constraint.overrides("weight")]
 
 
 def _keep(batch: Batch | Piece, bounds: list[Constraint], context: Context, new: Tensor) -> None:

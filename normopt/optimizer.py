@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -65,7 +66,13 @@ class SteepestDescent(Optimizer):
             error comes with the next call of ``step``, and step counters are right again by then.
         foreach: taken for torch's sake; tensors are always batched.
         fused: likewise.
-        capturable: must be False.
+        capturable: keep step counters on the parameters' device and look at no number, so that ``step`` can be captured
+            in a CUDA graph, after a first step outside of it; with ``lr`` as a tensor the schedule is captured too.
+            Every param group can have its own, all must have it to be captured. Bad gradients are left out of replayed
+            steps on the device, and no error comes.
+        compile: run the updates through ``torch.compile``: the same results to rounding. The first steps take as long
+            as compilation does; learning rates and step counters do not compile anything anew if they are tensors, as
+            under ``capturable``.
         differentiable: must be False.
 
     Raises:
@@ -77,6 +84,8 @@ class SteepestDescent(Optimizer):
 
     #: What each role of a whole model gets; ``{}`` is the optimizer's own rule.
     geometry: ClassVar[Geometry] = {"*": {}}
+    #: Whether updates run through ``torch.compile``.
+    compiles: bool = False
     #: Every subclass by its lower-case name, for :func:`normopt.create`; of two with one name the first.
     registry: ClassVar[dict[str, type[SteepestDescent]]] = {}
 
@@ -106,10 +115,11 @@ class SteepestDescent(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        compile: bool = False,
         differentiable: bool = False,
     ) -> None:
-        if capturable or differentiable:
-            raise ValueError("capturable and differentiable steps are not supported; leave both False")
+        if differentiable:
+            raise ValueError("differentiable steps are not supported; leave differentiable False")
         given = {"norm": norm, "momentum": momentum, "step_size": step_size, "constraint": constraint}
         rule = Rule().updated({**given, "view": view or View()})
         numbers = {**({"momentum": momentum} if isinstance(momentum, (int, float)) else {}), **(options or {})}
@@ -119,9 +129,10 @@ class SteepestDescent(Optimizer):
             params = param_groups(params, overlaid(self.geometry, geometry), overrides)
         elif geometry is not None or overrides is not None:
             raise ValueError("geometry and overrides need a whole model: pass the module instead of its parameters")
+        self.compiles = compile
         self._forget_steps()
-        defaults = {"lr": lr, "maximize": maximize, "nonfinite": nonfinite, "rule": repr(rule), **numbers}
-        super().__init__(params, defaults)
+        fixed = {"lr": lr, "maximize": maximize, "nonfinite": nonfinite, "capturable": capturable, "rule": repr(rule)}
+        super().__init__(params, {**fixed, **numbers})
         self._check_geometry()
         if not {"betas", "momentum"} & self.defaults.keys():
             weight = first_weight((group, rule_of(group)) for group in self.param_groups)
@@ -130,6 +141,7 @@ class SteepestDescent(Optimizer):
     def _forget_steps(self) -> None:
         self._batches_of: dict[int, list[Batch]] = {}
         self._watch = finite.Watch()
+        self._run: Callable[..., None] = torch.compile(self._advance) if self.compiles else self._advance
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -141,7 +153,7 @@ class SteepestDescent(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._watch.settle()
-        return {**super().__getstate__(), "geometry": self.geometry}
+        return {**super().__getstate__(), "geometry": self.geometry, "compiles": self.compiles}
 
     # Param groups ---------------------------------------------------------------------------------------------
 
@@ -161,8 +173,9 @@ class SteepestDescent(Optimizer):
             raise
         for name, value in rule.step_size.init_shared().items():
             device = group["params"][0].device if group["params"] else torch.device("cpu")
-            fresh = torch.tensor(value, dtype=double(device), device=device)
-            group[name] = next((other[name] for other in self.param_groups if name in other), fresh)
+            fresh = torch.full((), value, dtype=double(device), device=device)
+            kin = (other for other in self.param_groups if type(rule_of(other).step_size) is type(rule.step_size))
+            group[name] = next((other[name] for other in kin if name in other), fresh)
 
     def _check_group(self, group: dict[str, Any]) -> Rule:
         """The group's rule, which takes the place of the ingredients that it names; all numbers are in range."""
@@ -247,17 +260,19 @@ class SteepestDescent(Optimizer):
         Raises:
             ValueError: no closure for a momentum that looks back, or a gradient that cannot be used; nothing has moved.
         """
+        finite.check_capture(self.param_groups)
         self._watch.settle()
         self._watch.check()
         if closure is None:
-            check_alone(self.param_groups)
+            check_alone(self.param_groups, is_first=not self.state)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             check_gradients(group)
-        prepared = [(group, *self._batches_in(group)) for group in self.param_groups]
+        with _without_autocast():
+            prepared = [(group, *self._batches_in(group)) for group in self.param_groups]
         batches = [batch for _, batches, _ in prepared for batch in batches]
         if not self._watch.may_go(list(finite.watched(self.param_groups)), batches):
             return loss
@@ -266,34 +281,38 @@ class SteepestDescent(Optimizer):
         past = self._look_back(batches, closure)
         if past and not self._watch.may_go([(b.group, b.params, g) for b, g in past.items() if b.is_watched], None):
             return loss
-        self._move(batches, past)
+        with _without_autocast():
+            self._move(batches, past)
         return loss
 
     def _move(self, batches: list[Batch], past: dict[Batch, list[Tensor]]) -> None:
         """Take the step, or leave it out where the device finds that it must."""
         ok = self._watch.ok()
-        shared = [] if ok is None else [shared_by(group) for group in self.param_groups]
-        begun = self._begun(batches, past, ok)
+        going = []
+        for batch in batches:
+            batch.ok = ok
+            self._watch.count(batch)
+            if batch.look():
+                continue
+            batch.advance()
+            if batch.kernel is not None and ok is None:
+                batch.kernel(batch)
+            else:
+                going.append((batch, past.get(batch)))
+        shared = [x for group in self.param_groups for x in shared_by(group).values()] if ok is not None else []
+        before = [x.clone() for x in shared]
+        self._run(going)
+        for number, old in zip(shared, before, strict=True):
+            number.copy_(choose(ok, number, old))  # type: ignore[arg-type]
+
+    def _advance(self, going: list[tuple[Batch, list[Tensor] | None]]) -> None:
+        """Move the parameters of all batches, one after the other unless a step size must see all of them."""
+        batches = [batch for batch, _ in going]
+        begun = (begin(piece, past, before) for batch, past in going for piece, before in batch.pieces())
         moves = map(direct, self._surveyed(list(begun)) if anyone(batches, "survey") else begun)
         for move in self._measured(list(moves)) if anyone(batches, "measure") else moves:
             apply(move)
             move.batch.undo_unless_ok(move.before)
-        for group, before in zip(self.param_groups, shared, strict=False):
-            group.update({name: choose(ok, group[name], x) for name, x in before.items() if ok is not None})
-
-    def _begun(self, batches: list[Batch], past: dict[Batch, list[Tensor]], ok: Tensor | None) -> Iterator[Move]:
-        for batch in batches:
-            batch.ok = ok
-            before = batch.snapshot()
-            self._watch.count(batch)
-            if batch.look():
-                batch.undo_unless_ok(before)
-            elif batch.kernel is not None and ok is None:
-                batch.advance()
-                batch.kernel(batch)
-            else:
-                for piece in batch.pieces():
-                    yield begin(piece, past.get(batch), before)
 
     # Batches ------------------------------------------------------------------------------------------------------
 
@@ -312,6 +331,7 @@ class SteepestDescent(Optimizer):
         batches = self._batches_of.get(id(group), [])
         are_new = not _same(batches, group, params, self.state) or not all(b.holds_state_of(rule) for b in batches)
         if are_new:
+            check_parameters(group, rule_of(group))
             batches = list(partition(group, params, rule, self.state))
         for batch in batches:
             batch.prepare(rule, shared_by(group))
@@ -363,12 +383,22 @@ class SteepestDescent(Optimizer):
         step_size, before = moves[0].step_size, moves[0].context.shared
         home = moves[0].batch.params[0].device
         sums = {name: torch.stack([each[name].to(home) for each in summands]).sum() for name in summands[0]}
-        shared = step_size.conclude(sums, before)
+        shared = step_size.conclude(sums, {name: x.clone() for name, x in before.items()})
         for move in moves:
             move.context.shared = shared
         for group in self.param_groups:
             if type(rule_of(group).step_size) is type(step_size):
-                group.update({name: shared[name] for name in step_size.init_shared()})
+                for name in step_size.init_shared():
+                    group[name].copy_(shared[name])
+
+
+def _without_autocast() -> ExitStack:
+    """Products and state in the working dtype, also where ``step`` is called under autocast; closures keep theirs."""
+    stack = ExitStack()
+    for kind in ("cpu", "cuda", "mps", "xpu") if torch._C._is_any_autocast_enabled() else ():
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 def _same(batches: list[Batch], group: dict[str, Any], params: list[Tensor], state: Any) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from normopt.directions import Smoothed
 from normopt.ingredient import nearest
@@ -71,7 +71,7 @@ def roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[
             ``"view"``, ``"norm"``, ``"lr"`` ...). Later patterns win.
 
     Raises:
-        ValueError: a pattern matches no parameter.
+        ValueError: a pattern matches no parameter, or a module declares something of what is none of its parameters.
     """
     inferred = _inferred(model)
     found = dict(inferred)
@@ -153,11 +153,27 @@ def _parametrized(model: nn.Module, name: str, module: nn.Module, key: str) -> t
 
 
 def _declared(model: nn.Module, attribute: str) -> dict[str, Any]:
-    return {
-        f"{prefix}.{path}" if prefix else path: value
-        for prefix, module in model.named_modules()
-        for path, value in getattr(module, attribute, {}).items()
-    }
+    """What modules say of parameters, by the names that the model has for them."""
+    found: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        has_own = attribute in vars(module) or hasattr(type(module), attribute)  # wrappers hand on what they wrap
+        for path, value in getattr(module, attribute).items() if has_own else ():
+            if not _is_parameter(module, path):
+                where = f"{attribute} of {type(module).__name__}" + (f" ({prefix})" if prefix else "")
+                known = [name for name, _ in module.named_parameters()]
+                raise ValueError(f"{where}: {path!r} is none of its parameters; {nearest(path, known)}")
+            found[f"{prefix}.{path}" if prefix else path] = value
+    return found
+
+
+def _is_parameter(module: nn.Module, path: str) -> bool:
+    """Whether that is the name of a parameter, also of one that is ``None`` or is computed from others by now."""
+    owner, _, key = path.rpartition(".")
+    try:
+        part = module.get_submodule(owner)
+    except AttributeError:
+        return False
+    return key in part._parameters or is_parametrized(part, key) or isinstance(vars(part).get(key), Tensor)
 
 
 def _tied(first: Role, second: Role, name: str) -> Role:

@@ -310,6 +310,8 @@ class Relative(StepSize):
         entries = math.prod(context.w.shape[-2:])
         size = euclidean(context.w, axes(context.w), keepdim=True) / math.sqrt(max(entries, 1))
         limit, rate = context.step**-0.5, context.rate
+        if isinstance(limit, Tensor):
+            limit, rate = rate, limit
         return size.clamp_(min=self.eps) * (rate.clamp(max=limit) if isinstance(rate, Tensor) else min(rate, limit))
 
 

@@ -37,6 +37,7 @@ class LowRank(Direction):
     """
 
     needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    decides_on_host: ClassVar[bool] = True
     degree: ClassVar[int] = 0  # type: ignore[misc]
     rank_fraction: float = 1.0
     mu: float = 0.95
@@ -104,6 +105,7 @@ class Aligned(Direction):
     """
 
     needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    decides_on_host: ClassVar[bool] = True
     degree: ClassVar[int] = 0  # type: ignore[misc]
     direction: Direction = Sinkhorn()
 

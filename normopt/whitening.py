@@ -41,6 +41,7 @@ class KLWhitened(Direction):
 
     needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
     looks_first: ClassVar[bool] = True  # type: ignore[misc]
+    decides_on_host: ClassVar[bool] = True
     beta: float = 0.98
     eps: float = 1e-8
     frequency: int = 10

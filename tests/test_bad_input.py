@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import normopt
 from normopt import SteepestDescent, finite
+from normopt.checks import check_gradients, rule_of
 
 Make = Callable[..., SteepestDescent]
 ALL: dict[str, Make] = {**EVERY, "stormplus": partial(normopt.create, "stormplus")}
@@ -255,7 +257,7 @@ def test_errors_of_the_numbers_come_before_any_state() -> None:
 
 
 @every
-@pytest.mark.parametrize("kind", ["shape", "integers"])
+@pytest.mark.parametrize("kind", ["shape", "integers", "sparse", "complex"])
 def test_gradients_of_another_kind(make: Make, kind: str) -> None:
     params = tensors()
     optimizer = two_groups(make, params)
@@ -268,12 +270,23 @@ def test_gradients_of_another_kind(make: Make, kind: str) -> None:
         else:
             params[3].grad = None
             params[3].grad_dtype = None
-            params[3].grad = torch.zeros(SHAPES[3], dtype=torch.int64)
+            dtype = {"integers": torch.int64, "sparse": torch.float64, "complex": torch.complex128}[kind]
+            g = torch.zeros(SHAPES[3], dtype=dtype)
+            params[3].grad = g.to_sparse() if kind == "sparse" else g
 
-    expected = r"shape \(3, 3\) on cpu, but is of shape" if kind == "shape" else "torch.int64 gradient"
+    named_so = {"shape": r"gradient of shape \(3, 3\) on cpu, but is of shape", "integers": "torch.int64 gradient"}
+    expected = named_so.get(kind, f"{kind} gradient; only dense real gradients can be used")
     with pytest.raises(ValueError, match=f"parameter 'd' has a .*{expected}"):
         optimizer.step(closure)
     assert_equal(snapshot(optimizer), before)
+
+
+def test_gradients_on_another_device() -> None:
+    """A stand-in: of two devices that torch lets differ, one has to be an accelerator."""
+    p = SimpleNamespace(grad=torch.zeros(3, 2, device="meta"), shape=(3, 2), device=torch.device("cpu"))
+    message = r"parameter 'w' has a gradient of shape \(3, 2\) on meta, but is of shape \(3, 2\) on cpu"
+    with pytest.raises(ValueError, match=message):
+        check_gradients({"params": [p], "param_names": ["w"]})
 
 
 class FlatParameter(nn.Parameter):
@@ -307,6 +320,53 @@ def test_parts_of_parameters_are_refused(name: str, part: str) -> None:
     with pytest.raises(ValueError, match=wrapper):
         optimizer.add_param_group({"params": [make()], "norm": "max"})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.usefixtures("alone")
+def test_what_torch_itself_flattens_or_shards_is_refused(name: str) -> None:
+    """FSDP1 with and without the original parameters; FSDP2, also where a trainer puts its parameters in later."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    for original in (False, True):
+        layers = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+        model = FullyShardedDataParallel(layers, device_id=torch.device("cpu"), use_orig_params=original)
+        for params in (model, model.parameters(), model.named_parameters()):
+            with pytest.raises(ValueError, match=r"by FullyShardedDataParallel, .* under DistributedDataParallel"):
+                normopt.create(name, params)
+    layer = nn.Linear(4, 6, bias=False)
+    optimizer = normopt.create(name, layer.parameters())
+    fully_shard(layer)
+    optimizer.param_groups[0]["params"] = [layer.weight]
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    for act in (optimizer.step, partial(normopt.create, name, layer)):
+        with pytest.raises(ValueError, match=r"sharded \(a DTensor\), .* under DistributedDataParallel"):
+            act()
+
+
+@pytest.mark.parametrize("name", normopt.list_optimizers())
+def test_parameters_that_are_flattened_later_are_refused(name: str) -> None:
+    """As ZeRO does to the param groups of an optimizer that it is given; rules entry by entry do not mind."""
+    optimizer = normopt.create(name, Net())
+    flat = [nn.Parameter(torch.cat([p.detach().flatten() for p in g["params"]])) for g in optimizer.param_groups]
+    for group, p in zip(optimizer.param_groups, flat, strict=True):
+        group["params"] = [p]
+    before = snapshot(optimizer)
+    if all(rule_of(group).elementwise for group in optimizer.param_groups):
+        run(optimizer, flat, 1)
+        return
+    with pytest.raises(ValueError, match=r"or partitioned them, .* DistributedDataParallel|norm of matrices"):
+        run(optimizer, flat, 1)
+    assert_equal(snapshot(optimizer), before)
 
 
 def test_whole_parameters_of_zero_are_taken() -> None:
@@ -344,6 +404,13 @@ def test_a_parameter_twice_in_one_group(make: Make) -> None:
 def test_unknown_names_come_with_the_nearest(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         normopt.create("adamw", Net(), **options)
+
+
+def test_unknown_optimizers_and_norms_come_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown optimizer 'moun'; did you mean 'muon'"):
+        normopt.create("moun", Net())
+    with pytest.raises(ValueError, match="unknown norm 'spektral'; did you mean 'spectral'"):
+        normopt.norms.get("spektral")
 
 
 def test_users_may_name_roles_of_their_own() -> None:

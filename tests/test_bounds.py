@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import normopt
 from normopt import (
@@ -98,6 +99,22 @@ def test_zeros_and_vectors() -> None:
     for constraint in (FrobeniusSphere(1.0), SpectralCap(), SpectralNormalize()):
         vector = torch.randn(1, 1, 5)
         assert torch.equal(put(constraint, vector, is_vector=True), vector)
+
+
+@pytest.mark.parametrize("size", [1e22, 1e-25])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_lengths_whose_squares_overflow_or_underflow(size: float, axis: int) -> None:
+    """In float32, beside rows of ordinary length."""
+    w = noise((2, 3, 4), 0).float()
+    close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=0)
+    close(put(Sphere(0.3, axis), w * size), put(Sphere(0.3, axis), w))
+    close(put(FrobeniusSphere(0.3), w * size), put(FrobeniusSphere(0.3), w))
+    close(put(FrobeniusSphere(), w, w * size), put(FrobeniusSphere(), w) * size)
+    close(put(RowBound(0.3 * size, axis), w * size), put(RowBound(0.3, axis), w) * size)
+    several = torch.cat([w, w * size], dim=-3)
+    close(put(Sphere(0.3, axis), several), put(Sphere(0.3, axis), torch.cat([w, w], dim=-3)))
+    tiny = torch.full((1, 2, 2), 1e-42)
+    assert torch.equal(put(Sphere(), tiny), tiny), "nothing in float32 is large enough to make it longer"
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=label)
@@ -401,6 +418,36 @@ def test_bounds_resume_to_the_bit(kind: type[Constraint]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
+@pytest.mark.parametrize("kind", [k for k in choices(Constraint).values() if k.__module__ == "normopt.bounds"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dry_steps_of_distributed_checkpoints_leave_weights_alone(kind: type[Constraint], dtype: torch.dtype) -> None:
+    """Also those that a bound finds outside by rounding, or by a power iteration that has not converged."""
+    bound = Transposed(SpectralNormalize()) if kind is Transposed else kind()
+
+    def made(model: nn.Module) -> SteepestDescent:
+        named = list(model.named_parameters())
+        return SteepestDescent(named, 0.1, Spectral("rms", "exact"), 0.9, constraint=bound)
+
+    def run(model: nn.Module, optimizer: SteepestDescent, steps: range) -> None:
+        for i in steps:
+            for j, p in enumerate(model.parameters()):
+                p.grad = noise(tuple(p.shape), 10 * i + j).to(dtype)
+            optimizer.step()
+
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 6, bias=False)).to(dtype)
+    for p in model.parameters():
+        p.detach().div_(20)
+    optimizer = made(model)
+    run(model, optimizer, range(12))
+    other = copy.deepcopy(model)
+    twin = made(other)
+    set_optimizer_state_dict(other, twin, copy.deepcopy(get_optimizer_state_dict(model, optimizer)))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    run(model, optimizer, range(12, 15))
+    run(other, twin, range(12, 15))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
 # Kahan summation ------------------------------------------------------------------------------------------------------
 
 
@@ -423,6 +470,25 @@ def test_small_steps_of_half_precision_add_up(name: str, dtype: torch.dtype) -> 
     expected, kept, lost = travelled(torch.float32, None), travelled(dtype, "KahanSum()"), travelled(dtype, None)
     assert (kept - expected).norm() < 0.05 * expected.norm()
     assert lost.norm() < 0.3 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon", "lion", "scion"])
+def test_a_thousand_small_steps_in_bfloat16_go_nine_tenths_as_far(name: str) -> None:
+    """Each of a twentieth of what rounding swallows."""
+
+    def travelled(kind: torch.dtype, bounds: tuple[str, ...]) -> Tensor:
+        start = 1 + noise((8, 8), 0, 0.2).bfloat16().to(kind).abs()
+        w = nn.Parameter(start.clone())
+        w.grad = noise((8, 8), 1).sign().to(kind)
+        group = {"params": [w], "bounds": bounds}
+        optimizer = normopt.create(name, [group], lr=0.05 * torch.finfo(torch.bfloat16).eps / 2 / SIZES.get(name, 1))
+        for _ in range(1000):
+            optimizer.step()
+        return (w.detach() - start).float()
+
+    expected, kept = travelled(torch.float32, ()), travelled(torch.bfloat16, ("KahanSum()",))
+    assert (kept * expected).sum() >= 0.9 * (expected * expected).sum()
+    assert kept.norm() <= 1.1 * expected.norm()
 
 
 #: The size of one entry of the update at rate 1, where it is not about 1.

@@ -113,5 +113,5 @@ def test_torchs_switches_are_taken() -> None:
     weight = nn.Parameter(torch.randn(3, 3))
     zoo.AdamW([weight], foreach=True, fused=False)
     zoo.Muon([weight], 1e-3, 0.1, 0.95, True, (3.4445, -4.775, 2.0315), 1e-7, 5, "original")
-    with pytest.raises(ValueError, match="capturable"):
-        zoo.AdamW([weight], capturable=True)
+    with pytest.raises(ValueError, match="differentiable"):
+        zoo.AdamW([weight], differentiable=True)

@@ -19,7 +19,7 @@ from benchmarks.records import read_rows
 from normopt import SteepestDescent
 
 #: Those that cannot be probed so, and why.
-LEFT_OUT = {"stormplus": "needs a closure in every step, which GradScaler and torch.distributed.checkpoint never give"}
+LEFT_OUT = {"stormplus": "needs a closure in every step, which GradScaler never gives"}
 #: What ours fail today, and why.
 MISSING = {
     "bf16_small_updates": "weights are rounded to nearest, unless a KahanSum keeps what that takes",

@@ -16,6 +16,7 @@ from tests.paths import Make, as_model, assert_same_path
 SHAPES = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8), "vector": (7,)}
 MATRICES = [shape for shape in SHAPES.values() if len(shape) == 2]
 
+
 def case(name: str, reference: Any = None, **options: Any) -> Any:
     """The same arguments for the class of that name in the zoo and in torch.optim (or in ``reference``)."""
     options = dict(options)

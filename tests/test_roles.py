@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 import normopt
 from normopt import GEOMETRIES, Column, Max, Row, Spectral, SteepestDescent, View, param_groups, roles
@@ -218,6 +219,27 @@ def test_modules_declare_roles_and_views() -> None:
     outer.inner = Holder(4, 6)
     outer.normopt_roles = {"raw": "expert", "inner.raw": "unembedding"}
     assert names(outer) == {"raw": "expert", "inner.raw": "unembedding"}
+
+
+@pytest.mark.parametrize("attribute", ["normopt_roles", "normopt_views", "normopt_bounds"])
+@pytest.mark.parametrize("name", ["mlp.up.weigth", "mlp.upp.weight", "mlp.up", "up.weight"])
+def test_declarations_of_what_is_no_parameter_are_refused(attribute: str, name: str) -> None:
+    model = gpt()
+    setattr(model.blocks[1], attribute, {name: {}})
+    message = rf"{attribute} of \w*Block \(blocks.1\): '{name}' is none of its parameters; did you mean 'mlp.up.weight'"
+    with pytest.raises(ValueError, match=message):
+        normopt.param_groups(model)
+
+
+def test_declarations_outlive_absent_and_computed_parameters_and_wrappers() -> None:
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    model.normopt_roles = {"0.bias": "mine", **{f"{i}.weight": "expert" for i in range(3)}}
+    parametrizations.orthogonal(model[1])
+    prune.identity(model[2], "weight")
+    found = names(model)
+    assert found["0.weight"] == found["1.parametrizations.weight.original"] == "expert"
+    assert found["2.weight_orig"] == "linear"
+    assert names(torch.compile(Declared(4, 6))) == {"_orig_mod.raw": "linear"}
 
 
 def test_overrides_by_pattern() -> None:

@@ -131,6 +131,18 @@ def test_states_of_other_shapes_are_refused_by_name(make: Make) -> None:
         optimizer.load_state_dict(other.state_dict())
 
 
+def test_states_of_every_other_optimizer_are_refused() -> None:
+    """On the same model; what differs is an ingredient of a param group, or their number."""
+    model = Net()
+    optimizers = {name: normopt.create(name, model) for name in normopt.list_optimizers()}
+    states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+    differs = r"param group \d does not match the saved one: .* is .* here, .* in the saved state|param groups, this"
+    for name, optimizer in optimizers.items():
+        for other in states.keys() - {name}:
+            with pytest.raises(ValueError, match=differs):
+                optimizer.load_state_dict(states[other])
+
+
 def spoiled(state: dict[str, Any], **group: Any) -> dict[str, Any]:
     state = copy.deepcopy(state)
     state["param_groups"][0].update(group)

@@ -28,6 +28,7 @@ class UnitarilyInvariant(Norm):
     _abstract: ClassVar[bool] = True
     rotation_invariant: ClassVar[bool] = True
     reduces: ClassVar[str] = "matrix"  # type: ignore[misc]
+    decides_on_host: ClassVar[bool] = True
 
     def unit_rms(self, m: int, n: int) -> float:
         """sqrt(out/in), the RMS -> RMS norm."""
@@ -76,6 +77,10 @@ class Spectral(UnitarilyInvariant):
         check_choice(self, "sides", self.sides, SIDES)
         if self.exponent is not None:
             check_range(self, "exponent", self.exponent, 0, math.inf)
+
+    @property
+    def decides_on_host(self) -> bool:  # type: ignore[override]
+        return self.method == "exact"
 
     @property
     def remembers_vectors(self) -> bool:

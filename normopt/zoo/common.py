@@ -32,6 +32,7 @@ class Fixed(TypedDict, total=False):
     foreach: bool | None
     fused: bool | None
     capturable: bool
+    compile: bool
     differentiable: bool
 
 

@@ -153,6 +153,8 @@ class NaP(SteepestDescent):
             view=rule.view,
             maximize=numbers.pop("maximize"),
             nonfinite=numbers.pop("nonfinite"),
+            capturable=numbers.pop("capturable"),
+            compile=of_base.compiles,
             options={name: numbers[name] for name in rule.options() & numbers.keys()},
         )
 
