@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.records import WriteError
+
 DEFAULT_OPTIMIZERS = "adamw,muon,scion,signum"
 MODEL_NAMES = ("gpt", "angpt", "ngpt")
 PRESET_NAMES = ("quick", "standard", "gpt2")
@@ -15,7 +17,9 @@ FAMILIES = ("adamw", "muon", "soap", "shampoo", "prodigy", "lion", "adamp", "ada
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 1 when a run failed, 130 when interrupted."""
+    """Run a command; returns its exit code: 0, 1 when a run failed or a file could not be written, 130 when
+    interrupted.
+    """
     parser = make_parser()
     parsed = parser.parse_args(arguments)
     missing = [name for name in ("matplotlib", "tabulate", "tqdm") if find_spec(name) is None]
@@ -27,6 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished runs are in {parsed.out}; the same command continues.", file=sys.stderr)
         return 130
+    except WriteError as error:
+        remedy = f"Finished runs are in {parsed.out}; make room there, and the same command continues."
+        print(f"\n{error}. {remedy}", file=sys.stderr)
+        return 1
 
 
 def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:

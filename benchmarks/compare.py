@@ -7,7 +7,7 @@ from benchmarks.ngram import ngram_loss
 from benchmarks.plan import Plan
 from benchmarks.report import write_comparison
 from benchmarks.targets import Target
-from benchmarks.workers import Pool, default_size
+from benchmarks.workers import Pool
 
 
 def compare(arguments: Namespace) -> int:
@@ -20,7 +20,7 @@ def compare(arguments: Namespace) -> int:
     full = [plan.config(cell, seed, rates.get(cell)) for seed in range(arguments.seeds) for cell in plan.cells]
     lengths = sorted({plan.preset.steps, *(arguments.horizons or [])}, reverse=True)
     configs = [replace(config, preset=replace(config.preset, steps=steps)) for steps in lengths for config in full]
-    pool = Pool(arguments.out, arguments.workers or default_size(plan.device))
+    pool = Pool(arguments.out, plan.workers)
     rows = pool.run(configs)
     counted = arguments.horizons and plan.corpus.bytes_per_token == 1
     write_comparison(rows, arguments.out, [Target("5-gram model", ngram_loss(plan.corpus))] if counted else [])

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from benchmarks.plan import Plan
 from benchmarks.report import write_norms
-from benchmarks.workers import Pool, default_size
+from benchmarks.workers import Pool
 
 
 def norms(arguments: Namespace) -> int:
@@ -16,7 +16,7 @@ def norms(arguments: Namespace) -> int:
         for cell in plan.cells
         for seed in range(arguments.seeds)
     ]
-    pool = Pool(arguments.out, arguments.workers or default_size(plan.device))
+    pool = Pool(arguments.out, plan.workers)
     rows = pool.run(configs)
     write_norms(rows, arguments.out)
     return 1 if pool.failures else 0

@@ -10,6 +10,9 @@ import torch
 import normopt
 from benchmarks.data import Corpus, load_or_fall_back
 from benchmarks.presets import CONSTRAINED_MODELS, PRESETS, Preset, RunConfig, cell_name, tuned_options, variants
+from benchmarks.records import WriteError
+from benchmarks.room import check_room
+from benchmarks.workers import default_size
 
 BASELINE = "adamw"
 
@@ -32,13 +35,15 @@ class Plan:
             for optimizer in check_names(arguments.optimizers)
         }
         self.device = resolve_device(arguments.device)
+        self.workers: int = arguments.workers or default_size(self.device)
         self.preset = choose_preset(arguments)
         self.corpus: Corpus = load_or_fall_back(arguments.data)
         self.corpus.check(self.preset.context)
         try:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PlanError(f"--out {arguments.out} cannot be used: {error.strerror}") from None
+            check_room(arguments.out, self.preset, self.corpus.vocab_size, self.workers)
+        except WriteError as error:
+            remedy = "make room there or give another --out"
+            raise PlanError(f"--out {arguments.out} cannot be used: {error}; {remedy}") from None
 
     def config(self, cell: str, seed: int, lr: float | None = None, diagnose: bool = False) -> RunConfig:
         """One run, by default at the tuned learning rate; no warm-up for constrained models."""

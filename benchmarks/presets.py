@@ -42,6 +42,11 @@ class Preset:
         decay = (self.steps - step) / max(1.0, self.decay * self.steps)
         return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, decay))
 
+    @property
+    def schedule(self) -> str:
+        """The schedule in words: all that `rate` depends on, each of which counts in the keys of runs."""
+        return f"warm-up {self.warmup} steps, constant, linear to 0 over the last {self.decay} of {self.steps} steps"
+
 
 PRESETS = {
     preset.name: preset

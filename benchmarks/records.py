@@ -11,13 +11,29 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
+#: The file of finished rows, in the folder of the results.
+RESULTS = "results.jsonl"
+
 Row = dict[str, Any]
+
+
+class WriteError(OSError):
+    """A file that cannot be written: the disk is full, or read-only. The message names the file."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes `path`, whose folder is made; an error of the system in it becomes a `WriteError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def append_row(path: Path, row: Row) -> None:
     """Add one line to a JSONL file and flush it to disk; a line cut short by a crash stays a line of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with writing(path), path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"
@@ -41,13 +57,18 @@ def read_rows(path: Path) -> dict[str, Row]:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = partial_path(path)
+    with writing(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Where `replacing` writes; a process that is killed leaves it behind."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def git_commit() -> str | None:

@@ -28,6 +28,7 @@ def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ())
     """
     if not rows:
         return
+    check_corpus(rows)
     lengths = sorted({int(row["config"]["preset"]["steps"]) for row in rows})
     full = [row for row in rows if row["config"]["preset"]["steps"] == lengths[-1]]
     groups = group(full, cell_of)
@@ -70,6 +71,7 @@ def target_line(name: str, rows: list[Row], target: Target) -> dict[str, str]:
 def write_grid(rows: list[Row], out: Path) -> None:
     """Print the table of a grid and each optimizer's best rate, and write `grid.md` and `grid.png`."""
     if rows:
+        check_corpus(rows)
         groups = group(rows, lambda row: (cell_of(row), float(row["config"]["lr"])))
         table = [
             {"optimizer": name, "lr": f"{lr:g}", "runs": str(len(members)), **loss_cells(members)}
@@ -85,6 +87,7 @@ def write_sweep(
     searches: list[Search], gap: float, rows: list[Row], steps: int, tuned: dict[str, dict[str, Any]], out: Path
 ) -> None:
     """Print what was chosen, and write `sweep.md`, `sweep.png` and `chosen.json`: `tuned` with what was chosen."""
+    check_corpus(rows)
     of_cell = group(rows, cell_of)
     table = [sweep_line(search, gap, of_cell[search.cell]) for search in searches]
     short = [row for row in rows if row["config"]["preset"]["steps"] == steps]
@@ -129,6 +132,7 @@ def write_norms(rows: list[Row], out: Path) -> None:
     """Print what the norms are at the end, and write `norms.md` and a plot of each, of the first run of each cell."""
     rows = [row for row in rows if row["status"] == "finished"]
     if rows:
+        check_corpus(rows)
         cells = group(rows, cell_of)
         table = [norms_line(name, members) for name, members in cells.items()]
         files = plot_norms({name: members[0] for name, members in cells.items()}, out)
@@ -151,6 +155,14 @@ def norms_line(name: str, rows: list[Row]) -> dict[str, str]:
 
 def _extent(values: list[float]) -> str:
     return f"{min(values):.3g} .. {max(values):.3g}" if values else ""
+
+
+def check_corpus(rows: list[Row]) -> None:
+    """Raise `ValueError` if the rows are of several texts: their losses cannot be compared."""
+    corpora = {row["config"]["corpus"]: row["config"]["source"] for row in rows}
+    if len(corpora) > 1:
+        names = ", ".join(f"{source} ({digest[:8]})" for digest, source in corpora.items())
+        raise ValueError(f"rows of different corpora cannot be compared: {names}; report those of one at a time")
 
 
 def cell_of(row: Row) -> str:

@@ -18,7 +18,7 @@ from benchmarks.presets import Preset, RunConfig
 from benchmarks.records import Row
 from benchmarks.report import write_sweep
 from benchmarks.search import Search, Trial
-from benchmarks.workers import Pool, default_size
+from benchmarks.workers import Pool
 
 FIRST_SEED = 1000  # far from the seeds of `compare`, so that rates are not chosen on the runs they are judged by
 FINALISTS, SEEDS = 2, 2
@@ -27,7 +27,7 @@ FINALISTS, SEEDS = 2, 2
 def sweep(arguments: Namespace) -> int:
     """Run the protocol and report it; returns the exit code, 1 when a run failed."""
     plan = Plan(arguments)
-    runner = Runner(plan, Pool(arguments.out, arguments.workers or default_size(plan.device)))
+    runner = Runner(plan, Pool(arguments.out, plan.workers))
     searches = [Search(cell, plan.options(cell)["lr"]) for cell in plan.cells]
     steps = arguments.screen_steps or max(1, plan.preset.steps // 2)
     screen(searches, runner, replace(plan.preset, steps=steps), arguments.trials)

@@ -19,7 +19,7 @@ from benchmarks.data import Corpus, load
 from benchmarks.diagnose import measure
 from benchmarks.presets import RunConfig
 from benchmarks.progress import Progress, clock
-from benchmarks.records import Row, git_commit, replacing, source_hash
+from benchmarks.records import Row, WriteError, git_commit, replacing, source_hash
 from normopt.nn import GPT, anGPT, nGPT
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": GPT, "angpt": anGPT, "ngpt": nGPT}
@@ -99,11 +99,14 @@ class Run:
                 self.progress.norms.append((step, measure(self.model, inputs)))
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint atomically."""
+        """Write a checkpoint atomically; raises `WriteError` when that fails, and keeps the one before."""
         states = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
         random = (torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-        with replacing(path) as partial:
-            torch.save({**states, "random": random, "progress": asdict(self.progress)}, partial)
+        try:
+            with replacing(path) as partial, partial.open("wb") as file:
+                torch.save({**states, "random": random, "progress": asdict(self.progress)}, file)
+        except RuntimeError as error:  # torch's own words for a failed write do not say why
+            raise WriteError(f"cannot write {path}: {error.__context__ or error}") from error
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint that `save` wrote."""
@@ -171,6 +174,7 @@ def result_row(run: Run, final: float) -> Row:
     return {
         "key": run.config.key,
         "config": asdict(run.config),
+        "schedule": run.preset.schedule,
         "status": "finished" if finite else "diverged",
         "final_loss": final if finite else None,
         "bytes_per_token": per_token,

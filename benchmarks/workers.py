@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.presets import RunConfig
-from benchmarks.records import Row, append_row, read_rows, source_hash
+from benchmarks.records import RESULTS, Row, WriteError, append_row, partial_path, read_rows, source_hash
 from benchmarks.train import train
 
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
@@ -44,11 +44,17 @@ class Pool:
         self.failures: list[str] = []
 
     def run(self, configs: list[RunConfig]) -> list[Row]:
-        """The rows of the configurations, in order, without those that failed; those on file are not run again."""
+        """The rows of the configurations, in order, without those that failed; those on file are not run again.
+
+        Raises `WriteError`, and ends all workers, when a row or a checkpoint cannot be written.
+        """
         configs = list({config.key: config for config in configs}.values())
         done = read_rows(self.results)
         _announce([done[config.key] for config in configs if config.key in done], len(configs), self.results)
         waiting = [config for config in configs if config.key not in done]
+        for config in configs:
+            if config.key in done:
+                self._forget(config)
         os.environ.update(ENVIRONMENT)
         try:
             while waiting or self.workers:
@@ -64,7 +70,7 @@ class Pool:
     @property
     def results(self) -> Path:
         """The file of finished rows."""
-        return self.out / "results.jsonl"
+        return self.out / RESULTS
 
     def _checkpoint(self, config: RunConfig) -> Path:
         return self.out / "checkpoints" / f"{config.key}.pt"
@@ -87,7 +93,8 @@ class Pool:
         try:
             kind, content = worker.pipe.recv()
         except (EOFError, OSError):
-            kind, content = "error", "the worker process died"
+            worker.process.join()
+            kind, content = "error", _death(worker.process.exitcode)
         if kind == "progress":
             step, loss, speed = content
             worker.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
@@ -97,6 +104,8 @@ class Pool:
         if kind == "error":
             self.failures.append(worker.config.label)
             tqdm.write(f"{worker.config.label} failed: {content}", file=sys.stderr)
+        if kind == "unwritable":
+            raise WriteError(content)
 
     def _finish(self, slot: int, row: Row | None) -> None:
         worker = self.workers.pop(slot)
@@ -105,8 +114,13 @@ class Pool:
         worker.bar.close()
         if row:
             append_row(self.results, row)
-            self._checkpoint(worker.config).unlink(missing_ok=True)
+            self._forget(worker.config)
             tqdm.write(f"{worker.config.label}: {summary(row)}")
+
+    def _forget(self, config: RunConfig) -> None:
+        """Delete the checkpoint of a run whose row is on file, and what a killed process left of it."""
+        self._checkpoint(config).unlink(missing_ok=True)
+        partial_path(self._checkpoint(config)).unlink(missing_ok=True)
 
     def _stop(self) -> None:
         """End the workers that still run; their checkpoints stay."""
@@ -129,6 +143,14 @@ def default_size(device: str) -> int:
     if device != "cpu":
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _death(exitcode: int | None) -> str:
+    """What to say of a process that ended without a row and without an error."""
+    how = "died"
+    if exitcode is not None and exitcode < 0:
+        how = f"was killed by signal {-exitcode}, perhaps for want of memory"
+    return f"the worker process {how}; the same command runs it again"
 
 
 def _announce(reused: list[Row], total: int, path: Path) -> None:
@@ -158,6 +180,8 @@ def _work(config: RunConfig, checkpoint: Path, pipe: Connection) -> None:
             pipe.send(("row", train(config, checkpoint, _throttled(pipe))))
         except BrokenPipeError:
             raise
+        except WriteError as error:
+            pipe.send(("unwritable", str(error)))
         except Exception:
             pipe.send(("error", traceback.format_exc()))
 

@@ -21,6 +21,10 @@ TINY = Preset(
     "tiny", 16, 1, 2, steps=12, context=8, batch=6, micro_batch=6, warmup=2, curve_tokens=64, final_tokens=128
 )
 
+#: Columns of a row that are measured, and those that name the code, which others may change while a test runs.
+MEASURED = {"tokens_per_second", "gradient_ms", "optimizer_ms", "train_seconds", "cpu_seconds", "wall_seconds"}
+MEASURED |= {"load_average", "commit", "source"}
+
 
 def tiny_corpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Corpus]:
     """Body of a fixture: a small text, one thread as in a worker, and `folder` as the place for checkpoints."""
@@ -40,6 +44,12 @@ def config(
 
 def finish(config: RunConfig) -> Row:
     return train(config, Path(f"{time.monotonic_ns()}.pt"), lambda step, loss, speed: None)
+
+
+def unmeasured(row: Row) -> Row:
+    """What has to be the same to the bit whenever a run is repeated."""
+    kept = {name: value for name, value in row.items() if name not in MEASURED}
+    return {**kept, "curve": [(step, loss) for step, _, loss in row["curve"]]}
 
 
 def row(optimizer: str, seed: int, loss: float | None, lr: float = 0.1, **values: Any) -> Row:

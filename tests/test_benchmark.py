@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
+from benchmarks import presets
 from benchmarks import train as training
 from benchmarks.data import Corpus
 from benchmarks.presets import PRESETS, TUNED, Preset, RunConfig, tuned_options
-from benchmarks.records import append_row, read_rows, replacing
+from benchmarks.records import RESULTS, append_row, read_rows, replacing
 from benchmarks.train import Run, make_optimizer, state_bytes, train
 from normopt.nn import GPT
 from tests.bench_runs import TINY, config, finish, tiny_corpus
@@ -70,6 +73,28 @@ def test_the_key_follows_everything_but_the_path_of_the_corpus(corpus: Corpus) -
     keys = {base.key, *(dataclasses.replace(base, **change).key for change in changes)}
     assert len(keys) == 1 + len(changes)
     assert dataclasses.replace(base, source="elsewhere").key == base.key
+
+
+def test_committed_rows_keep_their_keys() -> None:
+    """Else every result on file would be run again."""
+    paths = sorted((Path(presets.__file__).parent / "results").rglob(RESULTS))
+    rows = [row for path in paths for row in map(json.loads, path.read_text().splitlines())]
+    assert len(rows) > 100
+    for row in rows:
+        made = RunConfig(**{**row["config"], "preset": Preset(**row["config"]["preset"])})
+        assert made.key == row["key"]
+
+
+SCHEDULES = st.tuples(st.integers(1, 9), st.integers(0, 6), st.sampled_from([0.0, 0.4, 0.4001, 0.5, 1.0]))
+
+
+@given(SCHEDULES, SCHEDULES)
+def test_different_schedules_have_different_names_and_keys(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+    made = [Preset("p", 8, 1, 1, steps, warmup=warmup, decay=decay) for steps, warmup, decay in (one, other)]
+    rates = [[preset.rate(step) for step in range(preset.steps)] for preset in made]
+    keys = {RunConfig("adamw", 0.1, {}, "gpt", preset, 0, "", "", "cpu").key for preset in made}
+    if rates[0] != rates[1]:
+        assert len(keys) == len({preset.schedule for preset in made}) == 2
 
 
 def test_same_start_and_same_batches_for_all_optimizers_of_a_seed(corpus: Corpus) -> None:
@@ -137,6 +162,7 @@ def test_micro_batches_accumulate_the_same_gradient(corpus: Corpus) -> None:
 
 def test_results_of_a_run(corpus: Corpus) -> None:
     row = finish(config(corpus))
+    assert row["schedule"] == "warm-up 2 steps, constant, linear to 0 over the last 0.4 of 12 steps"
     assert json.loads(json.dumps(row, allow_nan=False))["status"] == "finished"
     assert [point[0] for point in row["curve"]] == list(range(13))
     assert [point[1] for point in row["curve"]] == sorted(point[1] for point in row["curve"])

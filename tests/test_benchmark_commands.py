@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,8 +21,8 @@ from benchmarks import workers
 from benchmarks.__main__ import MODEL_NAMES, main, make_parser
 from benchmarks.data import Corpus
 from benchmarks.presets import PRESETS, TUNED, RunConfig
-from benchmarks.records import read_rows
-from tests.bench_runs import config, finish, tiny_corpus
+from benchmarks.records import RESULTS, append_row, read_rows
+from tests.bench_runs import config, finish, row, tiny_corpus
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +45,8 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Corpus]:
         (["--steps", "0"], "0 is not positive"),
         (["--seeds", "-1"], "-1 is not positive"),
         (["--device", "tpu9"], "--device tpu9 cannot be used"),
-        (["--out", "short.txt"], "--out short.txt cannot be used: File exists"),
+        (["--out", "short.txt"], "--out short.txt cannot be used: cannot write short.txt/.probe: File exists"),
+        (["--out", "short.txt/below"], "cannot write short.txt/below/.probe: Not a directory; make room there or give"),
         (["--preset", "huge"], "invalid choice"),
         (["--optimizers", ","], "the list is empty"),
     ],
@@ -117,6 +119,20 @@ def test_comparison_runs_every_optimizer_at_its_tuned_rate(corpus: Corpus, monke
     assert runs[0].device == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_rows_of_another_corpus_are_not_taken(corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("pack my box with five dozen liquor jugs. " * 60)
+    command = ["compare", "--optimizers", "adamw,muon", "--data"]
+    with monkeypatch.context() as patch:
+        known, other = (planned([*command, name], patch) for name in (corpus.name, "other.txt"))
+    for run in known:
+        append_row(tmp_path / "out" / RESULTS, row(run.optimizer, 0, 2.0, key=run.key))
+    started: list[RunConfig] = []
+    monkeypatch.setattr(workers.Pool, "_start", lambda _, run: started.append(run))
+    monkeypatch.setattr(workers, "wait", lambda pipes: [])
+    assert len(pool(tmp_path).run(known)) == 2 and started == []
+    assert pool(tmp_path).run(other) == [] and started == other
+
+
 def test_horizons_are_runs_of_other_lengths(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["compare", "--data", corpus.name, "--optimizers", "adamw,muon", "--steps", "40", "--horizons", "10,20"]
     runs = planned(command, monkeypatch)
@@ -173,6 +189,25 @@ def test_pool_keeps_finished_runs_and_reports_failures(
     again = pool(tmp_path)
     assert again.run(good) == rows
     assert "2 of 2 runs are already in" in capsys.readouterr().out
+
+
+def test_checkpoints_of_finished_runs_are_deleted(corpus: Corpus, tmp_path: Path) -> None:
+    """A kill may come between the row and the end of its checkpoint, or leave half of one."""
+    made = row("adamw", 0, 2.0, key=config(corpus).key)
+    append_row(pool(tmp_path).results, made)
+    folder = tmp_path / "out" / "checkpoints"
+    folder.mkdir()
+    for name in (f"{made['key']}.pt", f".{made['key']}.pt.partial", "of another run.pt"):
+        (folder / name).touch()
+    assert pool(tmp_path).run([config(corpus)]) == [json.loads(json.dumps(made))]
+    assert [path.name for path in folder.iterdir()] == ["of another run.pt"]
+
+
+def test_a_worker_without_a_parent_ends(corpus: Corpus, tmp_path: Path) -> None:
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    ours.close()
+    workers._work(config(corpus), tmp_path / "run.pt", theirs)
+    assert not (tmp_path / "run.pt").exists(), "it ends at its first report"
 
 
 @pytest.mark.slow

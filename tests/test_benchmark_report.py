@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from benchmarks.data import Corpus
 from benchmarks.ngram import ngram_loss
 from benchmarks.records import Row
-from benchmarks.report import best_rate, comparison_line, difference, write_comparison, write_grid
+from benchmarks.report import (
+    best_rate,
+    comparison_line,
+    difference,
+    write_comparison,
+    write_grid,
+    write_norms,
+    write_sweep,
+)
+from benchmarks.search import Search
 from benchmarks.targets import Reach, Target, mean_losses, reach
 from tests.bench_runs import row
 
@@ -108,6 +117,21 @@ def test_counting_models() -> None:
     assert ngram_loss(corpus, 1, 0.1) == pytest.approx(-sum(math.log((n + 0.1) / (8 + 25.6)) for n in (4, 3, 0)) / 3)
     with pytest.raises(ValueError, match="9-grams of 256 tokens"):
         ngram_loss(corpus, 9)
+
+
+def test_rows_of_different_corpora_are_never_compared(tmp_path: Path) -> None:
+    rows = [row("adamw", 0, 2.0), row("muon", 0, 1.5)]
+    rows[1]["config"]["corpus"] = "1"
+    search = [Search("adamw", 0.1), Search("muon", 0.1)]
+    for write in (
+        lambda: write_comparison(rows, tmp_path),
+        lambda: write_grid(rows, tmp_path),
+        lambda: write_norms(rows, tmp_path),
+        lambda: write_sweep(search, 0.0, rows, 12, {}, tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"different corpora cannot be compared: text \(0\), text \(1\)"):
+            write()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_bytes_per_token_leave_bits_out(tmp_path: Path) -> None:

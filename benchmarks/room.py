@@ -1,0 +1,46 @@
+"""The folder of the results: whether it can be written to and has room, looked at before anything is trained."""
+
+import shutil
+from pathlib import Path
+
+from benchmarks.presets import Preset
+from benchmarks.records import RESULTS, WriteError, replacing, writing
+
+#: Bytes a parameter takes in a checkpoint: 4, and up to three times as much for what the optimizer keeps.
+CHECKPOINT_BYTES = 16
+CHECKPOINTS = 2  # of each worker: the old one stays until the new one is complete
+RESULTS_BYTES = 16 * 2**20  # rows, tables and plots
+
+
+def check_room(out: Path, preset: Preset, vocab_size: int, workers: int) -> None:
+    """Make the folder, write a small file where rows and checkpoints will be, and open the rows there are.
+
+    Raises:
+        benchmarks.records.WriteError: if that fails, or if the disk has less room than `room_needed`.
+    """
+    for folder in (out, out / "checkpoints"):
+        probe = folder / ".probe"
+        with replacing(probe) as partial:
+            partial.write_bytes(b"can this be written?")
+        probe.unlink()
+    if (out / RESULTS).exists():
+        with writing(out / RESULTS):
+            (out / RESULTS).open("ab").close()
+    free, needed = shutil.disk_usage(out).free, room_needed(preset, vocab_size, workers)
+    if free < needed:
+        raise WriteError(
+            f"only {_megabytes(free)} are free there, results and checkpoints take about {_megabytes(needed)}"
+        )
+
+
+def room_needed(preset: Preset, vocab_size: int, workers: int) -> int:
+    """Bytes for the results and for two checkpoints of every worker, of a model with about this many parameters:
+    2 V d for embedding and head, and 4 d^2 + 3 d d_ff for each layer.
+    """
+    d = preset.d_model
+    parameters = 2 * vocab_size * d + preset.n_layers * (4 * d**2 + 3 * d * (preset.d_ff or 4 * d))
+    return RESULTS_BYTES + workers * CHECKPOINTS * CHECKPOINT_BYTES * parameters
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MB"
