@@ -27,6 +27,7 @@ from normopt.bounds import (
     SpectralCap,
     SpectralNormalize,
     Sphere,
+    StochasticRounding,
 )
 from normopt.complement import Complement
 from normopt.constraints import L2, Constraint, FrankWolfe, TangentProjection, WeightDecay
@@ -134,6 +135,7 @@ __all__ = [
     "Sphere",
     "SteepestDescent",
     "StepSize",
+    "StochasticRounding",
     "Storm",
     "TangentProjection",
     "TrustRatio",

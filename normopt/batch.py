@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normopt import fused
+from normopt.rounding import stochastically
 from normopt.rule import Rule
 from normopt.stepsize import Shared, double
 
@@ -40,6 +41,7 @@ class Batch:
         self.flat = rule.elementwise
         self._kept: Tensor | None = None
         self.number: Number = 0.0
+        self.squares = rule.squares
         self.kernel: fused.AdamKernel | None = None
         self.ok: Tensor | None = None  # whether the device finds that the step can be taken, if it must ask
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
@@ -50,6 +52,9 @@ class Batch:
         g = self.gradient()
         self._shape = g.shape
         self.state = rule.init_state(g, self.weights)
+        kept = kept_dtype(group["state_dtype"], params[0].dtype, self.dtype)
+        self.rounded = rule.averages(self.state) if kept != self.dtype else []
+        self.state |= {name: self.state[name].to(kept) for name in self.rounded}
         self._views = [{"step": step} for step in self.steps.unbind()]
         for name, tensor in self.state.items():
             for views, view in zip(self._views, self._state_views(tensor), strict=True):
@@ -101,6 +106,7 @@ class Batch:
         else:
             g = self.gather(gradients)
         g = g if self.ok is None else choose(self.ok, g, torch.zeros_like(g))
+        g = saturated(g) if self.squares else g
         return g.neg() if self.group["maximize"] else g
 
     @property
@@ -152,7 +158,7 @@ class Batch:
     @property
     def is_watched(self) -> bool:
         """Whether gradients that are not finite keep these parameters from moving."""
-        return bool(self.group["nonfinite"] != "propagate")
+        return bool(self.group["nonfinite"] != "propagate" and not self.params[0].is_meta)
 
     @property
     def is_vector(self) -> bool:
@@ -176,6 +182,7 @@ class Batch:
 
     def prepare(self, rule: Rule, shared: Shared) -> None:
         """Take this step's numbers from the param group, before anything moves: they may be out of range."""
+        self.squares = self.squares if rule is self.rule else rule.squares
         self.rule, self._kept, lr = rule, None, self.group["lr"]
         if isinstance(lr, Tensor):
             lr = lr.squeeze().to(self.params[0].device, non_blocking=True)
@@ -222,6 +229,29 @@ class Batch:
             yield self._like(piece, p) if whole else piece
 
 
+def saturated(g: Tensor) -> Tensor:
+    """``g`` with entries of at most 3e15 in float32, 1e123 in float64, so that sums of many squares stay finite."""
+    limit = torch.finfo(g.dtype).max ** 0.4
+    return g.clamp(-limit, limit)
+
+
+def kept_dtype(wanted: str | None, own: torch.dtype, working: torch.dtype) -> torch.dtype:
+    """The dtype that averages are kept in: that of the param group, of the parameter, or of the computation."""
+    return working if wanted is None else own if wanted == "parameter" else getattr(torch, wanted)
+
+
+def unpacked(batch: Batch | Piece) -> dict[str, Tensor]:
+    """The state for this step: what is kept in fewer bits as copies."""
+    return {**batch.state, **{name: batch.state[name].to(batch.dtype) for name in batch.rounded}}
+
+
+def pack(batch: Batch | Piece, state: Mapping[str, Tensor]) -> None:
+    """Keep what the step has made of these copies."""
+    for salt, name in enumerate(batch.rounded):
+        kept = batch.state[name]
+        kept.copy_(stochastically(state[name], kept.dtype, batch.number, salt))
+
+
 def choose(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """``new`` if the step can be taken, else ``old``, decided on the device."""
     return torch.where(ok.to(new.device, non_blocking=True), new, old)
@@ -233,6 +263,7 @@ class Piece:
     def __init__(self, batch: Batch, part: slice) -> None:
         self.rule, self.group, self.dtype = batch.rule, batch.group, batch.dtype
         self.rate, self.shrink, self.is_vector = batch.rate, batch.shrink, batch.is_vector
+        self.rounded, self.squares = batch.rounded, batch.squares
         self.params = [batch.params[0].detach().view(-1)[part]]
         self.state = {name: x[part] for name, x in batch.state.items()}
         self.number = batch.number
@@ -242,6 +273,7 @@ class Piece:
         """As that of a batch."""
         (whole,) = self._batch.gradients if gradients is None else gradients
         g = whole.view(-1)[self._part].to(self.dtype)
+        g = saturated(g) if self.squares else g
         return g.neg() if self.group["maximize"] else g
 
     def weights(self) -> Tensor:

@@ -14,6 +14,7 @@ from normopt.ingredient import Context, check_count, check_positive
 from normopt.norms import Direction, Norm, Spectral
 from normopt.norms.base import Scale, euclidean, normalize
 from normopt.polar import polar
+from normopt.rounding import stochastically
 from normopt.stepsize import Constant, StepSize
 from normopt.view import View
 
@@ -318,6 +319,25 @@ class SpectralNormalize(_OfSpectrum):
             v = torch.where(following.any(dim=-2, keepdim=True), following, v)
         state["leading"].copy_(v)
         return w / euclidean(w @ v, (-2, -1), keepdim=True).clamp_(min=1.0)
+
+
+@dataclass(frozen=True)
+class StochasticRounding(Constraint):
+    """Weights in bfloat16 are rounded up or down with probabilities that make the expected value the exact one.
+
+    Steps of less than half a unit in the last place then count on average, without any state; what is lost to noise
+    grows with the root of the number of steps, where :class:`KahanSum` loses next to nothing for 2 bytes a weight
+    (Gupta et al., arXiv 1502.02551). The random bits are a hash of place and step: the same run rounds alike. Comes
+    after all other bounds. Weights in other dtypes stay as they are.
+    """
+
+    reduces: ClassVar[str] = "entry"
+    place: ClassVar[int] = 2
+
+    def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        if context.dtype != torch.bfloat16:
+            return w
+        return stochastically(w, context.dtype, context.step, salt=-1).to(w.dtype)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,12 @@ from normopt.rule import INGREDIENTS, Rule
 #: What a param group's ``nonfinite`` may be.
 POLICIES = ("raise", "skip", "propagate")
 
+#: What a param group's ``state_dtype`` may be, beside ``None``.
+STATE_DTYPES = ("bfloat16", "float32", "parameter")
+
 #: Param-group entries that are no options of an ingredient: ours, and those that torch's schedulers and users write.
 GROUP_KEYS = {"params", "param_names", "lr", "maximize", "role", "reasons", "rule", "name", "initial_lr", "lr_scale"}
-GROUP_KEYS |= {"nonfinite", "capturable", "state_version"}
+GROUP_KEYS |= {"nonfinite", "capturable", "state_dtype", "state_version"}
 GROUP_KEYS |= {f"{bound}_{name}" for bound in ("base", "max", "min") for name in ("lr", "momentum")}
 
 #: What is wrong with parts of parameters, and what to do.
@@ -52,6 +55,15 @@ def check_policy(policy: Any) -> None:
         raise ValueError(f"unknown nonfinite {policy!r}; {nearest(str(policy), POLICIES)}")
 
 
+def dtype_name(dtype: Any) -> str | None:
+    """What a param group says of the dtype of averages; a ``ValueError`` with the choices for all else."""
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if name is not None and name not in STATE_DTYPES:
+        hint = "float16 cannot hold second moments. " if name == "float16" else ""
+        raise ValueError(f"unknown state_dtype {dtype!r}; {hint}{nearest(str(name), STATE_DTYPES)}")
+    return name
+
+
 def check_lr(lr: Any) -> None:
     """Raise a ``ValueError`` unless ``lr`` is a number, or a tensor with one entry, that is finite and not negative."""
     is_number = lr.numel() == 1 if isinstance(lr, Tensor) else isinstance(lr, Real) and not isinstance(lr, bool)
@@ -63,6 +75,7 @@ def check_numbers(options: Mapping[str, Any], rule: Rule) -> None:
     """Raise unless every number is in range and every option that the rule reads is there."""
     check_lr(options["lr"])
     check_policy(options["nonfinite"])
+    dtype_name(options["state_dtype"])
     resolved = rule.resolve(options)
     resolved.step_size.check_composes(resolved.norm)
     if options["capturable"] and resolved.decides_on_host:
@@ -75,7 +88,7 @@ def check_numbers(options: Mapping[str, Any], rule: Rule) -> None:
 
 def check_known(names: Set[str], rule: Rule, spare: Set[str]) -> None:
     """Raise a ``TypeError`` for param-group entries that nothing reads, save ``spare``."""
-    known = rule.options() | INGREDIENTS | {"lr", "maximize", "nonfinite", "capturable"}
+    known = rule.options() | INGREDIENTS | {"lr", "maximize", "nonfinite", "capturable", "state_dtype"}
     for name in names - known - GROUP_KEYS - spare:
         raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {nearest(name, known)}")
 
@@ -104,6 +117,8 @@ def check_parameters(group: Mapping[str, Any], rule: Rule) -> None:
             raise ValueError(f"{name} is {part}, {WHOLE}")
         if not p.is_floating_point():
             raise ValueError(f"{name} has dtype {p.dtype}; only real floating-point ones can be trained")
+        if p.dtype == torch.float16 and group["state_dtype"] == "parameter":
+            raise ValueError(f"{name} has dtype float16, which cannot hold second moments; give state_dtype 'bfloat16'")
         rule.check_fits(name, tuple(p.shape))
 
 

@@ -49,6 +49,7 @@ class Smoothed(Direction):
         ValueError: the norm has no second moment, a number is out of range, or options exclude each other.
     """
 
+    squares: ClassVar[bool] = True  # type: ignore[misc]
     norm: Norm
     beta: float = 0.999
     eps: float = 1e-8

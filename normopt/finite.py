@@ -28,7 +28,7 @@ def watched(groups: Iterable[dict[str, Any]]) -> Iterator[Watched]:
     for group in groups:
         check_policy(group["nonfinite"])
         if group["nonfinite"] != "propagate":
-            params = [p for p in group["params"] if p.grad is not None]
+            params = [p for p in group["params"] if p.grad is not None and not p.grad.is_meta]
             yield group, params, [p.grad for p in params]
 
 
@@ -50,29 +50,28 @@ def check_capture(groups: Iterable[dict[str, Any]]) -> None:
         raise ValueError("a step is being captured in a CUDA graph: give the optimizer capturable=True")
 
 
+def norms_are_finite(gradients: Iterable[Watched]) -> bool:
+    """Whether gradients are surely finite, as a finite norm has finite terms; read by the host, in one pass."""
+    norms = [torch._foreach_norm(_cast(params, each)) for _, params, each in gradients if each]
+    return math.isfinite(sum(norm.item() for each in norms for norm in each))
+
+
 def all_finite(gradients: Iterable[Watched]) -> bool:
-    """Whether the step can be taken, read by the host; one pass over all gradients.
+    """Whether the step can be taken, read by the host from every entry: norms can overflow where entries do not.
 
     Raises:
         ValueError: NaN or Inf in a param group with ``nonfinite="raise"``.
     """
-    broken = [(group, params, each) for group, params, each in gradients if not _finite(_cast(params, each))]
-    culprits = [
-        name_of(group, p)
-        for group, params, each in broken
-        if group["nonfinite"] == "raise"
+    broken = [
+        (group, p)
+        for group, params, each in gradients
         for p, g in zip(params, _cast(params, each), strict=True)
         if not g.isfinite().all()
     ]
+    culprits = [name_of(group, p) for group, p in broken if group["nonfinite"] == "raise"]
     if culprits:
         raise ValueError(message(culprits, "nothing has moved"))
     return not broken
-
-
-def _finite(gradients: list[Tensor]) -> bool:
-    """A finite norm has finite terms; an infinite one may be an overflow, so that the entries themselves are asked."""
-    norms = torch._foreach_norm(gradients) if gradients else ()
-    return math.isfinite(sum(norm.item() for norm in norms)) or all(bool(g.isfinite().all()) for g in gradients)
 
 
 def _cast(params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
@@ -130,6 +129,8 @@ class Watch:
         self._verdicts: list[Verdict] = []
         self._counted: list[Batch] = []
         self._refused = ""
+        #: Whether squares of gradients overflow, as far as the host knows.
+        self.is_large = False
 
     def may_go(self, gradients: list[Watched], batches: list[Batch] | None) -> bool:
         """Whether gradients are finite as far as the host can tell; what a device finds is in ``ok``.
@@ -142,7 +143,10 @@ class Watch:
             ValueError: see :func:`all_finite`.
         """
         if on_host(gradients):
-            return (batches is not None and sums_are_finite(batches)) or all_finite(gradients)
+            sums = batches is not None and sums_are_finite(batches)
+            is_large = not sums and not norms_are_finite(gradients)
+            self.is_large |= is_large
+            return not is_large or all_finite(gradients)
         self._verdicts.append(Verdict(gradients))
         return True
 
@@ -168,7 +172,7 @@ class Watch:
                 batch.steps.sub_(1)
             names = dict.fromkeys(name_of(group, p) for group, p in culprits if group["nonfinite"] == "raise")
             self._refused = message([*names], "that step was left out") if names else ""
-        self._verdicts, self._counted = [], []
+        self._verdicts, self._counted, self.is_large = [], [], False
 
     def check(self) -> None:
         """Raise the error of the last step, once."""

@@ -58,7 +58,7 @@ def kernel_of(batch: Batch) -> AdamKernel | None:
     if torch.compiler.is_compiling():  # a compiler fuses by itself, and would compile anew for each learning rate
         return None
     kernel, device, dtype = find(batch.rule), batch.params[0].device, batch.params[0].dtype
-    if kernel is None or device.type not in DEVICES or batch.dtype != dtype:
+    if kernel is None or device.type not in DEVICES or batch.dtype != dtype or batch.rounded:
         return None
     plain = all(p.is_contiguous() for p in batch.params) and all(
         g.is_contiguous() and g.dtype == dtype for g in batch.gradients

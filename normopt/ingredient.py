@@ -58,6 +58,10 @@ class Ingredient:
         """The ingredients that this one is made of."""
         return _parts(self)
 
+    def every_part(self) -> list[Ingredient]:
+        """Those, and what they are made of."""
+        return [each for part in self.parts() for each in (part, *part.every_part())]
+
     def __str__(self) -> str:
         """The repr without what is left at its default."""
         shown = [
@@ -204,6 +208,8 @@ class Stage(Ingredient):
     needs_matrix: bool = False
     #: 1 if twice the input gives twice the result, 0 if the result is the same, ``None`` if neither.
     degree: int | None = 1
+    #: Whether it keeps squares of gradients, which overflow where gradients do not.
+    squares: bool = False
     #: Whether the first gradient only prepares the state: ``look`` is called, nothing moves, no step is counted.
     looks_first: bool = False
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normopt.batch import Batch, Piece
+from normopt.batch import Batch, Piece, unpacked
 from normopt.checks import rule_of
 from normopt.constraints import Constraint
 from normopt.ingredient import Context
@@ -23,6 +23,7 @@ class Move:
 
     batch: Batch | Piece
     context: Context
+    state: dict[str, Tensor]
     before: list[Tensor] = field(default_factory=list)
     averaged: Tensor = field(default_factory=lambda: torch.empty(0))
     direction: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -51,12 +52,12 @@ def begin(batch: Batch | Piece, past: list[Tensor] | None, before: list[Tensor])
     context.dtype = batch.params[0].dtype
     if past is not None:
         context.past = lambda: seen(batch.gradient(past), lambda: batch.state["previous"]).g
-    return Move(batch, context, before)
+    return Move(batch, context, unpacked(batch), before)
 
 
 def direct(move: Move) -> Move:
     """From the gradient to the direction."""
-    rule, state, context = move.batch.rule, move.batch.state, move.context
+    rule, state, context = move.batch.rule, move.state, move.context
     leading, context.g = rule.step_size.weigh(context.g, context, context.shared)
     move.averaged = rule.momentum(leading, state, context)
     move.direction = rule.norm(move.averaged, state, context)

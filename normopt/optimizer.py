@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from normopt import finite
-from normopt.batch import Batch, choose, partition
+from normopt.batch import Batch, choose, pack, partition
 from normopt.checks import (
     check_alone,
     check_distinct,
@@ -20,6 +20,7 @@ from normopt.checks import (
     check_lr,
     check_numbers,
     check_parameters,
+    dtype_name,
     rule_of,
 )
 from normopt.constraints import Constraint
@@ -64,6 +65,11 @@ class SteepestDescent(Optimizer):
             nothing has changed, neither weights nor state. Every param group can have its own; one bad gradient keeps
             all groups where they are. On accelerators the device leaves the step out without being waited for, the
             error comes with the next call of ``step``, and step counters are right again by then.
+        state_dtype: the dtype that averages (momentum, second moments) are kept in: ``"bfloat16"``, ``"float32"``, or
+            ``"parameter"`` for each parameter's own; by default float32 or better. They are computed in float32 and
+            rounded up or down at random, so that nothing is lost on average; the same run rounds alike. What must be
+            exact stays in float32: bases, matrices of second moments, sums over the whole run. Every group can have
+            its own.
         foreach: taken for torch's sake; tensors are always batched.
         fused: likewise.
         capturable: keep step counters on the parameters' device and look at no number, so that ``step`` can be captured
@@ -112,6 +118,7 @@ class SteepestDescent(Optimizer):
         view: View | Mapping[str, Any] | None = None,
         maximize: bool = False,
         nonfinite: str = "raise",
+        state_dtype: str | torch.dtype | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -132,7 +139,7 @@ class SteepestDescent(Optimizer):
         self.compiles = compile
         self._forget_steps()
         fixed = {"lr": lr, "maximize": maximize, "nonfinite": nonfinite, "capturable": capturable, "rule": repr(rule)}
-        super().__init__(params, {**fixed, **numbers})
+        super().__init__(params, {**fixed, "state_dtype": dtype_name(state_dtype), **numbers})
         self._check_geometry()
         if not {"betas", "momentum"} & self.defaults.keys():
             weight = first_weight((group, rule_of(group)) for group in self.param_groups)
@@ -181,6 +188,8 @@ class SteepestDescent(Optimizer):
         """The group's rule, which takes the place of the ingredients that it names; all numbers are in range."""
         rule = self._rule_of(group)
         group |= {"rule": repr(rule), "state_version": VERSION}
+        if "state_dtype" in group:
+            group["state_dtype"] = dtype_name(group["state_dtype"])
         if "lr_ratio" in group:
             check_lr(self.defaults["lr"])
             group["lr"] = self.defaults["lr"] * group.pop("lr_ratio")
@@ -295,7 +304,7 @@ class SteepestDescent(Optimizer):
             if batch.look():
                 continue
             batch.advance()
-            if batch.kernel is not None and ok is None:
+            if batch.kernel is not None and ok is None and not self._watch.is_large:
                 batch.kernel(batch)
             else:
                 going.append((batch, past.get(batch)))
@@ -312,6 +321,7 @@ class SteepestDescent(Optimizer):
         moves = map(direct, self._surveyed(list(begun)) if anyone(batches, "survey") else begun)
         for move in self._measured(list(moves)) if anyone(batches, "measure") else moves:
             apply(move)
+            pack(move.batch, move.state)
             move.batch.undo_unless_ok(move.before)
 
     # Batches ------------------------------------------------------------------------------------------------------
@@ -366,7 +376,7 @@ class SteepestDescent(Optimizer):
     def _surveyed(self, moves: list[Move]) -> list[Move]:
         """The same moves; step sizes that need all gradients have seen them."""
         for kind in kinds(moves, "survey"):
-            self._conclude(kind, [m.step_size.survey(m.batch.state, m.context, m.context.shared) for m in kind])
+            self._conclude(kind, [m.step_size.survey(m.state, m.context, m.context.shared) for m in kind])
         return moves
 
     def _measured(self, moves: list[Move]) -> list[Move]:

@@ -84,6 +84,20 @@ class Rule(Ingredient):
             raise ValueError(f"{self}: two ingredients keep their state under one name, of {sorted(names)}")
         return {name: tensor for part in parts for name, tensor in part.items()}
 
+    @property
+    def squares(self) -> bool:
+        """Whether some ingredient keeps squares of gradients."""
+        return _squares(self)
+
+    def averages(self, state: Mapping[str, Tensor]) -> list[str]:
+        """The names of ``state`` that may be kept in fewer bits: averages, whose rounding errors fade.
+
+        Matrices that roots are taken of, bases, and sums of the whole run are none.
+        """
+        of_matrices = any(getattr(part, "matrix_memory", False) for part in self.every_part())
+        known = AVERAGES if of_matrices else AVERAGES | SECOND_MOMENTS
+        return [name for name in state if name.rsplit(".", 1)[-1].rstrip("0123456789") in known]
+
     def check_fits(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise a ``ValueError`` unless a parameter of this shape can be seen and measured as the rule says."""
         if len(shape) < 2 and not self.norm.takes_vectors:
@@ -100,9 +114,19 @@ class Rule(Ingredient):
         self.view.shape(shape)
 
 
+#: Names of averages, and of those that some norms keep as matrices.
+AVERAGES = {"momentum", "slow_momentum", "mean"}
+SECOND_MOMENTS = {"second_moment", "max_second_moment"}
+
+
 def _is_plain(value: Any) -> bool:
     """Whether it can be told by its value whether it has changed."""
     return isinstance(value, (int, float)) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
+@lru_cache(maxsize=1024)
+def _squares(rule: Rule) -> bool:
+    return any(getattr(part, "squares", False) for part in rule.every_part())
 
 
 @lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from normopt.rule import INGREDIENTS, Rule
 VERSION = 1
 
 #: What older states do not have, and what it was.
-ADDED = {"nonfinite": "raise", "capturable": False}
+ADDED = {"nonfinite": "raise", "capturable": False, "state_dtype": None}
 
 
 def accepted(groups: Sequence[dict[str, Any]], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,9 +140,7 @@ def quadratic(
         n.dualize(torch.randn(shape, generator=noise)) * distance for n, shape in zip(norms, shapes, strict=True)
     ]
     weights = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    groups = [
-        {"params": [w], "norm": Smoothed(n, 0.9) if memory else n} for w, n in zip(weights, norms, strict=True)
-    ]
+    groups = [{"params": [w], "norm": Smoothed(n, 0.9) if memory else n} for w, n in zip(weights, norms, strict=True)]
     optimizer = SteepestDescent(groups, 1.0, momentum=EMA(0.9), step_size=step_size)
     losses = []
     for step in range(steps):

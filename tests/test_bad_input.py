@@ -459,6 +459,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     **dict.fromkeys(["adjust_lr_fn", "orthogonalize", "orthogonalize_dtype", "normalize", "base", "graft"], NAME),
     **dict.fromkeys(["norm", "step_size", "nonfinite", "geometry"], NAME),
     "overrides": [{"nonsense": "linear"}],
+    "state_dtype": ["float16", "nonsense", torch.int8],
 }
 #: Where an argument of that name means something else.
 BUT: dict[tuple[str, str], list[Any]] = {

@@ -240,9 +240,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
-def refused(
-    norm: Direction, step_size: str, constraint: str | None = None, shape: tuple[int, ...] = (3, 4)
-) -> None:
+def refused(norm: Direction, step_size: str, constraint: str | None = None, shape: tuple[int, ...] = (3, 4)) -> None:
     SteepestDescent([nn.Parameter(torch.zeros(shape))], norm=norm, step_size=step_size, constraint=constraint)
 
 

@@ -59,9 +59,14 @@ LOCAL |= {name: partial(SteepestDescent, **options) for name, options in BARE.it
 EVERY = ZOO | LOCAL | {name: partial(SteepestDescent, **options) for name, options in JOINT.items()}
 SHAPES = [(6, 4), (4, 6), (4, 6), (2, 5, 3, 1)]
 
+#: What trains a whole model.
+CHECKPOINTED = ZOO | {name: partial(normopt.create, name) for name in LOOK_BACK}
+
 zoo = pytest.mark.parametrize("make", ZOO.values(), ids=ZOO)
 local = pytest.mark.parametrize("make", LOCAL.values(), ids=LOCAL)
 every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+#: Tests that give a closure, so that those which look back can take them too.
+whole = pytest.mark.parametrize("make", CHECKPOINTED.values(), ids=CHECKPOINTED)
 
 
 class Net(nn.Module):
@@ -160,6 +165,26 @@ def test_groups_have_their_own_options_and_ingredients(make: Make) -> None:
         for single in alone:
             single.step()
     assert_equal(together, apart)
+
+
+@whole
+def test_groups_that_agree_are_one_group(make: Make) -> None:
+    """Also where all tensors are looked at before one moves."""
+    together, apart = tensors(), tensors()
+    one, several = make(together, lr=0.1), make([{"params": apart[:1]}, {"params": apart[1:]}], lr=0.1)
+    run(one, together, 3)
+    run(several, apart, 3)
+    assert_equal(together, apart, 1e-2 if "bfloat16" in one.param_groups[0]["rule"] else 1e-12)
+
+
+@whole
+def test_a_group_has_a_learning_rate_of_its_own(make: Make) -> None:
+    params = tensors()
+    optimizer = make([{"params": params[:2], "lr": 0.0}, {"params": params[2:]}], lr=0.1)
+    before = [p.detach().clone() for p in params]
+    run(optimizer, params, 3)
+    assert_equal([p.detach() for p in params[:2]], before[:2])
+    assert all((p != q).any() for p, q in zip(params[2:], before[2:], strict=True))
 
 
 @every
@@ -274,6 +299,31 @@ def test_parameters_appear_and_disappear(make: Make) -> None:
     assert_equal(states, [single.state_dict()["state"][0] for single in alone], 1e-12)
 
 
+@whole
+def test_what_has_no_gradient_stays(make: Make) -> None:
+    """Weights, state and the number of steps; first one, then all, then none of them. Also when frozen in between."""
+    params = tensors()
+    optimizer = make(params, lr=0.1)
+    run(optimizer, params, 2)
+    for i, missing in enumerate((params[:1], params)):
+        before, states = [p.detach().clone() for p in missing], [copy.deepcopy(optimizer.state[p]) for p in missing]
+
+        def closure(seed: int = i + 2, missing: list[Tensor] = missing) -> None:
+            give_gradients(params, seed)
+            for p in missing:
+                p.requires_grad_(False).grad = None
+
+        optimizer.step(closure)
+        assert_equal([p.detach() for p in missing], before)
+        assert_equal([optimizer.state[p] for p in missing], states)
+        for p in params:
+            p.requires_grad_(True)
+    before = [p.detach().clone() for p in params]
+    run(optimizer, params, 1, first=4)
+    assert all((p != q).any() for p, q in zip(params, before, strict=True))
+    assert [optimizer.state[p]["step"] - optimizer.state[params[0]]["step"] for p in params] == [0, 1, 1, 1]
+
+
 @every
 def test_frozen_for_a_while(make: Make) -> None:
     params = tensors()
@@ -340,7 +390,7 @@ def test_half_parameters_move_as_their_float32_copies(make: Make, dtype: torch.d
     assert_equal(optimizer.state_dict()["state"], twin.state_dict()["state"], 1e-6 if has_kernel else 0.0)
 
 
-@every
+@pytest.mark.parametrize("make", (EVERY | CHECKPOINTED).values(), ids=EVERY | CHECKPOINTED)
 def test_memory_formats_do_not_matter(make: Make) -> None:
     shapes = [(6, 4), (5, 4, 3, 2), (4, 3, 2, 2, 3)]
     plain, strided = tensors(shapes), tensors(shapes)
@@ -352,8 +402,8 @@ def test_memory_formats_do_not_matter(make: Make) -> None:
         give_gradients(plain, i)
         for p, q in zip(plain, strided, strict=True):
             q.grad = torch.empty_like(q).copy_(p.grad)
-        first.step()
-        second.step()
+        first.step(lambda: None)
+        second.step(lambda: None)
     assert not any(p.is_contiguous() for p in strided)
     assert_equal([p.detach() for p in plain], [p.detach() for p in strided], 1e-13)  # sums run in another order
 
@@ -404,6 +454,33 @@ def test_several_dtypes_in_one_group(make: Make) -> None:
         for group in pure:
             run(make(group, lr=0.1), group, 2)
         assert_equal(mixed, [q for group in pure for q in group])
+
+
+#: What reads numbers to know what to do: sums over all tensors, singular values, first gradients.
+READS_NUMBERS = COUPLED | LOOK_BACK | {"asgo", "shampoo", "klshampoo", "soap", "muon+", "muonplusplus+"}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_several_devices_and_dtypes_in_one_group(name: str) -> None:
+    """Tensors without data are counted, and keep nothing else from moving."""
+    make = CHECKPOINTED[name]
+    kinds = [("cpu", torch.float32), ("meta", torch.float32), ("meta", torch.bfloat16), ("cpu", torch.bfloat16)]
+    params = [nn.Parameter(p.detach().to(*kind)) for p, kind in zip(tensors([(6, 4)] * 4), kinds, strict=True)]
+    optimizer = make(params, lr=0.1, nonfinite="propagate")
+    before = [p.detach().clone() for p in params]
+
+    def closure() -> None:
+        for p in params:
+            p.grad = torch.ones_like(p)
+
+    if name in READS_NUMBERS:
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):
+            optimizer.step(closure)
+        return
+    for _ in range(3):
+        optimizer.step(closure)
+    assert all(torch.isfinite(params[i]).all() and (params[i] != before[i]).any() for i in (0, 3))
+    assert all(x.is_meta for i in (1, 2) for name, x in optimizer.state[params[i]].items() if name != "step")
 
 
 @every
@@ -548,7 +625,13 @@ def test_schedulers_drive_ours_as_torchs(
     assert_equal(a, b, 2e-6)
 
 
-@zoo
+def test_every_scheduler_of_torch_is_here() -> None:
+    theirs = {name for name, cls in vars(lr_scheduler).items() if isinstance(cls, type) and name[0] != "_"}
+    theirs = {name for name in theirs if issubclass(getattr(lr_scheduler, name), lr_scheduler.LRScheduler)}
+    assert theirs - {"LRScheduler", "ReduceLROnPlateau"} <= SCHEDULERS.keys()
+
+
+@whole
 @pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_schedulers_reach_every_group(make: Make, scheduler: Callable[[Any], Any]) -> None:
     model = Net()
@@ -562,14 +645,16 @@ def test_schedulers_reach_every_group(make: Make, scheduler: Callable[[Any], Any
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_plateau() -> None:
-    w = tensors()
-    optimizer = normopt.create("muon", w, lr=0.1)
+@whole
+def test_plateau(make: Make) -> None:
+    model = Net()
+    optimizer = make(model, lr=0.1)
+    rates = [group["lr"] for group in optimizer.param_groups]
     schedule = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
     for _ in range(3):
-        run(optimizer, w, 1)
+        run(optimizer, list(model.parameters()), 1)
         schedule.step(1.0)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate / 100 for rate in rates])
 
 
 @every
@@ -624,11 +709,83 @@ def test_grad_scaler(make: Make) -> None:
 def test_averaged_models(make: Make) -> None:
     model = Net()
     optimizer = make(model, lr=0.05)
-    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    utils = torch.optim.swa_utils
+    mean = utils.AveragedModel(model, use_buffers=True)
+    recent = utils.AveragedModel(model, multi_avg_fn=utils.get_ema_multi_avg_fn(0.5))
+    points = []
     for i in range(2):
         run(optimizer, list(model.parameters()), 1, first=i)
-        average.update_parameters(model)
-    assert all(torch.isfinite(p).all() for p in average.parameters())
+        mean.update_parameters(model)
+        recent.update_parameters(model)
+        points.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+    for average in (mean, recent):
+        found = torch.nn.utils.parameters_to_vector(average.parameters())
+        torch.testing.assert_close(found, (points[0] + points[1]) / 2)
+
+
+@whole
+def test_gradients_may_be_accumulated(make: Make) -> None:
+    """Over two halves of the loss, whose sum is exact, whatever ``zero_grad`` leaves behind."""
+    a, b = Net(), Net()
+    b.load_state_dict(a.state_dict())
+    first, second = make(a, lr=0.05), make(b, lr=0.05)
+
+    def at_once() -> None:
+        first.zero_grad()
+        a.loss().backward()
+
+    def in_halves() -> None:
+        second.zero_grad(set_to_none=False)
+        for _ in range(2):
+            (b.loss() / 2).backward()
+
+    for _ in range(3):
+        first.step(at_once)
+        second.step(in_halves)
+    assert_equal([p.detach() for p in a.parameters()], [p.detach() for p in b.parameters()])
+
+
+@whole
+def test_autocast(make: Make) -> None:
+    """The losses of a model in bfloat16; weights, gradients and state stay float32. A step inside is the same."""
+    a, b = Net(), Net()
+    b.load_state_dict(a.state_dict())
+
+    def closure(model: Net) -> None:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model.loss()
+        loss.backward()
+
+    first, second = make(a, lr=0.05), make(b, lr=0.05)
+    for _ in range(2):
+        first.step(lambda: closure(a))
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):  # the cache would keep old weights
+            second.step(lambda: closure(b))
+    assert_equal(snapshot(first), snapshot(second))
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in a.parameters())
+    assert all(x.dtype == torch.float32 for state in first.state.values() for x in state.values())
+
+
+@whole
+def test_tied_parameters_move_once(make: Make) -> None:
+    """And by the gradient of both places; they stay tied, in copies of model and optimizer too."""
+    model = Net()
+    model.head.weight = model.embed.weight
+    before = model.embed.weight.detach().clone()
+    optimizer = make(model, lr=0.05)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sum(p is model.embed.weight for p in held) == 1 and len(held) == len(list(model.parameters()))
+    model, optimizer = copy.deepcopy((model, optimizer))
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        model.loss().backward()
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert model.head.weight is model.embed.weight and (model.head.weight != before).any()
+    assert optimizer.state[model.head.weight]["step"] == 2
 
 
 # Saving and loading ------------------------------------------------------------------------------------------------
@@ -672,12 +829,16 @@ def test_loading_restores_every_bit(make: Make, dtype: torch.dtype, tmp_path: Pa
     assert_equal(optimizer.state_dict()["state"][0]["step"], torch.tensor(5.0))  # no memory is shared
 
 
+#: Every optimizer of the registry, every setting and every bare combination.
+SAVED = EVERY | CHECKPOINTED
+
+
 def resume(path: str) -> None:
     """In a new process: load every optimizer's checkpoint, take two more steps, save."""
     saved = torch.load(path, weights_only=True)
     for name, (kind, weights, state) in saved.items():
         params = [nn.Parameter(w) for w in weights]
-        optimizer = EVERY[name](params, lr=0.7)
+        optimizer = SAVED[name](params, lr=0.7)
         optimizer.load_state_dict(state)
         run(optimizer, params, 2, first=2)
         saved[name] = kind, [p.detach() for p in params], optimizer.state_dict()
@@ -685,8 +846,9 @@ def resume(path: str) -> None:
 
 
 def test_resume_in_a_new_process_is_exact(tmp_path: Path) -> None:
+    assert {*normopt.list_optimizers()} <= SAVED.keys()
     path, saved, expected = tmp_path / "all.pt", {}, {}
-    for i, (name, make) in enumerate(EVERY.items()):
+    for i, (name, make) in enumerate(SAVED.items()):
         params = tensors(dtype=(torch.float32, torch.bfloat16)[i % 2])
         optimizer = make(params, lr=0.1)
         run(optimizer, params, 2)
@@ -719,13 +881,18 @@ def test_loading_other_ingredients_names_them_and_changes_nothing(make: Make) ->
     assert_equal(snapshot(optimizer), before)
 
 
-@zoo
-def test_distributed_checkpoints_round_trip_by_name(make: Make) -> None:
+@pytest.mark.parametrize("weights_first", [False, True])
+@pytest.mark.parametrize("make", CHECKPOINTED.values(), ids=CHECKPOINTED)
+def test_distributed_checkpoints_round_trip_by_name(make: Make, weights_first: bool) -> None:
+    """Into a fresh optimizer, whose dry step with lr 0 and zero gradients leaves weights and later steps alone."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     model, other = Net(), Net()
-    optimizer, twin = make(model, lr=0.05), make(other, lr=0.7)
+    optimizer = make(model, lr=0.05)
     run(optimizer, list(model.parameters()), 2)
+    if weights_first:
+        other.load_state_dict(model.state_dict())
+    twin = make(other, lr=0.7)
     weights = copy.deepcopy(other.state_dict())
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
     assert set(saved["state"]) == {name for name, _ in model.named_parameters()}

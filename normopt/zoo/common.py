@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypedDict
 
+import torch
+
 from normopt.directions import Smoothed
 from normopt.ingredient import get, option
 from normopt.momentum import EMA
@@ -29,6 +31,7 @@ class Fixed(TypedDict, total=False):
     overrides: Mapping[str, Any] | None
     maximize: bool
     nonfinite: str
+    state_dtype: str | torch.dtype | None
     foreach: bool | None
     fused: bool | None
     capturable: bool

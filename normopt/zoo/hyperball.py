@@ -153,6 +153,7 @@ class NaP(SteepestDescent):
             view=rule.view,
             maximize=numbers.pop("maximize"),
             nonfinite=numbers.pop("nonfinite"),
+            state_dtype=numbers.pop("state_dtype"),
             capturable=numbers.pop("capturable"),
             compile=of_base.compiles,
             options={name: numbers[name] for name in rule.options() & numbers.keys()},
