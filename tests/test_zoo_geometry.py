@@ -472,10 +472,12 @@ def test_swan_whitens_rows_of_one_size(m: int, n: int) -> None:
 
 
 def test_swans_own_polar_factor_is_near_the_exact_one() -> None:
-    """Polar Express brings singular values to within 0.7% of 1 where they exceed 1e-3 of the norm."""
+    """Four steps bring singular values above 1e-2 of the largest into [0.77, 1.06]."""
     g = gaussian(16, 64)
     update, exact = single(zoo.SWAN, g), single(zoo.SWAN, g, **EXACT)
-    assert (update - exact).norm() < 0.01 * exact.norm()
+    assert (update - exact).norm() < 0.23 * exact.norm()
+    ratios = torch.linalg.svdvals(update) / torch.linalg.svdvals(exact)
+    assert 0.77 <= ratios.min() and ratios.max() <= 1.06
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "lr_ratio": 0.5, "iterations": 1}], ids=str)
@@ -858,7 +860,8 @@ def test_stages_that_keep_the_length_leave_the_dual_norm_to_those_before() -> No
 @pytest.mark.parametrize("name", BARE)
 def test_bare_norms_move_vectors_by_signs(name: str) -> None:
     params = [nn.Parameter(torch.ones(s)) for s in LANGUAGE]
-    optimizer = normopt.create(name, Language(params), lr=0.25, weight_decay=0.5)
+    how = {"orthogonalize": "polar-express"} if name == "spectraldescent" else {}
+    optimizer = normopt.create(name, Language(params), lr=0.25, weight_decay=0.5, **how)
     for p in params:
         p.grad = torch.randn(p.shape)
     optimizer.step()

@@ -110,7 +110,7 @@ class SpectralDescent(NormDescent):
         weight_decay: float = 0.0,
         *,
         scale: Scale = "rms",
-        orthogonalize: str | Schedule = "polar-express",
+        orthogonalize: str | Schedule = "auto",
         orthogonalize_dtype: torch.dtype | str | None = None,
         **common: Unpack[Common],
     ) -> None:

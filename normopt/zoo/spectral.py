@@ -141,7 +141,7 @@ class MuonPlusPlus(Hidden):
         power_iterations: int | None = 2,
         weight_decay: float = 0.0,
         *,
-        orthogonalize: str | Schedule = "polar-express",
+        orthogonalize: str | Schedule = "auto",
         orthogonalize_dtype: torch.dtype | str | None = None,
         **common: Unpack[WithAux],
     ) -> None:
@@ -194,7 +194,7 @@ class Scion(SteepestDescent):
         constrained: bool = False,
         norm: str | Norm | None = None,
         *,
-        orthogonalize: str | Schedule = "polar-express",
+        orthogonalize: str | Schedule = "auto",
         orthogonalize_dtype: torch.dtype | str | None = None,
         **common: Unpack[Common],
     ) -> None:

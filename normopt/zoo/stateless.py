@@ -92,7 +92,7 @@ class SWAN(Hidden):
         weight_decay: float = 0.0,
         lr_ratio: float = 0.05,
         *,
-        orthogonalize: str | Schedule = "polar-express",
+        orthogonalize: str | Schedule = "auto",
         orthogonalize_dtype: torch.dtype | str | None = None,
         **common: Unpack[FixedWithAux],
     ) -> None:
