@@ -1,8 +1,15 @@
-"""`python -m benchmarks grid`: the final loss of each optimizer over a fixed grid of learning rates."""
+"""`python -m benchmarks grid`: the final loss of each optimizer over a fixed grid of learning rates.
 
+Runs on file that differ in the rate alone are in the table too, so that `--rates` extends a grid.
+"""
+
+import json
 from argparse import Namespace
+from dataclasses import asdict
+from typing import Any
 
 from benchmarks.plan import Plan
+from benchmarks.records import read_rows
 from benchmarks.report import write_grid
 from benchmarks.workers import Pool
 
@@ -20,5 +27,13 @@ def grid(arguments: Namespace) -> int:
         configs += [plan.config(cell, seed, rate) for rate in rates for seed in seeds]
     pool = Pool(arguments.out, plan.workers)
     rows = pool.run(configs)
-    write_grid(rows, arguments.out)
+    of_these = {_but_the_rate(asdict(config)) for config in configs}
+    keys = {row["key"] for row in rows}
+    others = [row for row in read_rows(pool.results).values() if row["key"] not in keys]
+    write_grid([*rows, *(row for row in others if _but_the_rate(row["config"]) in of_these)], arguments.out)
     return 1 if pool.failures else 0
+
+
+def _but_the_rate(config: dict[str, Any]) -> str:
+    """What two runs on file share if only their learning rates differ."""
+    return json.dumps({**config, "lr": None}, sort_keys=True)

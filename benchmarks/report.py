@@ -69,18 +69,51 @@ def target_line(name: str, rows: list[Row], target: Target) -> dict[str, str]:
 
 
 def write_grid(rows: list[Row], out: Path) -> None:
-    """Print the table of a grid and each optimizer's best rate, and write `grid.md` and `grid.png`."""
+    """Print the table of a grid, the optimizer with the lowest loss first, and write `grid.md` and `grid.png`."""
     if rows:
         check_corpus(rows)
         groups = group(rows, lambda row: (cell_of(row), float(row["config"]["lr"])))
-        table = [
-            {"optimizer": name, "lr": f"{lr:g}", "runs": str(len(members)), **loss_cells(members)}
-            for (name, lr), members in sorted(groups.items())
-        ]
         plot_rates(groups, out / "grid.png", unit(rows))
-        notes = [best_rate(name, groups) for name in dict.fromkeys(name for name, _ in groups)]
-        publish(table, setting(rows), out / "grid.md", [*notes, "![loss by learning rate](grid.png)"])
-        print("\n".join(notes))
+        names = sorted({name for name, _ in groups}, key=lambda name: (best_loss(rates_of(name, groups)), name))
+        table = [grid_line(name, rates_of(name, groups)) for name in names]
+        publish(table, setting(rows), out / "grid.md", [EDGE, "![loss by learning rate](grid.png)"])
+
+
+#: What a mark beside a learning rate means.
+EDGE = "* the best rate is the largest or the smallest that was tried: `--rates` extends the grid."
+
+
+def rates_of(name: str, groups: dict[tuple[str, float], list[Row]]) -> dict[float, list[Row]]:
+    """The runs of one optimizer by learning rate, the smallest first."""
+    return {lr: rows for (other, lr), rows in sorted(groups.items()) if other == name}
+
+
+def mean_loss(rows: list[Row]) -> float:
+    """The mean final loss, infinite if a run diverged."""
+    return mean(rows, "final_loss") if len(losses(rows)) == len(rows) else math.inf
+
+
+def best_loss(rates: dict[float, list[Row]]) -> float:
+    """The lowest mean loss of all learning rates."""
+    return min(map(mean_loss, rates.values()))
+
+
+def grid_line(name: str, rates: dict[float, list[Row]]) -> dict[str, str]:
+    """One line of the table of a grid: the best learning rate with its loss, and the losses of all."""
+    best, means = min(rates, key=lambda lr: mean_loss(rates[lr])), {lr: mean_loss(rows) for lr, rows in rates.items()}
+    edge = " *" if best in (min(rates), max(rates)) else ""
+    every = [row for rows in rates.values() for row in rows]
+    return {
+        "optimizer": name,
+        "best lr": f"{best:g}{edge}" if math.isfinite(means[best]) else "all diverged",
+        **loss_cells(rates[best]),
+        "loss by learning rate": ", ".join(
+            f"{lr:g}: " + (f"{loss:.3f}" if math.isfinite(loss) else "diverged") for lr, loss in means.items()
+        ),
+        "runs": str(len(every)),
+        "CPU s": f"{sum(row['cpu_seconds'] for row in every):,.0f}",
+        "state B/param": f"{every[0]['state_bytes_per_parameter']:.1f}",
+    }
 
 
 def write_sweep(
@@ -222,18 +255,6 @@ def difference(rows: list[Row], baseline: list[Row]) -> str:
     quantile = T_975[len(gaps) - 2] if len(gaps) - 2 < len(T_975) else 2.262
     middle, half = statistics.mean(gaps), quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
     return f"{middle:+.4f} ± {half:.4f}" + ("" if abs(middle) > half else ", not resolved")
-
-
-def best_rate(name: str, groups: dict[tuple[str, float], list[Row]]) -> str:
-    """A sentence on the rate with the lowest mean loss, warning when it lies at the edge of the grid."""
-    stable = {lr: rows for (other, lr), rows in groups.items() if other == name and len(losses(rows)) == len(rows)}
-    if not stable:
-        return f"{name}: every learning rate diverged."
-    best = min(stable, key=lambda lr: mean(stable[lr], "final_loss"))
-    rates = [lr for other, lr in groups if other == name]
-    edge = " It is at the edge of the grid: extend it with --rates." if best in (min(rates), max(rates)) else ""
-    seconds = sum(row["cpu_seconds"] for (other, _), rows in groups.items() if other == name for row in rows)
-    return f"{name}: best learning rate {best:g} of {len(rates)}, found in {seconds:,.0f} CPU seconds.{edge}"
 
 
 def unit(rows: list[Row]) -> str:
