@@ -41,7 +41,8 @@ class Batch:
         self.flat = rule.elementwise
         self._kept: Tensor | None = None
         self.number: Number = 0.0
-        self.squares = rule.squares
+        self.first = 0
+        self._squares, self.saturates = rule.squares, False
         self.kernel: fused.AdamKernel | None = None
         self.ok: Tensor | None = None  # whether the device finds that the step can be taken, if it must ask
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
@@ -52,9 +53,9 @@ class Batch:
         g = self.gradient()
         self._shape = g.shape
         self.state = rule.init_state(g, self.weights)
-        kept = kept_dtype(group["state_dtype"], params[0].dtype, self.dtype)
-        self.rounded = rule.averages(self.state) if kept != self.dtype else []
-        self.state |= {name: self.state[name].to(kept) for name in self.rounded}
+        self.kept = kept_dtype(group, params[0].dtype, self.dtype)
+        self.rounded = rule.averages(self.state) if self.kept != self.dtype else []
+        self.state |= {name: self.state[name].to(self.kept) for name in self.rounded}
         self._views = [{"step": step} for step in self.steps.unbind()]
         for name, tensor in self.state.items():
             for views, view in zip(self._views, self._state_views(tensor), strict=True):
@@ -79,7 +80,13 @@ class Batch:
         )
 
     def holds_state_of(self, rule: Rule) -> bool:
-        """Whether ``rule`` needs this state and no other: it may have got a momentum in place of 0 since."""
+        """Whether ``rule`` needs this state and no other, as the param group wants it kept.
+
+        It may have got a momentum in place of 0 since, or another ``state_dtype``.
+        """
+        is_kept_alike = self.kept == kept_dtype(self.group, self.params[0].dtype, self.dtype)
+        if not is_kept_alike or self.captured != bool(self.group["capturable"]):
+            return False
         if rule == self.rule:
             return True
         x = torch.empty(self._shape, device="meta")
@@ -106,7 +113,7 @@ class Batch:
         else:
             g = self.gather(gradients)
         g = g if self.ok is None else choose(self.ok, g, torch.zeros_like(g))
-        g = saturated(g) if self.squares else g
+        g = saturated(g) if self.saturates else g
         return g.neg() if self.group["maximize"] else g
 
     @property
@@ -182,7 +189,8 @@ class Batch:
 
     def prepare(self, rule: Rule, shared: Shared) -> None:
         """Take this step's numbers from the param group, before anything moves: they may be out of range."""
-        self.squares = self.squares if rule is self.rule else rule.squares
+        self._squares = self._squares if rule is self.rule else rule.squares
+        self.saturates = self._squares and self.is_watched
         self.rule, self._kept, lr = rule, None, self.group["lr"]
         if isinstance(lr, Tensor):
             lr = lr.squeeze().to(self.params[0].device, non_blocking=True)
@@ -235,8 +243,9 @@ def saturated(g: Tensor) -> Tensor:
     return g.clamp(-limit, limit)
 
 
-def kept_dtype(wanted: str | None, own: torch.dtype, working: torch.dtype) -> torch.dtype:
+def kept_dtype(group: Mapping[str, Any], own: torch.dtype, working: torch.dtype) -> torch.dtype:
     """The dtype that averages are kept in: that of the param group, of the parameter, or of the computation."""
+    wanted = group["state_dtype"]
     return working if wanted is None else own if wanted == "parameter" else getattr(torch, wanted)
 
 
@@ -249,7 +258,7 @@ def pack(batch: Batch | Piece, state: Mapping[str, Tensor]) -> None:
     """Keep what the step has made of these copies."""
     for salt, name in enumerate(batch.rounded):
         kept = batch.state[name]
-        kept.copy_(stochastically(state[name], kept.dtype, batch.number, salt))
+        kept.copy_(stochastically(state[name], kept.dtype, batch.number, salt, batch.first))
 
 
 def choose(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -263,17 +272,18 @@ class Piece:
     def __init__(self, batch: Batch, part: slice) -> None:
         self.rule, self.group, self.dtype = batch.rule, batch.group, batch.dtype
         self.rate, self.shrink, self.is_vector = batch.rate, batch.shrink, batch.is_vector
-        self.rounded, self.squares = batch.rounded, batch.squares
+        self.rounded, self.saturates = batch.rounded, batch.saturates
         self.params = [batch.params[0].detach().view(-1)[part]]
         self.state = {name: x[part] for name, x in batch.state.items()}
         self.number = batch.number
+        self.first = part.start
         self._batch, self._part = batch, part
 
     def gradient(self, gradients: Iterable[Tensor] | None = None) -> Tensor:
         """As that of a batch."""
         (whole,) = self._batch.gradients if gradients is None else gradients
         g = whole.view(-1)[self._part].to(self.dtype)
-        g = saturated(g) if self.squares else g
+        g = saturated(g) if self.saturates else g
         return g.neg() if self.group["maximize"] else g
 
     def weights(self) -> Tensor:

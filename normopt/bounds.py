@@ -337,7 +337,7 @@ class StochasticRounding(Constraint):
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         if context.dtype != torch.bfloat16:
             return w
-        return stochastically(w, context.dtype, context.step, salt=-1).to(w.dtype)
+        return stochastically(w, context.dtype, context.step, -1, context.first).to(w.dtype)
 
 
 @dataclass(frozen=True)

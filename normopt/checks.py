@@ -75,9 +75,14 @@ def check_numbers(options: Mapping[str, Any], rule: Rule) -> None:
     """Raise unless every number is in range and every option that the rule reads is there."""
     check_lr(options["lr"])
     check_policy(options["nonfinite"])
-    dtype_name(options["state_dtype"])
     resolved = rule.resolve(options)
     resolved.step_size.check_composes(resolved.norm)
+    check_keeping(options, resolved)
+
+
+def check_keeping(options: Mapping[str, Any], resolved: Rule) -> None:
+    """Raise unless state can be kept as the param group wants: in that dtype, and out of the host's sight."""
+    dtype_name(options["state_dtype"])
     if options["capturable"] and resolved.decides_on_host:
         culprit = next(part for part in resolved.parts() if part.decides_on_host)
         raise ValueError(

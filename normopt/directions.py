@@ -123,6 +123,11 @@ class Smoothed(Direction):
         return self.apply(x, state, context)
 
     @property
+    def averages(self) -> frozenset[str]:
+        plain = self.accumulate == "ema" and not (self.centered or self.maximum or self.norm.matrix_memory)
+        return frozenset({"second_moment"} if plain else ())
+
+    @property
     def decides_on_host(self) -> bool:
         return self.frequency > 1 or self.initial == "first" or self.norm.matrix_memory
 
@@ -290,6 +295,10 @@ class Clipped(Direction):
         check_range(self, "radius", self.radius, 0, float("inf"))
 
     @property
+    def decides_on_host(self) -> bool:
+        return self.norm.reduces == "matrix"  # decompositions
+
+    @property
     def reduces(self) -> str:  # type: ignore[override]
         """That of the norm."""
         return self.norm.reduces
@@ -384,6 +393,10 @@ class Chain(Direction):
         """Whether the first stage does."""
         return self.stages[0].looks_first
 
+    @property
+    def averages(self) -> frozenset[str]:
+        return frozenset(f"{i}.{name}" for i, stage in enumerate(self.stages) for name in stage.averages)
+
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {f"{i}.{k}": v for i, stage in enumerate(self.stages) for k, v in stage.init_state(x).items()}
 
@@ -470,6 +483,10 @@ class Grafted(Direction):
 
     def _parts(self) -> dict[str, Stage]:
         return {"direction.": self.direction, "magnitude.": self.magnitude}
+
+    @property
+    def averages(self) -> frozenset[str]:
+        return frozenset(prefix + name for prefix, part in self._parts().items() for name in part.averages)
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {name + k: v for name, part in self._parts().items() for k, v in part.init_state(x).items()}
@@ -568,6 +585,10 @@ class Rotated(_Elsewhere):
         """That of the basis."""
         return self.basis.looks_first
 
+    @property
+    def averages(self) -> frozenset[str]:
+        return frozenset(f"rotated.{name}" for name in self.direction.averages)
+
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         inner = {f"rotated.{name}": tensor for name, tensor in self.direction.init_state(x).items()}
         return inner | self.basis.init_state(x)
@@ -644,6 +665,10 @@ class Blocked(_Elsewhere):
         """How many parts a side of ``n`` is cut into, and how long each is."""
         parts = max(1, -(-n // self.size))
         return parts, -(-n // parts)
+
+    @property
+    def averages(self) -> frozenset[str]:
+        return self.direction.averages
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return self.direction.init_state(self.cut(x))

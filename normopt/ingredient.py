@@ -151,6 +151,7 @@ class Context:
         is_vector: whether these are vectors or scalars, seen as matrices with one row.
         past: how to get ``previous``; ``None`` if there is none.
         dtype: that of the parameters; ``None`` if it is that of the weights here.
+        first: the place of the first entry in the parameter, where a large one is worked through in pieces.
     """
 
     g: Tensor
@@ -165,6 +166,7 @@ class Context:
     is_vector: bool = False
     past: Callable[[], Tensor] | None = None
     dtype: torch.dtype | None = None
+    first: int = 0
     _w: Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
@@ -212,6 +214,15 @@ class Stage(Ingredient):
     squares: bool = False
     #: Whether the first gradient only prepares the state: ``look`` is called, nothing moves, no step is counted.
     looks_first: bool = False
+
+    @property
+    def averages(self) -> frozenset[str]:
+        """Names of its state, without a number at the end, that ``state_dtype`` may keep in fewer bits.
+
+        Those are averages whose rounding errors fade: no sums of a whole run, nothing that is subtracted from another
+        or compared with it, no matrices that roots are taken of, no bases.
+        """
+        return frozenset()
 
     @property
     def takes_vectors(self) -> bool:

@@ -21,6 +21,10 @@ class Momentum(Stage):
     #: that its state holds as ``"previous"``. The optimizer's ``step`` then needs a closure.
     looks_back: bool = False
 
+    @property
+    def averages(self) -> frozenset[str]:
+        return frozenset({"momentum"})
+
     def check_composes(self, step_size: StepSize) -> None:
         """Raise a ``ValueError`` for step sizes that this momentum makes no sense with; without options in either."""
         if self.looks_back and step_size.overrides("weigh"):
@@ -167,6 +171,10 @@ class Recursive(Momentum):
         if self.beta is not None:
             check_range(self, "beta", self.beta, 0, 1, closed=True)
 
+    @property
+    def averages(self) -> frozenset[str]:
+        return frozenset()  # differences of gradients add up in it
+
     def check_composes(self, step_size: StepSize) -> None:
         super().check_composes(step_size)
         if self.beta is None and not isinstance(step_size, Storm):
@@ -256,6 +264,10 @@ class TwoSpeed(Momentum):
     @property
     def decides_on_host(self) -> bool:
         return self.slow_warmup is not None or self.alpha_warmup is not None
+
+    @property
+    def averages(self) -> frozenset[str]:
+        return frozenset({"momentum", "slow_momentum"})
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(x), "slow_momentum": torch.zeros_like(x)}

@@ -49,7 +49,7 @@ def begin(batch: Batch | Piece, past: list[Tensor] | None, before: list[Tensor])
 
     context = seen(batch.gradient(), batch.weights)
     context.shared, context.shrink, context.is_vector = shared_by(batch.group), batch.shrink, batch.is_vector
-    context.dtype = batch.params[0].dtype
+    context.dtype, context.first = batch.params[0].dtype, batch.first
     if past is not None:
         context.past = lambda: seen(batch.gradient(past), lambda: batch.state["previous"]).g
     return Move(batch, context, unpacked(batch), before)
@@ -113,9 +113,12 @@ def _bounds(batch: Batch | Piece) -> list[Constraint]:
 
 def _keep(batch: Batch | Piece, bounds: list[Constraint], context: Context, new: Tensor) -> None:
     """Write the new weights to the parameters, brought to where they may live."""
+    bounded, lr = new, batch.group["lr"]
     for constraint in bounds:
-        new = constraint.weight(new, batch.state, context)
-    torch._foreach_copy_(batch.params, batch.scatter(new))
+        bounded = constraint.weight(bounded, batch.state, context)
+    if bounds and isinstance(lr, Tensor):
+        bounded = torch.where(lr.to(new.device, non_blocking=True).squeeze() == 0, new, bounded)
+    torch._foreach_copy_(batch.params, batch.scatter(bounded))
 
 
 def shared_by(group: Mapping[str, Any]) -> Shared:

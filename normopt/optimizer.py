@@ -16,6 +16,7 @@ from normopt.checks import (
     check_alone,
     check_distinct,
     check_gradients,
+    check_keeping,
     check_known,
     check_lr,
     check_numbers,
@@ -76,9 +77,9 @@ class SteepestDescent(Optimizer):
             in a CUDA graph, after a first step outside of it; with ``lr`` as a tensor the schedule is captured too.
             Every param group can have its own, all must have it to be captured. Bad gradients are left out of replayed
             steps on the device, and no error comes.
-        compile: run the updates through ``torch.compile``: the same results to rounding. The first steps take as long
-            as compilation does; learning rates and step counters do not compile anything anew if they are tensors, as
-            under ``capturable``.
+        compile: run the updates through ``torch.compile``: the same results to rounding. The first two steps take as
+            long as compilation does; later ones compile nothing anew, except in rules that renew something every few
+            steps. Under ``capturable``, the first step's graph is the only one.
         differentiable: must be False.
 
     Raises:
@@ -153,6 +154,7 @@ class SteepestDescent(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's, which groups that are added later would get
+        self.defaults = {**ADDED, **self.defaults}
         self._forget_steps()
         for group in self.param_groups:
             for name, value in {**ADDED, "state_version": VERSION}.items():
@@ -341,6 +343,7 @@ class SteepestDescent(Optimizer):
         batches = self._batches_of.get(id(group), [])
         are_new = not _same(batches, group, params, self.state) or not all(b.holds_state_of(rule) for b in batches)
         if are_new:
+            check_keeping(group, rule)
             check_parameters(group, rule_of(group))
             batches = list(partition(group, params, rule, self.state))
         for batch in batches:

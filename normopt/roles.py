@@ -173,7 +173,8 @@ def _is_parameter(module: nn.Module, path: str) -> bool:
         part = module.get_submodule(owner)
     except AttributeError:
         return False
-    return key in part._parameters or is_parametrized(part, key) or isinstance(vars(part).get(key), Tensor)
+    plain = vars(part).get(key, "")
+    return key in part._parameters or is_parametrized(part, key) or plain is None or isinstance(plain, Tensor)
 
 
 def _tied(first: Role, second: Role, name: str) -> Role:

@@ -14,7 +14,7 @@ LOST = 16
 GOLDEN, FIRST, SECOND = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
 
 
-def stochastically(x: Tensor, dtype: torch.dtype, step: Any, salt: int = 0) -> Tensor:
+def stochastically(x: Tensor, dtype: torch.dtype, step: Any, salt: int = 0, first: int = 0) -> Tensor:
     """``x`` in bfloat16, up or down with probabilities that make the expected value ``x``; other dtypes: to nearest.
 
     The random bits are a hash of place, step and salt: no generator is touched, on any device, and the same step
@@ -25,12 +25,14 @@ def stochastically(x: Tensor, dtype: torch.dtype, step: Any, salt: int = 0) -> T
         dtype: the dtype of the result.
         step: the number of the step, a number or a 0-dimensional tensor.
         salt: tells tensors of one step apart.
+        first: the place of the first entry, for parts of a tensor.
     """
     if dtype != torch.bfloat16:
         return x.to(dtype)
     x = x.float().contiguous()
     bits = x.view(torch.int32)
-    noise = _hash(torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape), step, salt)
+    place = torch.arange(first, first + x.numel(), device=x.device).to(torch.int32).view(x.shape)
+    noise = _hash(place, step, salt)
     rounded = ((bits + (noise & ((1 << LOST) - 1))) & -(1 << LOST)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(dtype)
 

@@ -90,13 +90,9 @@ class Rule(Ingredient):
         return _squares(self)
 
     def averages(self, state: Mapping[str, Tensor]) -> list[str]:
-        """The names of ``state`` that may be kept in fewer bits: averages, whose rounding errors fade.
-
-        Matrices that roots are taken of, bases, and sums of the whole run are none.
-        """
-        of_matrices = any(getattr(part, "matrix_memory", False) for part in self.every_part())
-        known = AVERAGES if of_matrices else AVERAGES | SECOND_MOMENTS
-        return [name for name in state if name.rsplit(".", 1)[-1].rstrip("0123456789") in known]
+        """The names of ``state`` that may be kept in fewer bits, see :attr:`normopt.ingredient.Stage.averages`."""
+        known = self.momentum.averages | self.norm.averages
+        return [name for name in state if name.rstrip("0123456789") in known]
 
     def check_fits(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise a ``ValueError`` unless a parameter of this shape can be seen and measured as the rule says."""
@@ -112,11 +108,6 @@ class Rule(Ingredient):
                 "matrices, or pass the model instead of its parameters."
             )
         self.view.shape(shape)
-
-
-#: Names of averages, and of those that some norms keep as matrices.
-AVERAGES = {"momentum", "slow_momentum", "mean"}
-SECOND_MOMENTS = {"second_moment", "max_second_moment"}
 
 
 def _is_plain(value: Any) -> bool:

@@ -15,7 +15,7 @@ from normopt.rule import INGREDIENTS, Rule
 #: Of what ``state_dict`` returns; it is in every param group as ``state_version``. States from before it have none.
 VERSION = 1
 
-#: What older states do not have, and what it was.
+#: What older states do not have, and what it was; an optimizer that has another value keeps it.
 ADDED = {"nonfinite": "raise", "capturable": False, "state_dtype": None}
 
 
@@ -33,7 +33,8 @@ def accepted(groups: Sequence[dict[str, Any]], saved: Mapping[str, Any]) -> dict
         raise ValueError(f"a saved state has 'state' and 'param_groups', this one has {sorted(map(str, saved))}")
     if len(groups) != len(saved["param_groups"]):
         raise ValueError(f"the saved state has {len(saved['param_groups'])} param groups, this optimizer {len(groups)}")
-    upgraded = [{**ADDED, **group} for group in saved["param_groups"]]
+    own = [{name: group.get(name, value) for name, value in ADDED.items()} for group in groups]
+    upgraded = [{**mine, **group} for mine, group in zip(own, saved["param_groups"], strict=True)]
     for i, (mine, theirs) in enumerate(zip(groups, upgraded, strict=True)):
         _check_group(i, mine, theirs)
         for p, key in zip(mine["params"], theirs["params"], strict=True):

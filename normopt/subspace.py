@@ -49,6 +49,10 @@ class LowRank(Direction):
     def _rank(self, shape: tuple[int, ...]) -> int:
         return math.ceil(self.rank_fraction * min(shape[-2:]))
 
+    @property
+    def averages(self) -> frozenset[str]:
+        return frozenset({"buffer"})
+
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         shape = min(x.shape[-2:]), self._rank(x.shape)
         basis = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)

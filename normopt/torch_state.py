@@ -48,9 +48,9 @@ def from_torch_state(optimizer: SteepestDescent, state_dict: Mapping[str, Any]) 
     """Load the state of an optimizer of torch.optim, so that the next steps are those that it would have taken.
 
     For AdamW and Adam (:class:`~normopt.zoo.AdamW`, :class:`~normopt.zoo.Adam`), Muon (:class:`~normopt.zoo.Muon`) and
-    SGD (:class:`~normopt.zoo.SGD`), with all their options but ``capturable`` and ``differentiable``, which have no
-    meaning here. Learning rates, betas, decays and what schedulers have written are taken over. How Muon's polar factor
-    is computed is not, where torch has its defaults: ``orthogonalize`` is the new optimizer's own.
+    SGD (:class:`~normopt.zoo.SGD`), with all their options but ``differentiable``, and ``capturable``, which stays the
+    new optimizer's own. Learning rates, betas, decays and what schedulers have written are taken over. How Muon's polar
+    factor is computed is not, where torch has its defaults: ``orthogonalize`` is the new optimizer's own.
 
     Args:
         optimizer: the equivalent one, on the same parameters in the same order and in the same param groups.

@@ -61,7 +61,7 @@ def test_a_tensor_as_step_rounds_alike() -> None:
 
 def averages(optimizer: SteepestDescent) -> list[Tensor]:
     return [s[name] for g in optimizer.param_groups for p in g["params"] for s in [optimizer.state[p]]
-            for name in rule_of(g).averages(s)]  # fmt: skip
+            for name in rule_of(g).at(g).averages(s)]  # fmt: skip
 
 
 @every
@@ -90,6 +90,82 @@ def test_a_run_with_half_the_bytes_goes_on_from_its_checkpoint(make: Make) -> No
     run(optimizer, params, 2, first=2)
     run(twin, twins, 2, first=2)
     assert_equal(snapshot(twin), snapshot(optimizer))
+
+
+#: What two bytes hold of each optimizer's state, and what they must not.
+KEPT: dict[str, tuple[set[str], set[str], dict[str, Any]]] = {
+    "adam": ({"momentum", "second_moment"}, set(), {}),
+    "adam amsgrad": ({"momentum"}, {"second_moment", "max_second_moment"}, {"amsgrad": True}),
+    "rmsprop": ({"0.second_moment"}, set(), {}),
+    "rmsprop centered": (set(), {"0.second_moment", "0.mean"}, {"centered": True}),
+    "adagrad": (set(), {"second_moment"}, {}),
+    "adamuon": ({"momentum", "2.second_moment"}, set(), {}),
+    "dion": ({"buffer"}, {"basis"}, {}),
+    "shampoo": ({"momentum"}, {"second_moment", "second_moment1"}, {}),
+    "prodigy": ({"momentum", "second_moment"}, {"initial", "gradient_sum"}, {}),
+    "soap": ({"momentum", "rotated.second_moment"}, {"left_gram", "left_basis", "right_gram", "right_basis"}, {}),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_what_two_bytes_hold(case: str) -> None:
+    rounded, exact, options = KEPT[case]
+    params = tensors([(6, 4), (6, 4)], torch.float32)
+    optimizer = normopt.create(case.split()[0], params, state_dtype="bfloat16", **options)
+    run(optimizer, params, 2)
+    kept = {name: x.dtype for name, x in optimizer.state[params[0]].items()}
+    assert {name for name, dtype in kept.items() if dtype == torch.bfloat16} == rounded
+    assert exact <= {name for name, dtype in kept.items() if dtype == torch.float32}
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "nadam", "soap", "normuon"])
+def test_gradients_that_lead_one_way_lead_as_far(name: str) -> None:
+    """Rounding noise of moments that nearly cancel would end in steps of any length.
+
+    Whitened, the noise of a rounded momentum counts in full: it adds some percent in directions that hold nothing else.
+    """
+    options = {"centered": True} if name == "rmsprop" else {}
+    far = []
+    for dtype in (None, "bfloat16"):
+        (weight,) = weights = [nn.Parameter(torch.zeros(20, 30))]
+        optimizer = normopt.create(name, weights, lr=1e-3, state_dtype=dtype, **options)
+        for i in range(300):
+            noise = torch.randn(20, 30, generator=torch.Generator().manual_seed(i))
+            weight.grad = 1 + 0.1 * noise
+            optimizer.step()
+        far.append(float(weight.detach().abs().mean()))
+    assert far[1] == pytest.approx(far[0], rel=0.1)
+
+
+def test_another_dtype_in_mid_run() -> None:
+    params = tensors(dtype=torch.float32)
+    optimizer = normopt.zoo.Lion(params, lr=0.01)
+    run(optimizer, params, 2)
+    before = optimizer.state[params[0]]["momentum"].clone()
+    optimizer.param_groups[0]["state_dtype"] = "bfloat16"
+    optimizer.param_groups[0]["lr"] = 0.0
+    run(optimizer, params, 1, first=2)
+    now = optimizer.state[params[0]]["momentum"]
+    assert now.dtype == torch.bfloat16 and optimizer.state[params[0]]["step"] == 3
+    torch.testing.assert_close(now.float(), before.lerp(params[0].grad, 0.01), rtol=0.02, atol=0.01)
+    optimizer.param_groups[0]["state_dtype"] = "float15"
+    optimizer.state.clear()
+    with pytest.raises(ValueError, match="unknown state_dtype"):
+        run(optimizer, params, 1)
+
+
+def test_pieces_of_one_tensor_are_rounded_each_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normopt.batch, "FLAT_ENTRIES", 1000)
+    weight = nn.Parameter(torch.zeros(2000, dtype=torch.bfloat16))
+    optimizer = normopt.zoo.Lion([{"params": [weight], "bounds": "StochasticRounding()"}], state_dtype="bfloat16")
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    m = optimizer.state[weight]["momentum"]
+    assert not torch.equal(m[:1000], m[1000:]) and not torch.equal(weight[:1000], weight[1000:])
+    x = torch.randn(2000)
+    whole = stochastically(x, torch.bfloat16, 1)
+    assert torch.equal(whole[1000:], stochastically(x[1000:], torch.bfloat16, 1, first=1000))
 
 
 def test_second_moments_forget_though_each_change_is_less_than_a_unit_in_the_last_place() -> None:

@@ -87,7 +87,7 @@ def test_the_version_survives_distributed_checkpoints(name: str, flat: bool) -> 
 def test_states_without_a_version_are_loaded(make: Make) -> None:
     params, optimizer = trained(make)
     others = [nn.Parameter(p.detach().clone()) for p in params]
-    twin = make(named(others), lr=0.5, nonfinite="skip")
+    twin = make(named(others), lr=0.5)
     twin.load_state_dict(without_version(optimizer.state_dict()))
     assert_equal(snapshot(twin), snapshot(optimizer))
     run(optimizer, params, 1)
@@ -100,11 +100,24 @@ def test_optimizers_that_were_pickled_before_there_was_a_version() -> None:
     old = optimizer.__getstate__()
     old["param_groups"] = [dict(group) for group in old["param_groups"]]
     for group in old["param_groups"]:
-        del group["state_version"], group["nonfinite"]
+        del group["state_version"], group["nonfinite"], group["capturable"], group["state_dtype"]
+    old["defaults"] = {k: v for k, v in old["defaults"].items() if k not in ("nonfinite", "capturable", "state_dtype")}
     fresh = object.__new__(type(optimizer))
     fresh.__setstate__(old)
     run(fresh, params, 1)
+    fresh.add_param_group({"params": [("added", tensors([(3, 3)])[0])]})
     assert versions(fresh.param_groups) == {VERSION}
+
+
+def test_options_that_a_state_does_not_know_stay_what_they_are() -> None:
+    params, optimizer = trained(ZOO["lion"])
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["state_version"], group["nonfinite"], group["capturable"], group["state_dtype"]
+    fresh = ZOO["lion"](tensors(), capturable=True, state_dtype="bfloat16", nonfinite="skip")
+    fresh.load_state_dict(state)
+    group = fresh.param_groups[0]
+    assert (group["capturable"], group["state_dtype"], group["nonfinite"]) == (True, "bfloat16", "skip")
 
 
 # What is checked at load time ------------------------------------------------------------------------------------
