@@ -119,6 +119,20 @@ def test_propagated_gradients_reach_the_weights() -> None:
     assert params[0].isnan().any()
 
 
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "adagrad", "sgd", "soap"])
+def test_what_is_propagated_is_not_made_finite(name: str) -> None:
+    """Also where gradients that are watched would be cut, so that their squares stay finite."""
+    (weight,) = weights = tensors([(4, 3)], torch.float32)
+    optimizer = normopt.create(name, weights, nonfinite="propagate")
+    for i in range(3):
+        give_gradients(weights, i)
+        if i == 2:
+            weight.grad.fill_(INF)
+        optimizer.step()
+    state = [x for s in optimizer.state.values() for x in s.values()]
+    assert not all(x.isfinite().all() for x in [weight, *state])
+
+
 @both
 def test_each_group_has_its_own_answer(deferred: bool) -> None:
     """The strictest one that is concerned counts, and a bad gradient keeps all groups where they are."""

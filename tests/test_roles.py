@@ -240,6 +240,10 @@ def test_declarations_outlive_absent_and_computed_parameters_and_wrappers() -> N
     assert found["0.weight"] == found["1.parametrizations.weight.original"] == "expert"
     assert found["2.weight_orig"] == "linear"
     assert names(torch.compile(Declared(4, 6))) == {"_orig_mod.raw": "linear"}
+    plain = Declared(4, 6)
+    plain.bias = None
+    plain.normopt_roles = {"bias": "mine"}
+    assert "bias" not in names(plain)
 
 
 def test_overrides_by_pattern() -> None:

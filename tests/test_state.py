@@ -110,7 +110,7 @@ def test_optimizers_that_were_pickled_before_there_was_a_version() -> None:
 
 
 def test_options_that_a_state_does_not_know_stay_what_they_are() -> None:
-    params, optimizer = trained(ZOO["lion"])
+    _, optimizer = trained(ZOO["lion"])
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         del group["state_version"], group["nonfinite"], group["capturable"], group["state_dtype"]
