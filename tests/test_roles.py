@@ -242,7 +242,7 @@ def test_declarations_outlive_absent_and_computed_parameters_and_wrappers() -> N
     assert names(torch.compile(Declared(4, 6))) == {"_orig_mod.raw": "linear"}
     plain = Declared(4, 6)
     plain.bias = None
-    plain.normopt_roles = {"bias": "mine"}
+    plain.normopt_roles = {"bias": "mine", "raw": "linear"}
     assert "bias" not in names(plain)
 
 
