@@ -41,6 +41,8 @@ class Batch:
         self.flat = rule.elementwise
         self._kept: Tensor | None = None
         self.number: Number = 0.0
+        self._in_tensors = False
+        self.lr: float | Tensor = 0.0
         self.first = 0
         self._squares, self.saturates = rule.squares, False
         self.kernel: fused.AdamKernel | None = None
@@ -187,15 +189,21 @@ class Batch:
         if self.captured:
             self.steps.copy_(choose(self.ok, self.steps, self.steps - 1))
 
-    def prepare(self, rule: Rule, shared: Shared) -> None:
-        """Take this step's numbers from the param group, before anything moves: they may be out of range."""
+    def prepare(self, rule: Rule, shared: Shared, in_tensors: bool = False) -> None:
+        """Take this step's numbers from the param group, before anything moves: they may be out of range.
+
+        ``in_tensors``: for a compiler, which makes a new graph for each number that is none.
+        """
+        self._in_tensors = in_tensors and not rule.decides_on_host
         self._squares = self._squares if rule is self.rule else rule.squares
         self.saturates = self._squares and self.is_watched
-        self.rule, self._kept, lr = rule, None, self.group["lr"]
-        if isinstance(lr, Tensor):
-            lr = lr.squeeze().to(self.params[0].device, non_blocking=True)
+        self.rule, self._kept, self.lr = rule, None, self.group["lr"]
+        if self._in_tensors and not isinstance(self.lr, Tensor):
+            self.lr = torch.tensor(self.lr, dtype=torch.float64, device="cpu")
+        elif isinstance(self.lr, Tensor):
+            self.lr = self.lr.squeeze().to(self.params[0].device, non_blocking=True)
         step = self.taken() + 1
-        self.rate = rule.step_size.rate(lr, step if self.captured else max(1.0, step), shared)
+        self.rate = rule.step_size.rate(self.lr, step if self._in_tensors or self.captured else max(1.0, step), shared)
         self.kernel = fused.kernel_of(self)
         self.shrink = reduce(mul, (constraint.shrink(self.rate) for constraint in rule.constraint), 1.0)
 
@@ -221,7 +229,8 @@ class Batch:
         """
         if self.captured:
             return self.steps[0].to(double(self.steps.device))
-        return self.steps[0].item() - self.rule.norm.looks_first
+        taken = self.steps[0].item() - self.rule.norm.looks_first
+        return torch.tensor(taken, dtype=torch.float64, device="cpu") if self._in_tensors else taken
 
     def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
         sizes = [p.numel() if self.flat else self.rule.view.shape(p.shape)[0] for p in self.params]
@@ -271,7 +280,7 @@ class Piece:
 
     def __init__(self, batch: Batch, part: slice) -> None:
         self.rule, self.group, self.dtype = batch.rule, batch.group, batch.dtype
-        self.rate, self.shrink, self.is_vector = batch.rate, batch.shrink, batch.is_vector
+        self.lr, self.rate, self.shrink, self.is_vector = batch.lr, batch.rate, batch.shrink, batch.is_vector
         self.rounded, self.saturates = batch.rounded, batch.saturates
         self.params = [batch.params[0].detach().view(-1)[part]]
         self.state = {name: x[part] for name, x in batch.state.items()}

@@ -106,18 +106,17 @@ def apply(move: Move) -> None:
 
 def _bounds(batch: Batch | Piece) -> list[Constraint]:
     """What brings the new weights to where they may live; nothing does with lr 0, since such a step moves nothing."""
-    lr = batch.group["lr"]
-    stays = not isinstance(lr, Tensor) and lr == 0
+    stays = not isinstance(batch.lr, Tensor) and batch.lr == 0
     return [] if stays else [constraint for constraint in batch.rule.constraint if constraint.overrides("weight")]
 
 
 def _keep(batch: Batch | Piece, bounds: list[Constraint], context: Context, new: Tensor) -> None:
     """Write the new weights to the parameters, brought to where they may live."""
-    bounded, lr = new, batch.group["lr"]
+    bounded = new
     for constraint in bounds:
         bounded = constraint.weight(bounded, batch.state, context)
-    if bounds and isinstance(lr, Tensor):
-        bounded = torch.where(lr.to(new.device, non_blocking=True).squeeze() == 0, new, bounded)
+    if bounds and isinstance(batch.lr, Tensor):
+        bounded = torch.where((batch.lr == 0).to(new.device, non_blocking=True), new, bounded)
     torch._foreach_copy_(batch.params, batch.scatter(bounded))
 
 

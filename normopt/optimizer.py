@@ -32,8 +32,11 @@ from normopt.move import Move, anyone, apply, begin, direct, kinds, shared_by
 from normopt.roles import Geometry, entry, overlaid, param_groups, with_beta
 from normopt.rule import INGREDIENTS, Rule
 from normopt.state import ADDED, VERSION, accepted, restored, to_home
-from normopt.stepsize import StepSize, double
+from normopt.stepsize import Shared, StepSize, double
 from normopt.view import View
+
+#: What step sizes have concluded from all gradients or directions, by their name.
+Concluded = dict[str, Shared]
 
 
 class SteepestDescent(Optimizer):
@@ -77,9 +80,9 @@ class SteepestDescent(Optimizer):
             in a CUDA graph, after a first step outside of it; with ``lr`` as a tensor the schedule is captured too.
             Every param group can have its own, all must have it to be captured. Bad gradients are left out of replayed
             steps on the device, and no error comes.
-        compile: run the updates through ``torch.compile``: the same results to rounding. The first two steps take as
-            long as compilation does; later ones compile nothing anew, except in rules that renew something every few
-            steps. Under ``capturable``, the first step's graph is the only one.
+        compile: run the updates through ``torch.compile``, as one graph: the same results to rounding. The first step
+            takes as long as compilation does; neither a new learning rate nor the step's count compiles anything anew.
+            Rules whose host looks at numbers (those that ``capturable`` refuses) are run as without.
         differentiable: must be False.
 
     Raises:
@@ -149,7 +152,7 @@ class SteepestDescent(Optimizer):
     def _forget_steps(self) -> None:
         self._batches_of: dict[int, list[Batch]] = {}
         self._watch = finite.Watch()
-        self._run: Callable[..., None] = torch.compile(self._advance) if self.compiles else self._advance
+        self._compiled: Callable[..., Concluded] = torch.compile(self._advance) if self.compiles else self._advance
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -312,19 +315,22 @@ class SteepestDescent(Optimizer):
                 going.append((batch, past.get(batch)))
         shared = [x for group in self.param_groups for x in shared_by(group).values()] if ok is not None else []
         before = [x.clone() for x in shared]
-        self._run(going)
+        traced = self.compiles and not any(batch.rule.decides_on_host for batch, _ in going)
+        self._share((self._compiled if traced else self._advance)(going))
         for number, old in zip(shared, before, strict=True):
             number.copy_(choose(ok, number, old))  # type: ignore[arg-type]
 
-    def _advance(self, going: list[tuple[Batch, list[Tensor] | None]]) -> None:
+    def _advance(self, going: list[tuple[Batch, list[Tensor] | None]]) -> Concluded:
         """Move the parameters of all batches, one after the other unless a step size must see all of them."""
+        concluded: Concluded = {}
         batches = [batch for batch, _ in going]
         begun = (begin(piece, past, before) for batch, past in going for piece, before in batch.pieces())
-        moves = map(direct, self._surveyed(list(begun)) if anyone(batches, "survey") else begun)
-        for move in self._measured(list(moves)) if anyone(batches, "measure") else moves:
+        moves = map(direct, self._surveyed(list(begun), concluded) if anyone(batches, "survey") else begun)
+        for move in self._measured(list(moves), concluded) if anyone(batches, "measure") else moves:
             apply(move)
             pack(move.batch, move.state)
             move.batch.undo_unless_ok(move.before)
+        return concluded
 
     # Batches ------------------------------------------------------------------------------------------------------
 
@@ -347,7 +353,7 @@ class SteepestDescent(Optimizer):
             check_parameters(group, rule_of(group))
             batches = list(partition(group, params, rule, self.state))
         for batch in batches:
-            batch.prepare(rule, shared_by(group))
+            batch.prepare(rule, shared_by(group), in_tensors=self.compiles)
         return batches, are_new
 
     def _look_back(self, batches: list[Batch], closure: Callable[[], Any] | None) -> dict[Batch, list[Tensor]]:
@@ -376,33 +382,24 @@ class SteepestDescent(Optimizer):
             for p, gradient in zip(every, gradients, strict=True):
                 p.grad = gradient
 
-    def _surveyed(self, moves: list[Move]) -> list[Move]:
+    def _surveyed(self, moves: list[Move], concluded: Concluded) -> list[Move]:
         """The same moves; step sizes that need all gradients have seen them."""
         for kind in kinds(moves, "survey"):
-            self._conclude(kind, [m.step_size.survey(m.state, m.context, m.context.shared) for m in kind])
+            _conclude(kind, [m.step_size.survey(m.state, m.context, m.context.shared) for m in kind], concluded)
         return moves
 
-    def _measured(self, moves: list[Move]) -> list[Move]:
+    def _measured(self, moves: list[Move], concluded: Concluded) -> list[Move]:
         """The same moves; step sizes that need all directions have seen them."""
         for kind in kinds(moves, "measure"):
-            self._conclude(kind, [m.step_size.measure(m.averaged, m.direction, m.context) for m in kind])
+            _conclude(kind, [m.step_size.measure(m.averaged, m.direction, m.context) for m in kind], concluded)
         return moves
 
-    def _conclude(self, moves: list[Move], summands: list[dict[str, Tensor]]) -> None:
-        """Give all moves what their step size concludes, and keep its state in all groups with such a step size.
-
-        Step sizes of one kind share sums and state, in all groups; the first group's numbers count.
-        """
-        step_size, before = moves[0].step_size, moves[0].context.shared
-        home = moves[0].batch.params[0].device
-        sums = {name: torch.stack([each[name].to(home) for each in summands]).sum() for name in summands[0]}
-        shared = step_size.conclude(sums, {name: x.clone() for name, x in before.items()})
-        for move in moves:
-            move.context.shared = shared
+    def _share(self, concluded: Concluded) -> None:
+        """Keep the numbers of the whole optimizer in all groups with such a step size, where they are."""
         for group in self.param_groups:
-            if type(rule_of(group).step_size) is type(step_size):
-                for name in step_size.init_shared():
-                    group[name].copy_(shared[name])
+            step_size = rule_of(group).step_size
+            for name in step_size.init_shared() if type(step_size).__name__ in concluded else ():
+                group[name].copy_(concluded[type(step_size).__name__][name])
 
 
 def _without_autocast() -> ExitStack:
@@ -412,6 +409,20 @@ def _without_autocast() -> ExitStack:
         if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
     return stack
+
+
+def _conclude(moves: list[Move], summands: list[dict[str, Tensor]], concluded: Concluded) -> None:
+    """Give all moves what their step size concludes.
+
+    Step sizes of one kind share sums and state, in all groups; the first group's numbers count.
+    """
+    step_size, before = moves[0].step_size, moves[0].context.shared
+    home = moves[0].batch.params[0].device
+    sums = {name: torch.stack([each[name].to(home) for each in summands]).sum() for name in summands[0]}
+    shared = step_size.conclude(sums, before)
+    for move in moves:
+        move.context.shared = shared
+    concluded[type(step_size).__name__] = shared
 
 
 def _same(batches: list[Batch], group: dict[str, Any], params: list[Tensor], state: Any) -> bool:

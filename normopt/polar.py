@@ -144,9 +144,14 @@ def choose(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     return Choice("gram" if long >= ratio * short else "direct", working)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_bfloat16(kind: str) -> bool:
     """Whether devices of this kind multiply matrices in bfloat16 faster than in float32."""
+    return _has_bfloat16(kind)
+
+
+@functools.cache
+def _has_bfloat16(kind: str) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if kind == "cpu" else ()

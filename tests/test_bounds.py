@@ -472,6 +472,7 @@ def test_small_steps_of_half_precision_add_up(name: str, dtype: torch.dtype) -> 
     assert lost.norm() < 0.3 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "sgd", "muon", "lion", "scion"])
 def test_a_thousand_small_steps_in_bfloat16_go_nine_tenths_as_far(name: str) -> None:
     """Each of a twentieth of what rounding swallows."""

@@ -28,6 +28,7 @@ from normopt.whitening import KLWhitened
 
 NAMES = normopt.list_optimizers()
 every = pytest.mark.parametrize("name", NAMES)
+pytestmark = pytest.mark.slow
 
 #: Sizes of Gaussian gradients: what float32 and bfloat16 hold, and float16's least number, its least normal one, 1 and
 #: its largest. Those below are of size 1.

@@ -595,6 +595,8 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     ),
     "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.03, 3),
 }
+#: Those that the fast tests ask of every optimizer.
+QUICK = {"LambdaLR", "OneCycleLR", "SequentialLR"}
 TWINS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9}, {}),
     "adam": (torch.optim.Adam, {}, {}),
@@ -632,7 +634,11 @@ def test_every_scheduler_of_torch_is_here() -> None:
 
 
 @whole
-@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+@pytest.mark.parametrize(
+    "scheduler",
+    [s if name in QUICK else pytest.param(s, marks=pytest.mark.slow) for name, s in SCHEDULERS.items()],
+    ids=SCHEDULERS,
+)
 def test_schedulers_reach_every_group(make: Make, scheduler: Callable[[Any], Any]) -> None:
     model = Net()
     optimizer = make(model, lr=0.05)

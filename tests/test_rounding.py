@@ -79,6 +79,7 @@ def test_averages_take_half_the_bytes_and_lead_the_same_way(make: Make) -> None:
         assert torch.nn.functional.cosine_similarity((p - w).flatten(), (q - w).flatten(), dim=0) > 0.97
 
 
+@pytest.mark.slow
 @every
 def test_a_run_with_half_the_bytes_goes_on_from_its_checkpoint(make: Make) -> None:
     params, twins = tensors(dtype=torch.float32), tensors(dtype=torch.float32)
@@ -118,6 +119,7 @@ def test_what_two_bytes_hold(case: str) -> None:
     assert exact <= {name for name, dtype in kept.items() if dtype == torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adam", "rmsprop", "nadam", "soap", "normuon"])
 def test_gradients_that_lead_one_way_lead_as_far(name: str) -> None:
     """Rounding noise of moments that nearly cancel would end in steps of any length.
@@ -217,7 +219,9 @@ def test_float16_parameters_need_another_dtype() -> None:
 # Weights ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lion", "muon", "scion"])
+@pytest.mark.parametrize(
+    "name", ["lion", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "adamw", "muon", "scion"))]
+)
 def test_a_thousand_small_steps_go_nine_tenths_as_far(name: str) -> None:
     """Steps of a twentieth of half a unit in the last place of a bfloat16 weight near 1, in one direction."""
     moved = {}
