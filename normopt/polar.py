@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -144,19 +143,23 @@ def choose(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     return Choice("gram" if long >= ratio * short else "direct", working)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_bfloat16(kind: str) -> bool:
     """Whether devices of this kind multiply matrices in bfloat16 faster than in float32."""
-    return _has_bfloat16(kind)
+    if kind not in _BFLOAT16:
+        _BFLOAT16[kind] = _has_bfloat16(kind)
+    return _BFLOAT16[kind]
 
 
-@functools.cache
 def _has_bfloat16(kind: str) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if kind == "cpu" else ()
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return bool(has_onednn) and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+#: The answers so far: a dict, since compilers do not see through functools.cache.
+_BFLOAT16 = {"cpu": _has_bfloat16("cpu")}
 
 
 def polar(

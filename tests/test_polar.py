@@ -20,8 +20,8 @@ from normopt.polar import (
     POLAR_EXPRESS,
     SCHEDULES,
     Schedule,
+    _has_bfloat16,
     choose,
-    has_bfloat16,
     polar,
 )
 from tests.strategies import WELL_CONDITIONED, assert_close, from_spectrum, inner, matrices, orthogonal, spectrum
@@ -464,7 +464,7 @@ def test_auto_does_what_it_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_which_hardware_multiplies_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = has_bfloat16.__wrapped__
+    answer = _has_bfloat16
     assert not answer("mps") and not answer("meta")
     for amx, avx in ((True, False), (False, True), (False, False)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
