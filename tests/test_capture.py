@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_optimizer import EVERY, Net, assert_equal, give_gradients, run, snapshot, tensors
+from test_optimizer import EVERY, Net, assert_equal, assert_goes_on, give_gradients, run, snapshot, tensors
 
 import normopt
 from normopt import SteepestDescent, finite
@@ -179,14 +179,7 @@ def test_bad_gradients_of_a_graph_are_left_out_in_silence(monkeypatch: pytest.Mo
 def test_a_captured_run_goes_on_from_its_checkpoint() -> None:
     params, twins = tensors(), tensors()
     optimizer = normopt.create("prodigy", params, capturable=True)
-    run(optimizer, params, 2)
-    twin = normopt.create("prodigy", twins, capturable=True)
-    twin.load_state_dict(optimizer.state_dict())
-    with torch.no_grad():
-        torch._foreach_copy_(twins, params)
-    run(optimizer, params, 2, first=2)
-    run(twin, twins, 2, first=2)
-    assert_equal(snapshot(twin), snapshot(optimizer))
+    assert_goes_on(optimizer, params, normopt.create("prodigy", twins, capturable=True), twins)
 
 
 # Compiled ---------------------------------------------------------------------------------------------------------

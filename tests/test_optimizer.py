@@ -106,6 +106,19 @@ def run(optimizer: SteepestDescent, params: list[Tensor], steps: int, first: int
         optimizer.step(partial(give_gradients, params, i))
 
 
+def assert_goes_on(
+    optimizer: SteepestDescent, params: list[Tensor], twin: SteepestDescent, twins: list[Tensor]
+) -> None:
+    """After two steps, from its checkpoint, another one takes the same next two."""
+    run(optimizer, params, 2)
+    twin.load_state_dict(optimizer.state_dict())
+    with torch.no_grad():
+        torch._foreach_copy_(twins, params)
+    run(optimizer, params, 2, first=2)
+    run(twin, twins, 2, first=2)
+    assert_equal(snapshot(twin), snapshot(optimizer))
+
+
 def snapshot(optimizer: SteepestDescent) -> Any:
     """Everything that a step may change."""
     weights = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
