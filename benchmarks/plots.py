@@ -40,21 +40,56 @@ def plot_curves(groups: dict[str, list[Row]], out: Path, unit: str) -> None:
             save(figure, out / name)
 
 
+#: The most lines in one frame that can be told from each other.
+MAX_LINES = 12
+
+
 def plot_rates(groups: dict[tuple[str, float], list[Row]], path: Path, unit: str) -> None:
-    """Final loss against the learning rate, one line per optimizer, one dot per run."""
+    """Final loss against the learning rate, one line per optimizer, one dot per run; a panel each if they are many."""
+    names = list(dict.fromkeys(name for name, _ in groups))
     with matplotlib.rc_context(STYLE):
+        if len(names) > MAX_LINES:
+            _plot_panels(groups, names, path, unit)
+            return
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         axes = figure.subplots()
-        for optimizer in dict.fromkeys(name for name, _ in groups):
-            rates = sorted(lr for name, lr in groups if name == optimizer)
-            runs = {lr: [row["final_loss"] for row in groups[optimizer, lr] if row["final_loss"]] for lr in rates}
-            means = [np.mean(runs[lr]) if runs[lr] else np.nan for lr in rates]
-            (line,) = axes.plot(rates, means, label=optimizer, linewidth=2)
-            dots = [(lr, loss) for lr in rates for loss in runs[lr]]
-            axes.scatter([lr for lr, _ in dots], [loss for _, loss in dots], color=line.get_color(), s=18)
+        for name in names:
+            _draw_rates(axes, groups, name)
         axes.set_xscale("log", base=10)
         _label(axes, "learning rate", title=_title(groups), unit=unit)
         save(figure, path)
+
+
+def _plot_panels(groups: dict[tuple[str, float], list[Row]], names: list[str], path: Path, unit: str) -> None:
+    """A panel for each optimizer, the lowest loss first; losses far above its best are out of its frame."""
+    columns = 6
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(2.2 * columns, 1.7 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    lowest = {name: np.nanmin(_draw_rates(axes, groups, name)) for axes, name in zip(panels, names, strict=False)}
+    for axes, name in zip(panels, names, strict=False):
+        rates = sorted(lr for other, lr in groups if other == name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
+        axes.set_ylim(top=min(axes.get_ylim()[1], lowest[name] + 0.3))
+        axes.set_title(name, loc="left", fontsize=9)
+        axes.tick_params(labelsize=6)
+    for axes in panels[len(names) :]:
+        axes.remove()
+    figure.supxlabel("learning rate", fontsize=9)
+    figure.supylabel(f"validation loss, {unit}", fontsize=9)
+    save(figure, path)
+
+
+def _draw_rates(axes: Axes, groups: dict[tuple[str, float], list[Row]], name: str) -> list[float]:
+    """One optimizer's line and dots; returns the mean losses, NaN where every run diverged."""
+    rates = sorted(lr for other, lr in groups if other == name)
+    runs = {lr: [row["final_loss"] for row in groups[name, lr] if row["final_loss"]] for lr in rates}
+    means = [float(np.mean(runs[lr])) if runs[lr] else np.nan for lr in rates]
+    (line,) = axes.plot(rates, means, label=name, linewidth=2)
+    dots = [(lr, loss) for lr in rates for loss in runs[lr]]
+    axes.scatter([lr for lr, _ in dots], [loss for _, loss in dots], color=line.get_color(), s=18)
+    return means
 
 
 def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target], out: Path, unit: str) -> None:

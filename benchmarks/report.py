@@ -73,8 +73,9 @@ def write_grid(rows: list[Row], out: Path) -> None:
     if rows:
         check_corpus(rows)
         groups = group(rows, lambda row: (cell_of(row), float(row["config"]["lr"])))
-        plot_rates(groups, out / "grid.png", unit(rows))
         names = sorted({name for name, _ in groups}, key=lambda name: (best_loss(rates_of(name, groups)), name))
+        ranked = {(name, lr): runs for name in names for lr, runs in rates_of(name, groups).items()}
+        plot_rates(ranked, out / "grid.png", unit(rows))
         table = [grid_line(name, rates_of(name, groups)) for name in names]
         publish(table, setting(rows), out / "grid.md", [EDGE, "![loss by learning rate](grid.png)"])
 

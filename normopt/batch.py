@@ -54,7 +54,7 @@ class Batch:
         self._kinds = [_kind(p) for p in params]
         g = self.gradient()
         self._shape = g.shape
-        self.state = rule.init_state(g, self.weights)
+        self.state = rule.init_state(g, self.rounded_weights)
         self.kept = kept_dtype(group, params[0].dtype, self.dtype)
         self.rounded = rule.averages(self.state) if self.kept != self.dtype else []
         self.state |= {name: self.state[name].to(self.kept) for name in self.rounded}
@@ -161,7 +161,11 @@ class Batch:
         return [views[name] for views in self._views]
 
     def weights(self) -> Tensor:
-        """The weights, in float32 or better."""
+        """The weights, in float32 or better, with what constraints know of them beyond the parameters."""
+        return self.rule.whole(self.rounded_weights(), self.state)
+
+    def rounded_weights(self) -> Tensor:
+        """The parameters as they are, in float32 or better."""
         return self.gather(self.params)
 
     @property
@@ -176,14 +180,14 @@ class Batch:
 
     def snapshot(self) -> list[Tensor]:
         """Copies of weights and state, if only the device will know whether the step can be taken."""
-        return [] if self.ok is None else [x.clone() for x in (self.weights(), *self.state.values())]
+        return [] if self.ok is None else [x.clone() for x in (self.rounded_weights(), *self.state.values())]
 
     def undo_unless_ok(self, before: list[Tensor]) -> None:
         """Put back what ``snapshot`` has returned if the device finds that the step must not be taken."""
         if self.ok is None:
             return
         old_weights, *old = before
-        torch._foreach_copy_(self.params, self.scatter(choose(self.ok, self.weights(), old_weights)))
+        torch._foreach_copy_(self.params, self.scatter(choose(self.ok, self.rounded_weights(), old_weights)))
         for x, y in zip(self.state.values(), old, strict=True):
             x.copy_(choose(self.ok, x, y))
         if self.captured:
@@ -296,6 +300,10 @@ class Piece:
         return g.neg() if self.group["maximize"] else g
 
     def weights(self) -> Tensor:
+        """As those of a batch."""
+        return self.rule.whole(self.rounded_weights(), self.state)
+
+    def rounded_weights(self) -> Tensor:
         """As those of a batch."""
         return self.params[0].to(self.dtype)
 

@@ -347,9 +347,8 @@ class KahanSum(Constraint):
     ``w' = w + c``, ``w <- round(w')``, ``c <- w' - w``, with the step in ``w``. Without it, steps of less than half a
     unit in the last place of a bfloat16 weight, 0.2% of it, are lost entirely. ``c`` is kept in bfloat16, 2 bytes for
     each weight, and the two together are as good as 16 bits of mantissa: steps of more than 1e-5 of a weight add up. It
-    comes after all other bounds. Other ingredients see the rounded weights: bounds hold to half precision, and Prodigy
-    and D-Adaptation, which measure how far the weights have come, still do not start. Weights in float32 and more are
-    added up as they are.
+    comes after all other bounds, and all other ingredients see ``w + c``: a bound holds for that, and for the weights
+    to half precision. Weights in float32 and more are added up as they are.
     """
 
     reduces: ClassVar[str] = "entry"
@@ -358,8 +357,10 @@ class KahanSum(Constraint):
     def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
         return {"compensation": torch.zeros_like(x, dtype=torch.bfloat16)}
 
+    def whole(self, w: Tensor, state: dict[str, Tensor]) -> Tensor:
+        return w + state["compensation"]
+
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        whole = w + state["compensation"]
-        rounded = whole if context.dtype is None else whole.to(context.dtype)
-        state["compensation"].copy_(whole - rounded)
-        return rounded.to(w.dtype)
+        rounded = w if context.dtype is None else w.to(context.dtype).to(w.dtype)
+        state["compensation"].copy_(w - rounded)
+        return rounded

@@ -20,11 +20,11 @@ Rate = float | Tensor
 
 
 class Constraint(Ingredient):
-    """What happens to the weights beside the update. Override any of four methods; the others cost nothing.
+    """What happens to the weights beside the update. Override any of these methods; the others cost nothing.
 
-    In order: ``gradient`` (before momentum and memory), ``update``, ``shrink``, then the step
-    ``w <- shrink w - length d``, then ``weight``. Tensors have the batch's layout ``(..., out, in)`` and are never
-    modified in place; a constraint's own state is, as a stage's.
+    In order: ``whole`` (whenever weights are looked at), ``gradient`` (before momentum and memory), ``update``,
+    ``shrink``, then the step ``w <- shrink w - length d``, then ``weight``. Tensors have the batch's layout
+    ``(..., out, in)`` and are never modified in place; a constraint's own state is, as a stage's.
     """
 
     #: What one entry of the result depends on, as for stages: ``"entry"``, ``"row"`` ...
@@ -33,6 +33,10 @@ class Constraint(Ingredient):
     needs_bounded_step: ClassVar[bool] = False
     #: Bounds beside an optimizer's own constraints are applied in the order of this number.
     place: ClassVar[int] = 0
+
+    def whole(self, w: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The weights, of which ``w`` in float32 or better is what the parameters have room for."""
+        return w
 
     def gradient(self, g: Tensor, context: Context) -> Tensor:
         """The gradient that the optimizer works with."""

@@ -82,11 +82,13 @@ def apply(move: Move) -> None:
     """From the direction to the new weights."""
     batch, context, d = move.batch, move.context, move.direction
     rule, params = batch.rule, batch.params
+    if not isinstance(batch.lr, Tensor) and batch.lr == 0:
+        return  # such a step moves nothing, not even to where the weights may live
     for constraint in rule.constraint:
         if constraint.overrides("update"):
             d = constraint.update(d, context)
     size, shrink = -rule.step_size.length(move.averaged, d, context, context.shared), context.shrink
-    bounds = _bounds(batch)
+    bounds = [constraint for constraint in rule.constraint if constraint.overrides("weight")]
     if batch.dtype != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
         _keep(batch, bounds, context, batch.weights() * shrink + d * size)
         return
@@ -104,19 +106,13 @@ def apply(move: Move) -> None:
         _keep(batch, bounds, context, batch.weights())
 
 
-def _bounds(batch: Batch | Piece) -> list[Constraint]:
-    """What brings the new weights to where they may live; nothing does with lr 0, since such a step moves nothing."""
-    stays = not isinstance(batch.lr, Tensor) and batch.lr == 0
-    return [] if stays else [constraint for constraint in batch.rule.constraint if constraint.overrides("weight")]
-
-
 def _keep(batch: Batch | Piece, bounds: list[Constraint], context: Context, new: Tensor) -> None:
     """Write the new weights to the parameters, brought to where they may live."""
     bounded = new
     for constraint in bounds:
         bounded = constraint.weight(bounded, batch.state, context)
     if bounds and isinstance(batch.lr, Tensor):
-        bounded = torch.where((batch.lr == 0).to(new.device, non_blocking=True), new, bounded)
+        bounded = torch.where((batch.lr == 0).to(new.device, non_blocking=True), batch.rounded_weights(), bounded)
     torch._foreach_copy_(batch.params, batch.scatter(bounded))
 
 

@@ -84,6 +84,12 @@ class Rule(Ingredient):
             raise ValueError(f"{self}: two ingredients keep their state under one name, of {sorted(names)}")
         return {name: tensor for part in parts for name, tensor in part.items()}
 
+    def whole(self, w: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The weights, of which ``w`` is what the parameters have room for."""
+        for constraint in self.constraint:
+            w = constraint.whole(w, state)
+        return w
+
     @property
     def squares(self) -> bool:
         """Whether some ingredient keeps squares of gradients."""

@@ -151,11 +151,8 @@ def test_a_sound_optimizer_passes_and_one_fault_is_found(probe: str) -> None:
     assert found
 
 
-#: Prodigy measures how far it has come by the rounded weights.
-STUCK = pytest.param("prodigy", marks=pytest.mark.xfail(strict=True, reason="the rounded weights do not move"))
-
-
-@pytest.mark.parametrize("name", [STUCK if name == "prodigy" else name for name in REPRESENTATIVES])
+#: Prodigy is not among them: at this rate its first steps, 1e-7 of a weight, are lost in float32 too (see test_bounds).
+@pytest.mark.parametrize("name", [name for name in REPRESENTATIVES if name != "prodigy"])
 def test_small_updates_survive_with_kahan_summation(name: str) -> None:
     def make(params: Any, **options: Any) -> SteepestDescent:
         return normopt.create(name, [{"params": list(params), "bounds": "KahanSum()"}], **options)
