@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.constraints import Constraint, Rate
-from normopt.ingredient import Context, check_count, check_positive
+from normopt.ingredient import Context, check_count, check_positive, read
 from normopt.norms import Direction, Norm, Spectral
 from normopt.norms.base import Scale, euclidean, normalize
 from normopt.polar import polar
@@ -129,6 +129,7 @@ class Ball(Constraint):
     radius: float = 1.0
 
     def __post_init__(self) -> None:
+        read(self, "norm", Norm)
         check_positive(self, "radius", self.radius)
 
     @property

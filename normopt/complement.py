@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normopt.ingredient import Context, check_count
+from normopt.ingredient import Context, check_count, read
 from normopt.iterations import normalized
 from normopt.norms import Norm, Spectral
 from normopt.norms.base import Direction, euclidean
@@ -44,6 +44,7 @@ class Complement(Direction):
     iterations: int | None = None
 
     def __post_init__(self) -> None:
+        read(self, "norm", Norm)
         check_count(self, "protect", self.protect)
         if self.iterations is not None:
             check_count(self, "iterations", self.iterations)

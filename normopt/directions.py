@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from normopt.bases import Basis
-from normopt.ingredient import Context, Option, Stage, check_choice, check_count, check_range, coarsest, substate
+from normopt.ingredient import (
+    Context,
+    Option,
+    Stage,
+    check_choice,
+    check_count,
+    check_range,
+    coarsest,
+    get,
+    read,
+    substate,
+)
 from normopt.norms.base import ROTATED, SECOND_MOMENT, Direction, Norm, axes, euclidean, normalize
 from normopt.norms.vector import Euclidean
 
@@ -62,6 +73,7 @@ class Smoothed(Direction):
     frequency: int = 1
 
     def __post_init__(self) -> None:
+        read(self, "norm", Norm)
         check_range(self, "beta", self.beta, 0, 1, closed=self.accumulate == "sum")
         check_range(self, "eps", self.eps, 0, float("inf"))
         check_count(self, "frequency", self.frequency)
@@ -292,6 +304,7 @@ class Clipped(Direction):
     radius: float = 1.0
 
     def __post_init__(self) -> None:
+        read(self, "norm", Norm)
         check_range(self, "radius", self.radius, 0, float("inf"))
 
     @property
@@ -344,9 +357,10 @@ class Chain(Direction):
 
     stages: tuple[Stage, ...]
 
-    def __init__(self, *stages: Stage) -> None:
-        if not stages or not all(isinstance(stage, Stage) for stage in stages):
-            raise ValueError(f"Chain: needs one or more norms, directions or momenta, got {stages!r}")
+    def __init__(self, *names_or_stages: str | Stage) -> None:
+        if not names_or_stages or not all(isinstance(stage, (str, Stage)) for stage in names_or_stages):
+            raise ValueError(f"Chain: needs one or more norms, directions or momenta, got {names_or_stages!r}")
+        stages = tuple(get(Stage, stage) for stage in names_or_stages)
         for late in (stage for stage in stages[1:] if stage.looks_first):
             raise ValueError(f"Chain: {late} must come first, because it has to see the first gradient before it moves")
         for back in (stage for stage in stages if getattr(stage, "looks_back", False)):
@@ -445,6 +459,10 @@ class Grafted(Direction):
 
     direction: Stage
     magnitude: Stage
+
+    def __post_init__(self) -> None:
+        read(self, "direction", Stage)
+        read(self, "magnitude", Stage)
 
     @property
     def reduces(self) -> str:  # type: ignore[override]
@@ -570,6 +588,8 @@ class Rotated(_Elsewhere):
     basis: Basis
 
     def __post_init__(self) -> None:
+        read(self, "direction", Direction)
+        read(self, "basis", Basis)
         if getattr(self.direction, "rotation_invariant", False):
             raise ValueError(f"Rotated: {self.direction} is the same in every basis; leave the rotation out")
         if self.direction.looks_first or _remembers_directions(self.direction):
@@ -646,6 +666,7 @@ class Blocked(_Elsewhere):
     size: int = 1024
 
     def __post_init__(self) -> None:
+        read(self, "direction", Direction)
         check_count(self, "size", self.size)
 
     def cut(self, x: Tensor) -> Tensor:

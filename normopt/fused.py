@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from normopt.bounds import Ball, FrobeniusSphere, RowBound, Sphere
 from normopt.constraints import L2, WeightDecay
 from normopt.directions import Smoothed
 from normopt.momentum import EMA
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from normopt.batch import Batch
 
 DEVICES = ("cpu", "cuda")
+
+#: What may follow a kernel: bounds that look at nothing but the weights it has moved.
+BOUNDS = (RowBound, Sphere, FrobeniusSphere, Ball)
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,17 @@ def kernel_of(batch: Batch) -> AdamKernel | None:
     kernel, device, dtype = find(batch.rule), batch.params[0].device, batch.params[0].dtype
     if kernel is None or device.type not in DEVICES or batch.dtype != dtype or batch.rounded:
         return None
-    plain = all(p.is_contiguous() for p in batch.params) and all(
-        g.is_contiguous() and g.dtype == dtype for g in batch.gradients
+    plain = all(g.is_contiguous() and g.dtype == dtype for g in batch.gradients) and all(
+        x.is_contiguous() for x in (*batch.params, *batch.views("momentum"))
     )
     return kernel if plain else None
 
 
 @functools.lru_cache(maxsize=256)
 def find(rule: Rule) -> AdamKernel | None:
-    """The kernel that computes what a rule without options says; ``None`` if there is none."""
-    norm, momentum, constraint = rule.norm, rule.momentum, rule.constraint
+    """The kernel that computes what a rule without options says, up to its bounds; ``None`` if there is none."""
+    norm, momentum = rule.norm, rule.momentum
+    constraint = tuple(x for x in rule.constraint if not isinstance(x, BOUNDS))
     if not (isinstance(norm, Smoothed) and isinstance(norm.norm, Max) and isinstance(momentum, EMA)):
         return None
     decay = constraint[0] if constraint else WeightDecay(0.0)
@@ -82,7 +88,7 @@ def find(rule: Rule) -> AdamKernel | None:
         (type(decay)(decay.weight_decay),) if constraint else (),
         rule.view,
     )
-    if rule != plain:
+    if dataclasses.replace(rule, constraint=constraint) != plain:
         return None
     decoupled = isinstance(decay, WeightDecay)
     return AdamKernel(momentum.beta, norm.beta, norm.eps, decay.weight_decay, decoupled, norm.maximum)

@@ -339,6 +339,16 @@ def _build(node: ast.expr) -> Any:
             return ast.literal_eval(node)
 
 
+def read(owner: Ingredient, name: str, kind: type[Ingredient]) -> None:
+    """Let a field be given by name, as ``Smoothed("max")``; a ``TypeError`` that names ``owner`` for what is none."""
+    try:
+        object.__setattr__(owner, name, get(kind, getattr(owner, name)))
+    except TypeError as error:
+        raise TypeError(f"{type(owner).__name__}: {name}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{type(owner).__name__}: {name}: {error}") from None
+
+
 def check_range(owner: object, name: str, value: Any, low: float, high: float, *, closed: bool = False) -> None:
     """Raise a ``ValueError`` that names ``owner`` unless ``low <= value < high`` (``<= high`` when ``closed``)."""
     if isinstance(value, Option):

@@ -106,6 +106,16 @@ def apply(move: Move) -> None:
         _keep(batch, bounds, context, batch.weights())
 
 
+def settle(batch: Batch) -> None:
+    """Bring weights that a kernel has moved to where they may live; its bounds look at nothing but weights."""
+    bounds = [constraint for constraint in batch.rule.constraint if constraint.overrides("weight")]
+    if bounds and (isinstance(batch.lr, Tensor) or batch.lr != 0):
+        nothing = torch.empty(0)
+        context = Context(nothing, nothing, batch.number, batch.rate, batch.rule.norm, batch.weights)
+        context.is_vector = batch.is_vector
+        _keep(batch, bounds, context, batch.weights())
+
+
 def _keep(batch: Batch | Piece, bounds: list[Constraint], context: Context, new: Tensor) -> None:
     """Write the new weights to the parameters, brought to where they may live."""
     bounded = new

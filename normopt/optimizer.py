@@ -28,7 +28,7 @@ from normopt.constraints import Constraint
 from normopt.cycling import first_weight, forward
 from normopt.ingredient import Stage, nearest
 from normopt.momentum import Momentum, NoMomentum
-from normopt.move import Move, anyone, apply, begin, direct, kinds, shared_by
+from normopt.move import Move, anyone, apply, begin, direct, kinds, settle, shared_by
 from normopt.roles import Geometry, entry, overlaid, param_groups, with_beta
 from normopt.rule import INGREDIENTS, Rule
 from normopt.state import ADDED, VERSION, accepted, restored, to_home
@@ -311,6 +311,7 @@ class SteepestDescent(Optimizer):
             batch.advance()
             if batch.kernel is not None and ok is None and not self._watch.is_large:
                 batch.kernel(batch)
+                settle(batch)
             else:
                 going.append((batch, past.get(batch)))
         shared = [x for group in self.param_groups for x in shared_by(group).values()] if ok is not None else []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normopt.balanced import Sinkhorn
-from normopt.ingredient import Context, check_range
+from normopt.ingredient import Context, check_range, read
 from normopt.iterations import normalized
 from normopt.norms.base import Direction, euclidean, normalize
 
@@ -114,6 +114,7 @@ class Aligned(Direction):
     direction: Direction = Sinkhorn()
 
     def __post_init__(self) -> None:
+        read(self, "direction", Direction)
         if getattr(self.direction, "rotation_invariant", False):
             raise ValueError(f"Aligned: {self.direction} is the same in every basis; leave the rotation out")
         if self.direction.degree != 0 or self.direction.init_state(torch.zeros(2, 2)):

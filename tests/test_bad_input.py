@@ -434,6 +434,17 @@ def test_users_may_name_roles_of_their_own() -> None:
     assert [group["lr"] for group in optimizer.param_groups if group["role"] == "expert"] == [0.5]
 
 
+def test_parts_of_ingredients_are_read_by_name_like_ingredients() -> None:
+    assert normopt.Smoothed("max") == normopt.Smoothed(normopt.Max())
+    assert normopt.Chain("row", "spectral") == normopt.Chain(normopt.Row(), normopt.Spectral())
+    assert normopt.Ball("row") == normopt.Ball(normopt.Row())
+    assert normopt.Rotated("max", "eigenbasis") == normopt.Rotated(normopt.Max(), normopt.Eigenbasis())
+    with pytest.raises(ValueError, match="Smoothed: norm: unknown norm 'rwo'; did you mean 'row'"):
+        normopt.Smoothed("rwo")
+    with pytest.raises(TypeError, match="Ball: norm: expected a Norm or the name of one, got 3"):
+        normopt.Ball(3)
+
+
 def test_an_unknown_answer_that_is_set_later_is_refused_at_the_step() -> None:
     params = tensors()
     optimizer = normopt.create("adamw", params)

@@ -497,7 +497,7 @@ def test_a_thousand_small_steps_in_bfloat16_go_nine_tenths_as_far(name: str, bou
 #: The size of one entry of the update at rate 1, where it is not about 1.
 SIZES = {"muon": 8**-0.5, "scion": 8**-0.5}
 
-#: The first steps are a four-hundredth of what rounding swallows, the last a twentieth; slower, even float32 loses them.
+#: The first steps are a four-hundredth of what rounding swallows, the last a twentieth; float32 would lose slower ones.
 RATE_FREE: dict[str, dict[str, Any]] = {
     "prodigy": {"d0": 1e-5, "growth_rate": 1.003},
     "prodigy-muon": {"lr": 1.0, "step_size": "Prodigy(d0=1e-5, growth_rate=1.003)"},

@@ -9,7 +9,21 @@ import torch
 from torch import Tensor, nn
 
 import normopt
-from normopt import EMA, L2, Constant, Max, RowBound, Rule, Smoothed, SteepestDescent, WeightDecay, fused, zoo
+from normopt import (
+    EMA,
+    L2,
+    Constant,
+    KahanSum,
+    Max,
+    RowBound,
+    Rule,
+    Smoothed,
+    SpectralCap,
+    SteepestDescent,
+    WeightDecay,
+    fused,
+    zoo,
+)
 from normopt.batch import Batch
 
 SHAPES: list[tuple[int, ...]] = [(6, 4), (4, 6), (7,), (), (0, 3), (2, 3, 2, 2)]
@@ -73,6 +87,20 @@ def test_kernels_take_the_same_steps(
             torch.testing.assert_close(optimizers[1].state[q][entry], value, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("lr", [0.03, 0.0, torch.tensor(0.03).double(), torch.tensor(0.0)])
+@pytest.mark.parametrize("bound", ["RowBound()", "Sphere(axis=-2)", "FrobeniusSphere()", "Ball(norm='row')"])
+def test_bounds_follow_kernels(bound: str, lr: float | Tensor, unfused: pytest.MonkeyPatch) -> None:
+    slow, fast = params(), params()
+    optimizers = [zoo.AdamW([{"params": p, "bounds": bound}], lr=lr, weight_decay=0.1) for p in (slow, fast)]
+    run(optimizers[0], slow, range(5))
+    unfused.undo()
+    run(optimizers[1], fast, range(5))
+    assert all(kernels(optimizers[1]))
+    for a, b, start in zip(slow, fast, params(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+        assert torch.equal(a, start) == (lr == 0 or not a.numel())
+
+
 def test_adamw_is_torchs_fused_one_to_the_bit() -> None:
     ours, theirs = params(torch.float32), params(torch.float32)
     run(zoo.AdamW(ours, lr=0.03, weight_decay=0.1), ours, range(3))  # the step in which one is left out: not yet
@@ -102,7 +130,9 @@ ADAM = Rule(Smoothed(Max(), 0.9, 1e-8), EMA(0.9, bias_correction=True), Constant
         (ADAM.updated({"step_size": "prodigy"}), False),
         (ADAM.updated({"constraint": WeightDecay(0.1, cautious=True)}), False),
         (ADAM.updated({"constraint": WeightDecay(0.1, after=True)}), False),
-        (ADAM.bounded(RowBound()), False),
+        (ADAM.bounded(RowBound()), True),
+        (ADAM.bounded(SpectralCap()), False),
+        (ADAM.bounded(KahanSum()), False),
     ],
     ids=str,
 )

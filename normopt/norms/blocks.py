@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from normopt.ingredient import check_count, get
+from normopt.ingredient import check_count, read
 from normopt.norms.base import Eps, Norm, Scale
 from normopt.norms.schatten import Spectral
 
@@ -37,7 +37,7 @@ class PerBlock(Norm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "inner", get(Norm, self.inner))
+        read(self, "inner", Norm)
         for name in ("rows", "columns"):
             if getattr(self, name) is not None:
                 check_count(self, name, getattr(self, name))
