@@ -131,6 +131,8 @@ def _add_shared(
     add("--batch", type=_positive_int, help="sequences a step; default: the preset's")
     add("--data", default="shakespeare", help="shakespeare (default), stdlib, a text file, or a pattern of .bin shards")
     add("--steps", type=_positive_int, help="length of the runs; default: the preset's")
+    add("--warmup", type=_whole, help="steps of warm-up; default: the preset's, none for angpt and ngpt")
+    add("--decay", type=_share, help="the part of a run over which the rate falls to 0; default: the preset's")
     add("--evaluations", type=_positive_int, help="points of the loss curve; default: the preset's")
     if seeds:
         add("--seeds", type=_positive_int, default=seeds, help=f"runs per setting; default: {seeds}")
@@ -147,10 +149,24 @@ def _positive_int(text: str) -> int:
     return value
 
 
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
 def _positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1")
     return value
 
 

@@ -46,7 +46,7 @@ class Plan:
             raise PlanError(f"--out {arguments.out} cannot be used: {error}; {remedy}") from None
 
     def config(self, cell: str, seed: int, lr: float | None = None, diagnose: bool = False) -> RunConfig:
-        """One run, by default at the tuned learning rate; no warm-up for constrained models."""
+        """One run, by default at the tuned learning rate; no warm-up for constrained models unless asked for."""
         optimizer, model = self.cells[cell]
         options = self.options(cell)
         tuned = options.pop("lr")
@@ -55,7 +55,7 @@ class Plan:
             lr=tuned if lr is None else lr,
             options=options,
             model=model,
-            preset=replace(self.preset, warmup=0) if model in CONSTRAINED_MODELS else self.preset,
+            preset=replace(self.preset, warmup=0) if self._starts_at_once(model) else self.preset,
             seed=seed,
             source=self.corpus.name,
             corpus=self.corpus.digest,
@@ -63,6 +63,10 @@ class Plan:
             model_options=self.arguments.model_options,
             diagnose=diagnose,
         )
+
+    def _starts_at_once(self, model: str) -> bool:
+        """Whether a model is trained without warm-up."""
+        return model in CONSTRAINED_MODELS and self.arguments.warmup is None
 
     def options(self, cell: str) -> dict[str, Any]:
         """A copy of the tuned options, learning rate included; those of the optimizer on the GPT where it has no own.
@@ -118,10 +122,11 @@ def resolve_device(name: str) -> str:
 def choose_preset(arguments: Namespace) -> Preset:
     """The preset of the command line, with what else it says of the size of the runs."""
     preset = PRESETS["smoke" if arguments.smoke else arguments.preset]
-    given: dict[str, int] = {"steps": arguments.steps, "evaluations": arguments.evaluations, "batch": arguments.batch}
+    names = ("steps", "evaluations", "batch", "warmup", "decay")
+    given: dict[str, int | float | None] = {name: getattr(arguments, name) for name in names}
     if arguments.width:
         d_head = preset.d_model // preset.n_heads
         if arguments.width % d_head:
             raise PlanError(f"--width {arguments.width} is no multiple of the preset's heads of {d_head}")
         given |= {"d_model": arguments.width, "n_heads": arguments.width // d_head}
-    return replace(preset, **{name: value for name, value in given.items() if value})
+    return replace(preset, **{name: value for name, value in given.items() if value is not None})

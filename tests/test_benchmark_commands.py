@@ -97,6 +97,10 @@ def test_sizes_and_arguments_of_the_model(corpus: Corpus, monkeypatch: pytest.Mo
     assert model.embed.weight.shape[1] == 64 and model.blocks[0].mlp_residual.alpha is None
     with pytest.raises(SystemExit):
         planned([*command, "--width", "50"], monkeypatch)
+    (scheduled,) = planned([*command, "--warmup", "3", "--decay", "1"], monkeypatch)
+    assert (scheduled.preset.warmup, scheduled.preset.decay, plain.preset.warmup) == (3, 1.0, 0)
+    with pytest.raises(SystemExit):
+        planned([*command, "--decay", "1.5"], monkeypatch)
     with pytest.raises(SystemExit):
         planned([*command, "--model-options", "gate_scale"], monkeypatch)
 
