@@ -136,7 +136,8 @@ def write_sweep(
     chosen = {cell: {**tuned[cell], "lr": trial.lr, **trial.options} for cell, trial in best.items()}
     with replacing(out / "chosen.json") as partial:
         partial.write_text(json.dumps(chosen, indent=2) + "\n")
-    publish(table, setting(rows), out / "sweep.md", notes)
+    full = [row for row in rows if row["config"]["preset"]["steps"] != steps]
+    publish(table, setting(full or rows), out / "sweep.md", notes)
 
 
 def sweep_line(search: Search, gap: float, rows: list[Row]) -> dict[str, str]:
