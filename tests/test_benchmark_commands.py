@@ -80,7 +80,8 @@ def test_constrained_models_have_no_warm_up_and_no_decay(corpus: Corpus, monkeyp
     expected = [("gpt", 20, 0.1), ("angpt", 0, 0.0), ("ngpt", 0, 0.0)]
     assert [(run.model, run.preset.warmup, run.options["weight_decay"]) for run in runs[::2]] == expected
     assert not any("weight_decay" in run.options for run in runs[1::2])
-    assert [run.lr for run in runs[::2]] == [runs[0].lr, 0.5, runs[0].lr]
+    tuned = json.loads(TUNED.read_text())["quick"]
+    assert [run.lr for run in runs[::2]] == [tuned["adamw"]["lr"], 0.5, tuned["adamw@ngpt"]["lr"]]
     assert [run.label.split(" lr")[0] for run in runs[::2]] == ["adamw", "adamw@angpt", "adamw@ngpt"]
     with pytest.raises(SystemExit):
         planned([*command, "--lr", "adamw@angpt=0.5"], monkeypatch)
