@@ -15,6 +15,7 @@ from benchmarks.records import Row, replacing
 from benchmarks.targets import Target
 
 matplotlib.use("Agg")
+COLORS = cycler(color=["#4c566a", "#d1495b", "#00798c", "#edae49", "#6a4c93", "#3a7d44"])
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -22,7 +23,7 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "font.size": 11,
     "legend.frameon": False,
-    "axes.prop_cycle": cycler(color=["#4c566a", "#d1495b", "#00798c", "#edae49", "#6a4c93", "#3a7d44"]),
+    "axes.prop_cycle": cycler(linestyle=["-", "--", ":"]) * COLORS,
 }
 
 
@@ -125,7 +126,7 @@ def plot_norms(rows: dict[str, Row], out: Path) -> list[str]:
             figure = Figure(figsize=(4.4 * len(rows), 4.2), layout="constrained")
             for axes, (title, row) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
                 for label, color, xs, ys in lines(row):
-                    axes.plot(xs, ys, color=color, label=label, linewidth=1.5)
+                    axes.plot(xs, ys, color=color, linestyle="-", label=label, linewidth=1.5)
                 axes.set(xlabel=x, ylabel=y)
                 axes.set_title(title, loc="left", fontsize=11)
                 if axes.get_legend_handles_labels()[0]:

@@ -8,7 +8,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.plots import STYLE, save
+from benchmarks.plots import COLORS, STYLE, save
 from benchmarks.records import Row
 from benchmarks.tables import publish
 
@@ -21,7 +21,7 @@ NOTES = (
     "ascent: <g, d> over the nuclear norm, the worst; distance: from the exact factor, relative, Gaussian."
 )
 MARKERS = {"float32": "o", "bfloat16": "s"}
-SEVEN_COLORS = STYLE | {"axes.prop_cycle": STYLE["axes.prop_cycle"].concat(cycler(color=["#b07d62"]))}
+SEVEN_COLORS = STYLE | {"axes.prop_cycle": COLORS.concat(cycler(color=["#b07d62"]))}
 
 
 def write_polar(rows: list[Row], out: Path) -> None:
