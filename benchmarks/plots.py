@@ -113,9 +113,10 @@ def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target]
 
 def plot_norms(rows: dict[str, Row], out: Path) -> list[str]:
     """Norms inside the models, a panel for each run: the residual stream by depth (`norms_residual.png`), a line for
-    each evaluation; mean row norms (`norms_rows.png`) and alpha (`norms_alpha.png`) over training, a line for each
-    layer and kind. Returns the names of the files.
+    each evaluation; mean row norms (`norms_rows.png`) and alpha (`norms_alpha.png`, of models that have one) over
+    training, a line for each layer and kind. Returns the names of the files.
     """
+    written = []
     panels = {
         "norms_residual.png": ("layer", "mean length of the residual stream", _residual_lines),
         "norms_rows.png": ("step", "mean length of rows", lambda row: _lines_over_steps(row, "rows")),
@@ -123,16 +124,20 @@ def plot_norms(rows: dict[str, Row], out: Path) -> list[str]:
     }
     for name, (x, y, lines) in panels.items():
         with matplotlib.rc_context(STYLE):
-            figure = Figure(figsize=(4.4 * len(rows), 4.2), layout="constrained")
-            for axes, (title, row) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
-                for label, color, xs, ys in lines(row):
+            drawn = {title: found for title, row in rows.items() if (found := lines(row))}
+            if not drawn:
+                continue
+            figure = Figure(figsize=(4.4 * len(drawn), 4.2), layout="constrained")
+            frames = figure.subplots(1, len(drawn), squeeze=False)[0]
+            for axes, (title, found) in zip(frames, drawn.items(), strict=True):
+                for label, color, xs, ys in found:
                     axes.plot(xs, ys, color=color, linestyle="-", label=label, linewidth=1.5)
                 axes.set(xlabel=x, ylabel=y)
                 axes.set_title(title, loc="left", fontsize=11)
-                if axes.get_legend_handles_labels()[0]:
-                    axes.legend(fontsize=8)
+                axes.legend(fontsize=8)
             save(figure, out / name)
-    return list(panels)
+            written.append(name)
+    return written
 
 
 Line = tuple[str | None, Any, list[float], list[float]]
