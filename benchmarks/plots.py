@@ -62,17 +62,18 @@ def plot_rates(groups: dict[tuple[str, float], list[Row]], path: Path, unit: str
 
 
 def _plot_panels(groups: dict[tuple[str, float], list[Row]], names: list[str], path: Path, unit: str) -> None:
-    """A panel for each optimizer, the lowest loss first; losses far above its best are out of its frame."""
+    """A panel for each optimizer, in the order given; losses far above its best are out of its frame."""
     columns = 6
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(2.2 * columns, 1.7 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    lowest = {name: np.nanmin(_draw_rates(axes, groups, name)) for axes, name in zip(panels, names, strict=False)}
     for axes, name in zip(panels, names, strict=False):
-        rates = sorted(lr for other, lr in groups if other == name)
+        rates, means = _draw_rates(axes, groups, name)
+        axes.set_xlim(0.9 * rates[0], 1.1 * rates[-1])  # told, since runs that all diverge leave none
         axes.set_xscale("log", base=2)
         axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
-        axes.set_ylim(top=min(axes.get_ylim()[1], lowest[name] + 0.3))
+        if np.isfinite(means).any():
+            axes.set_ylim(top=min(axes.get_ylim()[1], np.nanmin(means) + 0.3))
         axes.set_title(name, loc="left", fontsize=9)
         axes.tick_params(labelsize=6)
     for axes in panels[len(names) :]:
@@ -82,15 +83,15 @@ def _plot_panels(groups: dict[tuple[str, float], list[Row]], names: list[str], p
     save(figure, path)
 
 
-def _draw_rates(axes: Axes, groups: dict[tuple[str, float], list[Row]], name: str) -> list[float]:
-    """One optimizer's line and dots; returns the mean losses, NaN where every run diverged."""
+def _draw_rates(axes: Axes, groups: dict[tuple[str, float], list[Row]], name: str) -> tuple[list[float], list[float]]:
+    """One optimizer's line and dots; returns its rates and their mean losses, NaN where every run diverged."""
     rates = sorted(lr for other, lr in groups if other == name)
     runs = {lr: [row["final_loss"] for row in groups[name, lr] if row["final_loss"]] for lr in rates}
     means = [float(np.mean(runs[lr])) if runs[lr] else np.nan for lr in rates]
     (line,) = axes.plot(rates, means, label=name, linewidth=2)
     dots = [(lr, loss) for lr in rates for loss in runs[lr]]
     axes.scatter([lr for lr, _ in dots], [loss for _, loss in dots], color=line.get_color(), s=18)
-    return means
+    return rates, means
 
 
 def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target], out: Path, unit: str) -> None:

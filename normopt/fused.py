@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("cpu", "cuda")
 
-#: What may follow a kernel: bounds that look at nothing but the weights it has moved.
+#: What may follow a kernel: bounds that look at nothing but the weights it has moved; classes that extend them may.
 BOUNDS = (RowBound, Sphere, FrobeniusSphere, Ball)
 
 
@@ -75,7 +75,7 @@ def kernel_of(batch: Batch) -> AdamKernel | None:
 def find(rule: Rule) -> AdamKernel | None:
     """The kernel that computes what a rule without options says, up to its bounds; ``None`` if there is none."""
     norm, momentum = rule.norm, rule.momentum
-    constraint = tuple(x for x in rule.constraint if not isinstance(x, BOUNDS))
+    constraint = tuple(x for x in rule.constraint if type(x) not in BOUNDS)
     if not (isinstance(norm, Smoothed) and isinstance(norm.norm, Max) and isinstance(momentum, EMA)):
         return None
     decay = constraint[0] if constraint else WeightDecay(0.0)

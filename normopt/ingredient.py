@@ -340,13 +340,11 @@ def _build(node: ast.expr) -> Any:
 
 
 def read(owner: Ingredient, name: str, kind: type[Ingredient]) -> None:
-    """Let a field be given by name, as ``Smoothed("max")``; a ``TypeError`` that names ``owner`` for what is none."""
+    """Let the field ``name`` be given as :func:`get` takes it, ``Smoothed("max")``; its errors name ``owner`` too."""
     try:
         object.__setattr__(owner, name, get(kind, getattr(owner, name)))
-    except TypeError as error:
-        raise TypeError(f"{type(owner).__name__}: {name}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{type(owner).__name__}: {name}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{type(owner).__name__}: {name}: {error}") from None
 
 
 def check_range(owner: object, name: str, value: Any, low: float, high: float, *, closed: bool = False) -> None:

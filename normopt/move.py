@@ -88,7 +88,7 @@ def apply(move: Move) -> None:
         if constraint.overrides("update"):
             d = constraint.update(d, context)
     size, shrink = -rule.step_size.length(move.averaged, d, context, context.shared), context.shrink
-    bounds = [constraint for constraint in rule.constraint if constraint.overrides("weight")]
+    bounds = _bounds(batch)
     if batch.dtype != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
         _keep(batch, bounds, context, batch.weights() * shrink + d * size)
         return
@@ -106,9 +106,14 @@ def apply(move: Move) -> None:
         _keep(batch, bounds, context, batch.weights())
 
 
+def _bounds(batch: Batch | Piece) -> list[Constraint]:
+    """What brings the new weights to where they may live."""
+    return [constraint for constraint in batch.rule.constraint if constraint.overrides("weight")]
+
+
 def settle(batch: Batch) -> None:
     """Bring weights that a kernel has moved to where they may live; its bounds look at nothing but weights."""
-    bounds = [constraint for constraint in batch.rule.constraint if constraint.overrides("weight")]
+    bounds = _bounds(batch)
     if bounds and (isinstance(batch.lr, Tensor) or batch.lr != 0):
         nothing = torch.empty(0)
         context = Context(nothing, nothing, batch.number, batch.rate, batch.rule.norm, batch.weights)

@@ -4,6 +4,7 @@ import csv
 import math
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.data import Corpus
 from benchmarks.ngram import ngram_loss
+from benchmarks.plots import MAX_LINES
 from benchmarks.records import Row
 from benchmarks.report import (
     comparison_line,
@@ -151,6 +153,15 @@ def test_report_of_a_grid(tmp_path: Path) -> None:
         ["sign", "all diverged", "0.1: diverged", "1", "50"],
     ]
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_optimizers_get_a_panel_each_also_those_that_diverge(tmp_path: Path) -> None:
+    names = [f"o{i}" for i in range(MAX_LINES)]
+    rows = [row(name, 0, 2.0 + lr, lr) for name in names for lr in (0.1, 9.0)]
+    write_grid([*rows, row("lost", 0, None, 0.1), row("lost", 0, None, 0.2)], tmp_path)
+    height, width = matplotlib.image.imread(tmp_path / "grid.png").shape[:2]
+    assert width > 1.5 * height, "13 panels, six a row"
 
 
 def test_the_lower_edge_is_an_edge_too() -> None:

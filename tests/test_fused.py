@@ -87,6 +87,14 @@ def test_kernels_take_the_same_steps(
             torch.testing.assert_close(optimizers[1].state[q][entry], value, rtol=tolerance, atol=tolerance)
 
 
+def test_bounds_that_do_more_have_no_kernel() -> None:
+    class Watched(RowBound):
+        def update(self, d: Tensor, context: Any) -> Tensor:
+            return 2 * d
+
+    assert fused.find(ADAM.bounded(RowBound())) and not fused.find(ADAM.bounded(Watched()))
+
+
 @pytest.mark.parametrize("lr", [0.03, 0.0, torch.tensor(0.03).double(), torch.tensor(0.0)])
 @pytest.mark.parametrize("bound", ["RowBound()", "Sphere(axis=-2)", "FrobeniusSphere()", "Ball(norm='row')"])
 def test_bounds_follow_kernels(bound: str, lr: float | Tensor, unfused: pytest.MonkeyPatch) -> None:
