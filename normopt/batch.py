@@ -24,6 +24,9 @@ MAX_ENTRIES = 1 << 22
 #: caches, since such rules do little more than read and write memory.
 FLAT_ENTRIES = 1 << 19
 
+#: Gradients whose entries are no larger have finite sums of squares in float32, however many there are.
+LARGEST = torch.finfo(torch.float32).max ** 0.4
+
 State = MutableMapping[Tensor, dict[str, Any]]
 Number = Any  # a float, or a 0-dimensional tensor of the device in capturable steps
 

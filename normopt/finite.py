@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normopt.batch import Batch, sums_are_finite
+from normopt.batch import LARGEST, Batch, sums_are_finite
 from normopt.checks import check_policy, name_of
 
 #: Treats all devices like accelerators, for tests.
@@ -50,10 +50,10 @@ def check_capture(groups: Iterable[dict[str, Any]]) -> None:
         raise ValueError("a step is being captured in a CUDA graph: give the optimizer capturable=True")
 
 
-def norms_are_finite(gradients: Iterable[Watched]) -> bool:
-    """Whether gradients are surely finite, as a finite norm has finite terms; read by the host, in one pass."""
+def sum_of_norms(gradients: Iterable[Watched]) -> float:
+    """The Euclidean norms of all gradients, added up; read by the host, in one pass. If it is finite, so are they."""
     norms = [torch._foreach_norm(_cast(params, each)) for _, params, each in gradients if each]
-    return math.isfinite(sum(norm.item() for each in norms for norm in each))
+    return sum(norm.item() for each in norms for norm in each)
 
 
 def all_finite(gradients: Iterable[Watched]) -> bool:
@@ -131,6 +131,8 @@ class Watch:
         self._refused = ""
         #: Whether squares of gradients overflow, as far as the host knows.
         self.is_large = False
+        #: Whether the host knows that all entries are so small that sums of their squares are finite.
+        self.is_small = False
 
     def may_go(self, gradients: list[Watched], batches: list[Batch] | None) -> bool:
         """Whether gradients are finite as far as the host can tell; what a device finds is in ``ok``.
@@ -143,10 +145,12 @@ class Watch:
             ValueError: see :func:`all_finite`.
         """
         if on_host(gradients):
-            sums = batches is not None and sums_are_finite(batches)
-            is_large = not sums and not norms_are_finite(gradients)
-            self.is_large |= is_large
-            return not is_large or all_finite(gradients)
+            if batches is not None and sums_are_finite(batches):
+                return True
+            size = sum_of_norms(gradients)
+            self.is_small = size <= LARGEST and (batches is not None or self.is_small)
+            self.is_large |= not math.isfinite(size)
+            return math.isfinite(size) or all_finite(gradients)
         self._verdicts.append(Verdict(gradients))
         return True
 
@@ -172,7 +176,8 @@ class Watch:
                 batch.steps.sub_(1)
             names = dict.fromkeys(name_of(group, p) for group, p in culprits if group["nonfinite"] == "raise")
             self._refused = message([*names], "that step was left out") if names else ""
-        self._verdicts, self._counted, self.is_large = [], [], False
+        self._verdicts, self._counted = [], []
+        self.is_large = self.is_small = False
 
     def check(self) -> None:
         """Raise the error of the last step, once."""

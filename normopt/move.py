@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,12 @@ from normopt.checks import rule_of
 from normopt.constraints import Constraint
 from normopt.ingredient import Context
 from normopt.stepsize import Shared, StepSize
+
+#: What step sizes have concluded from all gradients or directions, by their name.
+Concluded = dict[str, Shared]
+
+#: A step size, the numbers of the whole optimizer, and its summands from one batch.
+Seen = tuple[StepSize, Shared, dict[str, Tensor]]
 
 
 @dataclass
@@ -34,10 +40,12 @@ class Move:
         return self.batch.rule.step_size
 
 
-def begin(batch: Batch | Piece, past: list[Tensor] | None, before: list[Tensor]) -> Move:
+def begin(
+    batch: Batch | Piece, past: list[Tensor] | None, before: list[Tensor], concluded: Concluded | None = None
+) -> Move:
     """From the gradient, and that of the past for momenta that look back, to what the step size sees.
 
-    ``before`` is what there was, if the step may have to be undone.
+    Nothing has changed yet. ``before`` is what there was, if the step may have to be undone.
     """
 
     def seen(raw: Tensor, weights: Callable[[], Tensor]) -> Context:
@@ -48,7 +56,7 @@ def begin(batch: Batch | Piece, past: list[Tensor] | None, before: list[Tensor])
         return context
 
     context = seen(batch.gradient(), batch.weights)
-    context.shared, context.shrink, context.is_vector = shared_by(batch.group), batch.shrink, batch.is_vector
+    context.shared, context.shrink, context.is_vector = _shared(batch, concluded or {}), batch.shrink, batch.is_vector
     context.dtype, context.first = batch.params[0].dtype, batch.first
     if past is not None:
         context.past = lambda: seen(batch.gradient(past), lambda: batch.state["previous"]).g
@@ -64,23 +72,45 @@ def direct(move: Move) -> Move:
     return move
 
 
-def anyone(batches: list[Batch], method: str) -> bool:
-    """Whether some batch's step size overrides ``method``."""
-    return any(batch.rule.step_size.overrides(method) for batch in batches)
+def asks(batch: Batch | Piece, method: str) -> bool:
+    """Whether the step size of a batch does anything in ``survey`` or ``measure``."""
+    return batch.rule.step_size.overrides(method)
 
 
-def kinds(moves: list[Move], method: str) -> list[list[Move]]:
-    """The moves whose step size overrides ``method``, those of one kind together."""
-    found: dict[type[StepSize], list[Move]] = defaultdict(list)
-    for move in moves:
-        if move.step_size.overrides(method):
-            found[type(move.step_size)].append(move)
-    return list(found.values())
+def survey(move: Move) -> Seen:
+    """What the step size sees of a gradient; it updates its own state."""
+    return move.step_size, move.context.shared, move.step_size.survey(move.state, move.context, move.context.shared)
 
 
-def apply(move: Move) -> None:
+def measure(move: Move) -> Seen:
+    """What the step size sees of a direction."""
+    return move.step_size, move.context.shared, move.step_size.measure(move.averaged, move.direction, move.context)
+
+
+def conclude(seen: Iterable[Seen]) -> Concluded:
+    """What step sizes conclude from all summands.
+
+    Those of one kind share sums and state, in all groups; the first group's numbers count.
+    """
+    kinds: dict[str, list[Seen]] = defaultdict(list)
+    for each in seen:
+        kinds[type(each[0]).__name__].append(each)
+    return {name: _concluded(kind) for name, kind in kinds.items()}
+
+
+def _concluded(kind: list[Seen]) -> Shared:
+    step_size, before, first = kind[0]
+    sums = {
+        name: torch.stack([summands[name].to(summand.device) for _, _, summands in kind]).sum()
+        for name, summand in first.items()
+    }
+    return step_size.conclude(sums, before)
+
+
+def apply(move: Move, concluded: Concluded) -> None:
     """From the direction to the new weights."""
     batch, context, d = move.batch, move.context, move.direction
+    context.shared = _shared(batch, concluded)
     rule, params = batch.rule, batch.params
     if not isinstance(batch.lr, Tensor) and batch.lr == 0:
         return  # such a step moves nothing, not even to where the weights may live
@@ -129,6 +159,11 @@ def _keep(batch: Batch | Piece, bounds: list[Constraint], context: Context, new:
     if bounds and isinstance(batch.lr, Tensor):
         bounded = torch.where((batch.lr == 0).to(new.device, non_blocking=True), batch.rounded_weights(), bounded)
     torch._foreach_copy_(batch.params, batch.scatter(bounded))
+
+
+def _shared(batch: Batch | Piece, concluded: Concluded) -> Shared:
+    """The numbers of the whole optimizer, as far as they are known."""
+    return concluded.get(type(batch.rule.step_size).__name__) or shared_by(batch.group)
 
 
 def shared_by(group: Mapping[str, Any]) -> Shared:

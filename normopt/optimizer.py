@@ -28,15 +28,12 @@ from normopt.constraints import Constraint
 from normopt.cycling import first_weight, forward
 from normopt.ingredient import Stage, nearest
 from normopt.momentum import Momentum, NoMomentum
-from normopt.move import Move, anyone, apply, begin, direct, kinds, settle, shared_by
+from normopt.move import Concluded, Move, apply, asks, begin, conclude, direct, measure, settle, shared_by, survey
 from normopt.roles import Geometry, entry, overlaid, param_groups, with_beta
 from normopt.rule import INGREDIENTS, Rule
 from normopt.state import ADDED, VERSION, accepted, restored, to_home
-from normopt.stepsize import Shared, StepSize, double
+from normopt.stepsize import StepSize, double
 from normopt.view import View
-
-#: What step sizes have concluded from all gradients or directions, by their name.
-Concluded = dict[str, Shared]
 
 
 class SteepestDescent(Optimizer):
@@ -305,6 +302,7 @@ class SteepestDescent(Optimizer):
         going = []
         for batch in batches:
             batch.ok = ok
+            batch.saturates &= not self._watch.is_small
             self._watch.count(batch)
             if batch.look():
                 continue
@@ -322,13 +320,15 @@ class SteepestDescent(Optimizer):
             number.copy_(choose(ok, number, old))  # type: ignore[arg-type]
 
     def _advance(self, going: list[tuple[Batch, list[Tensor] | None]]) -> Concluded:
-        """Move the parameters of all batches, one after the other unless a step size must see all of them."""
-        concluded: Concluded = {}
-        batches = [batch for batch, _ in going]
-        begun = (begin(piece, past, before) for batch, past in going for piece, before in batch.pieces())
-        moves = map(direct, self._surveyed(list(begun), concluded) if anyone(batches, "survey") else begun)
-        for move in self._measured(list(moves), concluded) if anyone(batches, "measure") else moves:
-            apply(move)
+        """Move the parameters of all batches, one after the other unless a step size must see all directions."""
+        starts = [(piece, past, before) for batch, past in going for piece, before in batch.pieces()]
+        concluded = conclude(survey(begin(*start)) for start in starts if asks(start[0], "survey"))
+        moves: Iterable[Move] = (direct(begin(*start, concluded)) for start in starts)
+        if any(asks(piece, "measure") for piece, _, _ in starts):
+            moves = list(moves)
+            concluded |= conclude(measure(move) for move in moves if asks(move.batch, "measure"))
+        for move in moves:
+            apply(move, concluded)
             pack(move.batch, move.state)
             move.batch.undo_unless_ok(move.before)
         return concluded
@@ -383,18 +383,6 @@ class SteepestDescent(Optimizer):
             for p, gradient in zip(every, gradients, strict=True):
                 p.grad = gradient
 
-    def _surveyed(self, moves: list[Move], concluded: Concluded) -> list[Move]:
-        """The same moves; step sizes that need all gradients have seen them."""
-        for kind in kinds(moves, "survey"):
-            _conclude(kind, [m.step_size.survey(m.state, m.context, m.context.shared) for m in kind], concluded)
-        return moves
-
-    def _measured(self, moves: list[Move], concluded: Concluded) -> list[Move]:
-        """The same moves; step sizes that need all directions have seen them."""
-        for kind in kinds(moves, "measure"):
-            _conclude(kind, [m.step_size.measure(m.averaged, m.direction, m.context) for m in kind], concluded)
-        return moves
-
     def _share(self, concluded: Concluded) -> None:
         """Keep the numbers of the whole optimizer in all groups with such a step size, where they are."""
         for group in self.param_groups:
@@ -410,20 +398,6 @@ def _without_autocast() -> ExitStack:
         if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
     return stack
-
-
-def _conclude(moves: list[Move], summands: list[dict[str, Tensor]], concluded: Concluded) -> None:
-    """Give all moves what their step size concludes.
-
-    Step sizes of one kind share sums and state, in all groups; the first group's numbers count.
-    """
-    step_size, before = moves[0].step_size, moves[0].context.shared
-    home = moves[0].batch.params[0].device
-    sums = {name: torch.stack([each[name].to(home) for each in summands]).sum() for name in summands[0]}
-    shared = step_size.conclude(sums, before)
-    for move in moves:
-        move.context.shared = shared
-    concluded[type(step_size).__name__] = shared
 
 
 def _same(batches: list[Batch], group: dict[str, Any], params: list[Tensor], state: Any) -> bool:
