@@ -92,6 +92,7 @@ def _shampoo_of_pytorch_optimizer(model: nn.Module) -> Several:
 FAMILIES: dict[str, dict[str, Maker]] = {
     "adamw": {
         "normopt AdamW": ours("adamw"),
+        "normopt AdamW, unchecked": ours("adamw", nonfinite="propagate"),
         "torch AdamW": torchs("AdamW"),
         "torch AdamW, foreach": torchs("AdamW", foreach=True),
         "torch AdamW, fused": torchs("AdamW", fused=True),

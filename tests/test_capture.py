@@ -29,7 +29,7 @@ SQUARES: list[tuple[int, ...]] = [(3, 3), (3, 3)]
 HOST = {"aro", "asgo", "dion", "klshampoo", "muonplusplus", "nadam", "novograd", "nucleardescent", "shampoo", "soap"}
 HOST |= {"stormplus"}
 #: What else is compiled in the slow tests.
-MORE = ["muon", "adafactor", "prodigy", "scion", "normuon"]
+MORE = ["muon", "adafactor", "prodigy", "scion", "normuon", "lamb", "dadaptadam"]
 
 
 def capturable(make: Make) -> bool:

@@ -133,7 +133,8 @@ class Norm(Direction):
     def unit_divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
         """``m`` divided by ``unit_roots``, a new tensor, or ``out`` where it has the result's shape and dtype."""
         (root,) = roots
-        fits = out is not None and out.shape == m.shape and out.dtype == torch.promote_types(m.dtype, root.dtype)
+        like = m.shape, torch.promote_types(m.dtype, root.dtype)
+        fits = out is not None and out.is_contiguous() and (out.shape, out.dtype) == like  # compilers want it contiguous
         return torch.div(m, root, out=out) if fits else m / root
 
     def unit_update_rms(self, m: int, n: int) -> float:
