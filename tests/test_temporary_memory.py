@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from test_optimizer import EVERY, Make, give_gradients, tensors
 from torch.profiler import ProfilerActivity, profile
 

@@ -134,7 +134,7 @@ class Norm(Direction):
         """``m`` divided by ``unit_roots``, a new tensor, or ``out`` where it has the result's shape and dtype."""
         (root,) = roots
         like = m.shape, torch.promote_types(m.dtype, root.dtype)
-        fits = out is not None and out.is_contiguous() and (out.shape, out.dtype) == like  # compilers want it contiguous
+        fits = out is not None and out.is_contiguous() and (out.shape, out.dtype) == like  # for compilers
         return torch.div(m, root, out=out) if fits else m / root
 
     def unit_update_rms(self, m: int, n: int) -> float:
