@@ -69,7 +69,8 @@ class anGPT(NormalizedTransformer):
         rope_fraction: fraction of each head's dimensions that carries rotary positions (table F.2).
         gate_scale: by default sqrt(d_model), with which the constant 3.74 of section 4.3 follows, and as nGPT has it.
             1 is table 1 read literally; the gate is then next to linear.
-        alpha_init: first value of the residual streams' alpha (section 5.6).
+        alpha_init: first value of the residual streams' alpha (section 5.6, for models of 18 to 36 layers; with few
+            layers 1 / n_layers trains better).
         s_scale: alpha and the logits' scale s are stored as `s_scale / init` times themselves, see `Scale`: 0.01 in
             section 5, 0.001 in table F.2.
         logit_init: first value of the logits' scale; the paper gives none, 1 is nGPT's.

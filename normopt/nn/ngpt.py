@@ -90,7 +90,8 @@ class nGPT(NormalizedTransformer):
             here, while NVIDIA/ngpt has all.
         base_scale: the alphas and the scales of queries and keys and of logits are stored as `base_scale / init`
             times themselves, see `Scale`. By default 1 / sqrt(d_model).
-        alpha_init: first value of the residual streams' alphas ("of the order of 1 / n_layers").
+        alpha_init: first value of the residual streams' alphas ("of the order of 1 / n_layers", which
+            is better than the default where layers are few).
         qk_init: first value of the scale of queries and keys.
         uv_init: first value of s_u and s_v, which are stored as they are, over uv_init.
         logit_init: first value of the logits' scale.
