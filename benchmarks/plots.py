@@ -104,7 +104,7 @@ def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target]
         lengths = sorted({length for by_length in losses.values() for length in by_length})
         for target in targets:
             axes.axhline(target.loss, color="black", linewidth=0.8, linestyle="--")
-            axes.annotate(target.name, (lengths[-1], target.loss), ha="right", va="bottom", fontsize=8)
+            axes.annotate(target.name, (lengths[0], target.loss), ha="left", va="bottom", fontsize=8)
         axes.set_xscale("log")
         axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
         axes.minorticks_off()
@@ -187,8 +187,9 @@ def _label(axes: Axes, x: str, title: str, unit: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(f"validation loss ({unit})")
     axes.set_title(title, loc="left", fontsize=11)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+    if lines := axes.get_legend_handles_labels()[0]:
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(lines) > 6 else {}
+        axes.legend(**beside)
 
 
 def _title(groups: "dict[str, list[Row]] | dict[tuple[str, float], list[Row]]") -> str:

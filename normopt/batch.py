@@ -47,7 +47,9 @@ class Batch:
         self._in_tensors = False
         self.lr: float | Tensor = 0.0
         self.first = 0
-        self._squares, self.saturates = rule.squares, False
+        self._known: Rule | None = None
+        self._squares, self.saturates = False, False
+        self.possible: fused.AdamKernel | None = None  # what would do if the tensors fit
         self.kernel: fused.AdamKernel | None = None
         self.ok: Tensor | None = None  # whether the device finds that the step can be taken, if it must ask
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
@@ -202,7 +204,8 @@ class Batch:
         ``in_tensors``: for a compiler, which makes a new graph for each number that is none.
         """
         self._in_tensors = in_tensors and not rule.decides_on_host
-        self._squares = self._squares if rule is self.rule else rule.squares
+        if rule is not self._known:
+            self._known, self._squares, self.possible = rule, rule.squares, fused.find(rule)
         self.saturates = self._squares and self.is_watched
         self.rule, self._kept, self.lr = rule, None, self.group["lr"]
         if self._in_tensors and not isinstance(self.lr, Tensor):

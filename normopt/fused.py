@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,7 +61,7 @@ def kernel_of(batch: Batch) -> AdamKernel | None:
     """The kernel for a batch with its numbers, if torch has one for its rule and its tensors."""
     if torch.compiler.is_compiling():  # a compiler fuses by itself, and would compile anew for each learning rate
         return None
-    kernel, device, dtype = find(batch.rule), batch.params[0].device, batch.params[0].dtype
+    kernel, device, dtype = batch.possible, batch.params[0].device, batch.params[0].dtype
     if kernel is None or device.type not in DEVICES or batch.dtype != dtype or batch.rounded:
         return None
     plain = all(g.is_contiguous() and g.dtype == dtype for g in batch.gradients) and all(
@@ -71,7 +70,6 @@ def kernel_of(batch: Batch) -> AdamKernel | None:
     return kernel if plain else None
 
 
-@functools.lru_cache(maxsize=256)
 def find(rule: Rule) -> AdamKernel | None:
     """The kernel that computes what a rule without options says, up to its bounds; ``None`` if there is none."""
     norm, momentum = rule.norm, rule.momentum

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,9 @@ from normopt.momentum import EMA, Momentum, NoMomentum
 from normopt.norms import Direction, Spectral
 from normopt.stepsize import Constant, StepSize
 from normopt.view import View
+
+#: How many settings of its options a rule keeps in mind.
+REMEMBERED = 256
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,26 @@ class Rule(Ingredient):
 
     def options(self) -> frozenset[str]:
         """The names of the param-group options that the ingredients read."""
-        return _options(self)
+        return self._names
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return super().options()
+
+    @cached_property
+    def _resolved(self) -> dict[tuple[Any, ...], Rule]:
+        return {}
 
     def at(self, group: Mapping[str, Any]) -> Rule:
-        """``resolve`` for a param group, remembered for as long as the numbers are the same."""
-        names = tuple(_options(self))
-        values = tuple(group.get(name) for name in names)
+        """``resolve`` for a param group; the same object for the same numbers, as long as there are not many."""
+        values, known = tuple([group.get(name) for name in self._names]), self._resolved
         if not all(map(_is_plain, values)):
             return self.resolve(group)
-        return _resolved(self, names, values)
+        if values not in known:
+            if len(known) >= REMEMBERED:
+                known.clear()
+            known[values] = self.resolve(group)
+        return known[values]
 
     def bounded(self, bounds: Any) -> Rule:
         """This rule with more constraints, given as those of ``updated`` but for parameters as they are stored."""
@@ -93,7 +107,7 @@ class Rule(Ingredient):
     @property
     def squares(self) -> bool:
         """Whether some ingredient keeps squares of gradients."""
-        return _squares(self)
+        return any(getattr(part, "squares", False) for part in self.every_part())
 
     def averages(self, state: Mapping[str, Tensor]) -> list[str]:
         """The names of ``state`` that may be kept in fewer bits, see :attr:`normopt.ingredient.Stage.averages`."""
@@ -118,22 +132,11 @@ class Rule(Ingredient):
 
 def _is_plain(value: Any) -> bool:
     """Whether it can be told by its value whether it has changed."""
-    return isinstance(value, (int, float)) or (isinstance(value, tuple) and all(map(_is_plain, value)))
-
-
-@lru_cache(maxsize=1024)
-def _squares(rule: Rule) -> bool:
-    return any(getattr(part, "squares", False) for part in rule.every_part())
-
-
-@lru_cache(maxsize=1024)
-def _options(rule: Rule) -> frozenset[str]:
-    return Ingredient.options(rule)
-
-
-@lru_cache(maxsize=1024)
-def _resolved(rule: Rule, names: tuple[str, ...], values: tuple[Any, ...]) -> Rule:
-    return rule.resolve(dict(zip(names, values, strict=True)))
+    return (
+        value is None
+        or isinstance(value, (int, float, str))
+        or (isinstance(value, tuple) and all(map(_is_plain, value)))
+    )
 
 
 INGREDIENTS = {field.name for field in fields(Rule)}
