@@ -13,6 +13,7 @@ import normopt
 Maker = Callable[[nn.Module], "Optimizer | Several"]
 
 REFRESH = 10  # steps between two refreshes of SOAP's bases and Shampoo's roots
+LARGEST = 4096  # longer sides have no basis in SOAP, so that a vocabulary has none
 
 
 class Several:
@@ -105,9 +106,11 @@ FAMILIES: dict[str, dict[str, Maker]] = {
         "timm Muon": peer("timm.optim", "Muon"),
     },
     "soap": {
-        "normopt SOAP": ours("soap", precondition_frequency=REFRESH),
-        "pytorch-optimizer SOAP": peer("pytorch_optimizer", "SOAP", precondition_frequency=REFRESH),
-        "heavyball SOAP": peer("heavyball", "SOAP", precondition_frequency=REFRESH),
+        "normopt SOAP": ours("soap", precondition_frequency=REFRESH, max_precond_dim=LARGEST),
+        "pytorch-optimizer SOAP": peer(
+            "pytorch_optimizer", "SOAP", precondition_frequency=REFRESH, max_precondition_dim=LARGEST
+        ),
+        "heavyball SOAP": peer("heavyball", "SOAP", precondition_frequency=REFRESH, max_precond_dim=LARGEST),
     },
     "shampoo": {
         "normopt Shampoo": ours("shampoo", betas=(0.9, 0.95), graft="adam", preconditioning_frequency=REFRESH),

@@ -16,12 +16,12 @@ from normopt.rounding import stochastically
 from normopt.rule import Rule
 from normopt.stepsize import Shared, double
 
-#: The most entries that one batch of matrices holds, unless a single parameter has more. It bounds the temporary memory
-#: of a step to a few times this many numbers.
+#: The most entries that one batch of matrices holds, unless a single parameter has more, for rules that multiply
+#: matrices. It bounds the temporary memory of a step to a few times this many numbers.
 MAX_ENTRIES = 1 << 22
 
-#: The same for rules that work entry by entry, whose larger parameters are worked through in pieces: few enough for the
-#: caches, since such rules do little more than read and write memory.
+#: The same for all other rules: few enough for the caches, since they do little more than read and write memory. Where
+#: every entry moves by itself, larger parameters are worked through in pieces.
 FLAT_ENTRIES = 1 << 19
 
 #: Gradients whose entries are no larger have finite sums of squares in float32, however many there are.
@@ -365,7 +365,7 @@ def partition(group: dict[str, Any], params: list[Tensor], rule: Rule, state: St
         kinds.setdefault((shape, p.dtype, p.device, age(state, p)), []).append(p)
     for members in kinds.values():
         entries, part = 0, list[Tensor]()
-        limit = FLAT_ENTRIES if rule.elementwise else MAX_ENTRIES
+        limit = MAX_ENTRIES if rule.norm.reduces == "matrix" else FLAT_ENTRIES
         for p in members:
             if part and entries + p.numel() > limit:
                 yield Batch(group, part, rule, state)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from normopt.ingredient import Context, Ingredient, check_range
@@ -148,23 +147,32 @@ class TangentProjection(Constraint):
         ratio: Rate = 1.0
         if not context.is_vector and d.numel():
             w, g = context.w, context.raw
-            rows = self._at_right_angles(w, g)
-            whole = self._at_right_angles(*(x.flatten(-2).unsqueeze(-2) for x in (w, g)))
-            d = torch.where(rows, self._tangent(d, w, (-1,)), torch.where(whole, self._tangent(d, w, (-2, -1)), d))
+            along, size, slope = _dot(w, g), *(torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (w, g))
+            size_of_all, slope_of_all = (torch.linalg.vector_norm(x, dim=-2, keepdim=True) for x in (size, slope))
+            rows = self._at_right_angles(along, size, slope, w.shape[-1])
+            whole = self._at_right_angles(_total(along), size_of_all, slope_of_all, w.shape[-1] * w.shape[-2])
+            way = _dot(w, d)
+            of_all = torch.where(whole, _total(way) / (size_of_all + self.eps) ** 2, 0.0)
+            d = d.addcmul(w, torch.where(rows, way / (size + self.eps) ** 2, of_all), value=-1)
             ratio = torch.where(rows | whole, self.wd_ratio, 1.0).to(w.dtype)
         if self.weight_decay:
             decay = context.rate * self.weight_decay / (1 - self.momentum)
             context.shrink = context.shrink * (1 - decay * ratio)
         return d
 
-    def _at_right_angles(self, w: Tensor, g: Tensor) -> Tensor:
-        """Whether all rows of a matrix are, shape ``(..., 1, 1)``."""
-        cosines = F.cosine_similarity(w, g, dim=-1, eps=self.eps).abs()
-        return (cosines.amax(dim=-1) < self.delta / math.sqrt(w.shape[-1]))[..., None, None]
+    def _at_right_angles(self, products: Tensor, sizes: Tensor, slopes: Tensor, entries: int) -> Tensor:
+        """Whether all vectors of so many entries are, from their products and lengths; shape ``(..., 1, 1)``."""
+        cosines = products / sizes.clamp(min=self.eps) / slopes.clamp(min=self.eps)
+        return cosines.abs().amax(dim=-2, keepdim=True) < self.delta / math.sqrt(entries)
 
-    def _tangent(self, d: Tensor, w: Tensor, dim: tuple[int, ...]) -> Tensor:
-        unit = w / (torch.linalg.vector_norm(w, dim=dim, keepdim=True) + self.eps)
-        return d - unit * (unit * d).sum(dim=dim, keepdim=True)
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner products of rows, shape ``(..., out, 1)``."""
+    return torch.linalg.vecdot(a, b).unsqueeze(-1)
+
+
+def _total(x: Tensor) -> Tensor:
+    return x.sum(dim=-2, keepdim=True)
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,7 @@ class Factored(Direction):
         eps: the least that is divided by; ``None``: the smallest ``eps`` with ``1 + eps > 1`` in the working dtype.
     """
 
+    reduces: ClassVar[str] = "all"  # type: ignore[misc]
     needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
     decay: float = -0.8
     eps: float | None = None

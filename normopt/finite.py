@@ -52,8 +52,15 @@ def check_capture(groups: Iterable[dict[str, Any]]) -> None:
 
 def sum_of_norms(gradients: Iterable[Watched]) -> float:
     """The Euclidean norms of all gradients, added up; read by the host, in one pass. If it is finite, so are they."""
-    norms = [torch._foreach_norm(_cast(params, each)) for _, params, each in gradients if each]
-    return sum(norm.item() for each in norms for norm in each)
+    return sum(_norm(g) for _, params, each in gradients for g in _cast(params, each))
+
+
+def _norm(g: Tensor) -> float:
+    """The Euclidean norm; where it can be had as a dot product, that is faster."""
+    if g.is_contiguous() and g.dtype in (torch.float32, torch.float64):
+        flat = g.view(-1)
+        return math.sqrt(torch.dot(flat, flat).item())
+    return torch.linalg.vector_norm(g).item()
 
 
 def all_finite(gradients: Iterable[Watched]) -> bool:

@@ -28,13 +28,14 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 def peak_of_step(make: Make, matrices: int) -> int:
-    """That of the second step, when all state is there."""
+    """The largest of three steps after the first, which makes the state; the profiler may lose one's events."""
     params = tensors([(16, 16)] * matrices)
     optimizer = make(params)
-    for i in range(2):
+    peaks = []
+    for i in range(4):
         give_gradients(params, i)
-        peak = peak_bytes(optimizer.step)
-    return peak
+        peaks.append(peak_bytes(optimizer.step))
+    return max(peaks[1:])
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -231,8 +231,13 @@ def euclidean(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> T
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if x.ndim == 0 or x.numel() == 0:
         return torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim)
-    largest = x.abs().amax(dim=dim, keepdim=True)
-    sizes = torch.linalg.vector_norm(x / _nonzero(largest), dim=dim, keepdim=True).mul_(largest)
+    largest = torch.maximum(x.amax(dim=dim, keepdim=True), -x.amin(dim=dim, keepdim=True))
+    small = x / _nonzero(largest)
+    if dim in (-2, (-2,)):  # torch's norm of columns takes ten times as long on a CPU
+        sizes = small.square_().sum(dim=dim, keepdim=True).sqrt_()
+    else:
+        sizes = torch.linalg.vector_norm(small, dim=dim, keepdim=True)
+    sizes = sizes.mul_(largest)
     return sizes if keepdim else sizes.squeeze(dim)
 
 
