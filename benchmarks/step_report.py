@@ -72,6 +72,6 @@ def plot_step(rows: list[Row], out: Path) -> None:
             axes.set_yticks(range(len(shown)), [row["name"] for row, _ in shown], fontsize=8)
             axes.invert_yaxis()
             axes.axvline(1, color="black", linewidth=0.8)
-            axes.set_xlabel("step time / mean of the fastest peer (bar: median, mark: mean)", fontsize=9)
             axes.set_title(f"{name}, {shown[0][0]['parameters'] / 1e6:.2f} M parameters", loc="left", fontsize=11)
+        figure.supxlabel("step time / mean of the fastest peer (bar: median, mark: mean)", fontsize=9)
         save(figure, out / "step.png")
