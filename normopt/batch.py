@@ -47,9 +47,8 @@ class Batch:
         self._in_tensors = False
         self.lr: float | Tensor = 0.0
         self.first = 0
-        self._known: Rule | None = None
-        self._squares, self.saturates = False, False
-        self.possible: fused.AdamKernel | None = None  # what would do if the tensors fit
+        self._squares, self.saturates = rule.squares, False
+        self.known: tuple[Rule, fused.AdamKernel | None] | None = None  # a rule, and its kernel if the tensors fit
         self.kernel: fused.AdamKernel | None = None
         self.ok: Tensor | None = None  # whether the device finds that the step can be taken, if it must ask
         self.dtype = torch.promote_types(params[0].dtype, torch.float32)
@@ -204,8 +203,7 @@ class Batch:
         ``in_tensors``: for a compiler, which makes a new graph for each number that is none.
         """
         self._in_tensors = in_tensors and not rule.decides_on_host
-        if rule is not self._known:
-            self._known, self._squares, self.possible = rule, rule.squares, fused.find(rule)
+        self._squares = self._squares if rule is self.rule else rule.squares
         self.saturates = self._squares and self.is_watched
         self.rule, self._kept, self.lr = rule, None, self.group["lr"]
         if self._in_tensors and not isinstance(self.lr, Tensor):

@@ -61,7 +61,9 @@ def kernel_of(batch: Batch) -> AdamKernel | None:
     """The kernel for a batch with its numbers, if torch has one for its rule and its tensors."""
     if torch.compiler.is_compiling():  # a compiler fuses by itself, and would compile anew for each learning rate
         return None
-    kernel, device, dtype = batch.possible, batch.params[0].device, batch.params[0].dtype
+    if batch.known is None or batch.known[0] is not batch.rule:
+        batch.known = batch.rule, find(batch.rule)
+    kernel, device, dtype = batch.known[1], batch.params[0].device, batch.params[0].dtype
     if kernel is None or device.type not in DEVICES or batch.dtype != dtype or batch.rounded:
         return None
     plain = all(g.is_contiguous() and g.dtype == dtype for g in batch.gradients) and all(

@@ -28,11 +28,11 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 def peak_of_step(make: Make, matrices: int) -> int:
-    """The largest of three steps after the first, which makes the state; the profiler may lose one's events."""
+    """The largest of two steps after the first, which makes the state; the profiler may lose one's events."""
     params = tensors([(16, 16)] * matrices)
     optimizer = make(params)
     peaks = []
-    for i in range(4):
+    for i in range(3):
         give_gradients(params, i)
         peaks.append(peak_bytes(optimizer.step))
     return max(peaks[1:])
@@ -42,8 +42,8 @@ def peak_of_step(make: Make, matrices: int) -> int:
 def test_temporary_memory_does_not_grow_with_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "MAX_ENTRIES", 1024)
     monkeypatch.setattr(batch, "FLAT_ENTRIES", 512)
-    few, many = (peak_of_step(EVERY[name], matrices) for matrices in (8, 64))
+    few, many = (peak_of_step(EVERY[name], matrices) for matrices in (8, 32))
     if name in HOLDS_ALL:
-        assert many > 4 * few
+        assert many > 2 * few
     else:
         assert many < 1.5 * few + 4096, (few, many)  # some matrices need an SVD where others do without
