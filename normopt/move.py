@@ -107,10 +107,15 @@ def _concluded(kind: list[Seen]) -> Shared:
     return step_size.conclude(sums, before)
 
 
-def apply(move: Move, concluded: Concluded) -> None:
+def told(move: Move, concluded: Concluded) -> Move:
+    """The same move, whose step size knows what has been concluded from the directions."""
+    move.context.shared = _shared(move.batch, concluded)
+    return move
+
+
+def apply(move: Move) -> None:
     """From the direction to the new weights."""
     batch, context, d = move.batch, move.context, move.direction
-    context.shared = _shared(batch, concluded)
     rule, params = batch.rule, batch.params
     if not isinstance(batch.lr, Tensor) and batch.lr == 0:
         return  # such a step moves nothing, not even to where the weights may live

@@ -28,7 +28,7 @@ from normopt.constraints import Constraint
 from normopt.cycling import first_weight, forward
 from normopt.ingredient import Stage, nearest
 from normopt.momentum import Momentum, NoMomentum
-from normopt.move import Concluded, Move, apply, asks, begin, conclude, direct, measure, settle, shared_by, survey
+from normopt.move import Concluded, Move, apply, asks, begin, conclude, direct, measure, settle, shared_by, survey, told
 from normopt.roles import Geometry, entry, overlaid, param_groups, with_beta
 from normopt.rule import INGREDIENTS, Rule
 from normopt.state import ADDED, VERSION, accepted, restored, to_home
@@ -325,10 +325,11 @@ class SteepestDescent(Optimizer):
         concluded = conclude(survey(begin(*start)) for start in starts if asks(start[0], "survey"))
         moves: Iterable[Move] = (direct(begin(*start, concluded)) for start in starts)
         if any(asks(piece, "measure") for piece, _, _ in starts):
-            moves = list(moves)
-            concluded |= conclude(measure(move) for move in moves if asks(move.batch, "measure"))
+            held = list(moves)
+            concluded |= conclude(measure(move) for move in held if asks(move.batch, "measure"))
+            moves = (told(move, concluded) for move in held)
         for move in moves:
-            apply(move, concluded)
+            apply(move)
             pack(move.batch, move.state)
             move.batch.undo_unless_ok(move.before)
         return concluded

@@ -17,7 +17,7 @@ from test_optimizer import Net
 from torch import Tensor
 
 import normopt
-from normopt import SteepestDescent
+from normopt import SteepestDescent, batch
 from normopt.checks import rule_of
 from normopt.constraints import TangentProjection, WeightDecay
 from normopt.directions import Blocked, Chain, Factored, Grafted, Rotated, Smoothed
@@ -325,3 +325,27 @@ def test_adafactor_without_eps_stays_where_nothing_has_happened() -> None:
     optimizer = normopt.create("adafactor", [p], eps=(0.0, 1e-3))
     optimizer.step(partial(give, [p], 0.0, 0))
     assert torch.equal(p, torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("name", ["adamp", "lamb", "soap", "rmsprop"])
+@pytest.mark.parametrize("size", [1.0, 1e12, 1e17, 1e30])
+def test_only_gradients_whose_squares_may_overflow_are_cut_off(
+    name: str, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights() -> list[Tensor]:
+        model = Net()
+        model.load_state_dict(start.state_dict())
+        optimizer, noise = normopt.create(name, model, lr=0.1), torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = size * torch.randn(p.shape, generator=noise)
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    start, cut, real = Net(), [], batch.saturated
+    monkeypatch.setattr(batch, "saturated", lambda g: cut.append(g.shape) or real(g))
+    expected = weights()
+    cut.clear()
+    monkeypatch.setattr(batch, "MAX_ENTRIES", 0)  # as for models too large to be gathered beforehand: norms are asked
+    torch.testing.assert_close(weights(), expected, rtol=1e-4, atol=1e-6)
+    assert bool(cut) == (size > 1e15)
