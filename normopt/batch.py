@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import reduce
-from operator import mul
+from operator import attrgetter, is_, methodcaller, mul
 from typing import Any
 
 import torch
@@ -55,34 +55,31 @@ class Batch:
         self.captured = bool(group["capturable"])
         home = params[0].device if self.captured else "cpu"
         self.steps = torch.full((len(params),), age(state, params[0]), dtype=torch.float32, device=home)
-        self._kinds = [_kind(p) for p in params]
+        self._kinds = [*map(_kind, params)]
         g = self.gradient()
         self._shape = g.shape
         self.state = rule.init_state(g, self.rounded_weights)
         self.kept = kept_dtype(group, params[0].dtype, self.dtype)
         self.rounded = rule.averages(self.state) if self.kept != self.dtype else []
         self.state |= {name: self.state[name].to(self.kept) for name in self.rounded}
-        self._views = [{"step": step} for step in self.steps.unbind()]
-        for name, tensor in self.state.items():
-            for views, view in zip(self._views, self._state_views(tensor), strict=True):
-                views[name] = view
-        for p, views in zip(params, self._views, strict=True):
-            _check_shapes(state.get(p, {}), views)
+        parts = {name: list(self._state_views(tensor)) for name, tensor in self.state.items()}
+        self._views = {"step": list(self.steps.unbind()), **parts}
+        for i, p in enumerate(params):
+            _check_shapes(state.get(p, {}), self._views_of(i))
 
     def adopt(self, state: State) -> None:
         """Copy the parameters' state into this batch, and let ``state`` hold views of it from now on."""
-        for p, views in zip(self.params, self._views, strict=True):
-            saved = state[p]
+        for i, p in enumerate(self.params):
+            saved, views = state[p], self._views_of(i)
             for name in saved.keys() & views.keys():
                 views[name].copy_(saved[name])
             saved.update(views)
 
     def is_current(self, state: State) -> bool:
         """Whether the parameters are what they were, and their state still consists of this batch's views."""
-        return self._kinds == [_kind(p) for p in self.params] and all(
-            state.get(p, {}).get(name) is view
-            for p, views in zip(self.params, self._views, strict=True)
-            for name, view in views.items()
+        held = [state.get(p, {}) for p in self.params]
+        return self._kinds == [*map(_kind, self.params)] and all(
+            all(map(is_, map(methodcaller("get", name), held), views)) for name, views in self._views.items()
         )
 
     def holds_state_of(self, rule: Rule) -> bool:
@@ -162,7 +159,10 @@ class Batch:
 
     def views(self, name: str) -> list[Tensor]:
         """Each parameter's part of one piece of state."""
-        return [views[name] for views in self._views]
+        return self._views[name]
+
+    def _views_of(self, i: int) -> dict[str, Tensor]:
+        return {name: views[i] for name, views in self._views.items()}
 
     def weights(self) -> Tensor:
         """The weights, in float32 or better, with what constraints know of them beyond the parameters."""
@@ -237,7 +237,7 @@ class Batch:
         """
         if self.captured:
             return self.steps[0].to(double(self.steps.device))
-        taken = self.steps[0].item() - self.rule.norm.looks_first
+        taken = self._views["step"][0].item() - self.rule.norm.looks_first
         return torch.tensor(taken, dtype=torch.float64, device="cpu") if self._in_tensors else taken
 
     def _pieces(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -335,9 +335,8 @@ def age(state: State, p: Tensor) -> float:
     return float(state[p]["step"]) if "step" in state.get(p, ()) else 0.0
 
 
-def _kind(p: Tensor) -> tuple[Any, ...]:
-    """What the data of a parameter must keep for its batch to stay: it may have been replaced."""
-    return p.shape, p.dtype, p.device
+#: What the data of a parameter must keep for its batch to stay: it may have been replaced.
+_kind = attrgetter("shape", "dtype", "device")
 
 
 def _check_shapes(saved: Mapping[str, Any], views: Mapping[str, Tensor]) -> None:

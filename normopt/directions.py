@@ -229,6 +229,7 @@ class Factored(Direction):
 
     reduces: ClassVar[str] = "all"  # type: ignore[misc]
     needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    squares: ClassVar[bool] = True  # type: ignore[misc]
     decay: float = -0.8
     eps: float | None = None
 
@@ -247,7 +248,6 @@ class Factored(Direction):
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         square = context.g.square()
-        square.clamp_(max=torch.finfo(square.dtype).max / (2 * max(1, *square.shape[-2:])))  # so that sums are finite
         newest = context.step**self.decay
         newest = newest.to(square.dtype) if isinstance(newest, Tensor) else newest
         state["row"].lerp_(square.mean(dim=-1, keepdim=True), newest)
@@ -256,13 +256,10 @@ class Factored(Direction):
 
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         eps = torch.finfo(x.dtype).eps if self.eps is None else max(self.eps, torch.finfo(x.dtype).tiny)
-        row, column = state["row"], state["column"]
-        if x.shape[-2] == 1:
-            variance = column.clone()
-        else:
-            # r c may overflow where r c / mean(r) does not.
-            variance = row.div(row.mean(dim=-2, keepdim=True).clamp_(min=eps)).mul(column)
-        return torch.div(x, variance.sqrt_().clamp_(min=eps), out=variance)
+        row, size = state["row"], state["column"].sqrt()
+        if x.shape[-2] > 1:
+            size = size * row.div(row.mean(dim=-2, keepdim=True).clamp_(min=eps)).sqrt_()
+        return torch.div(x, size.clamp_(min=eps), out=size)
 
     def rms(self, shape: tuple[int, ...]) -> float:
         """1."""

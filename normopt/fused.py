@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from normopt.bounds import Ball, FrobeniusSphere, RowBound, Sphere
 from normopt.constraints import L2, WeightDecay
@@ -66,9 +67,9 @@ def kernel_of(batch: Batch) -> AdamKernel | None:
     kernel, device, dtype = batch.known[1], batch.params[0].device, batch.params[0].dtype
     if kernel is None or device.type not in DEVICES or batch.dtype != dtype or batch.rounded:
         return None
-    plain = all(g.is_contiguous() and g.dtype == dtype for g in batch.gradients) and all(
-        x.is_contiguous() for x in (*batch.params, *batch.views("momentum"))
-    )
+    gradients = batch.gradients
+    plain = all(g.dtype == dtype for g in gradients)
+    plain = plain and all(map(Tensor.is_contiguous, (*gradients, *batch.params, *batch.views("momentum"))))
     return kernel if plain else None
 
 

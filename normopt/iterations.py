@@ -18,21 +18,31 @@ def normalized(g: Tensor, margin: float = 1.0) -> Tensor:
 
     Dividing by the largest entry first keeps the squares of 1e-30 and of 1e30 inside the range of float32.
     """
+    g = in_range(g)
+    size = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
+    return g.div_(size.mul_(margin).clamp_(min=torch.finfo(g.dtype).tiny))
+
+
+def in_range(g: Tensor) -> Tensor:
+    """``g`` over its largest entry, a new tensor in float32 or better; 0 stays 0."""
     g = g.to(torch.promote_types(g.dtype, torch.float32))
-    tiny = torch.finfo(g.dtype).tiny
     largest = torch.maximum(g.amax(dim=(-2, -1), keepdim=True), -g.amin(dim=(-2, -1), keepdim=True))
-    g = g / largest.clamp_(min=tiny)
-    return g.div_(torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True).mul_(margin).clamp_(min=tiny))
+    return g / largest.clamp_(min=torch.finfo(g.dtype).tiny)
 
 
 def direct(x: Tensor, rows: list[Row], tight: float | None = None) -> Tensor:
     """The steps ``X <- a X + (b A + c A^2) X``, ``A = X X^T``, on ``x`` of shape ``(batch, m, n)``, m <= n.
 
-    ``tight`` divides ``x`` first by that many times its Schatten-8 norm, which the first step's products give for free.
+    Tall matrices take the same steps from the right, ``A = X^T X``. ``tight`` divides ``x`` first by that many times
+    its Schatten-8 norm, which the first step's products give for free.
     """
     for i, row in enumerate(rows):
-        x, _, poly = _first(x, row, tight if i == 0 else None)
-        x = torch.baddbmm(x, poly, x, beta=row[0])
+        if tight is not None and i == 0:
+            _, poly, shrink = _shrunk(x, row, tight)
+            x = _times(_with_diagonal(poly, row[0]).mul_(shrink), x)
+        else:
+            poly = _polynomial(_gram(x), row)
+            x = torch.baddbmm(x, x, poly, beta=row[0]) if _is_tall(x) else torch.baddbmm(x, poly, x, beta=row[0])
     return x
 
 
@@ -42,15 +52,19 @@ def through_gram(x: Tensor, rows: list[Row], tight: float | None = None) -> Tens
     ``Q <- Q (a + b A + c A^2)`` gathers what ``x`` is to be multiplied with, and ``A <- A (a + b A + c A^2)^2``.
     """
     for i, segment in enumerate(segments(rows, x.dtype)):
-        x, gram, poly = _first(x, segment[0], tight if i == 0 else None)
-        q = poly.clone()
-        q.diagonal(dim1=-2, dim2=-1).add_(segment[0][0])
+        if tight is not None and i == 0:
+            gram, poly, shrink = _shrunk(x, segment[0], tight)
+            q = _with_diagonal(poly.clone(), segment[0][0]).mul_(shrink)
+        else:
+            gram = _gram(x)
+            poly = _polynomial(gram, segment[0])
+            q = _with_diagonal(poly.clone(), segment[0][0])
         for (a, _, _), row in itertools.pairwise(segment):
             half = torch.baddbmm(gram, gram, poly, beta=a)
             gram = torch.baddbmm(half, poly, half, beta=a)
             poly = _polynomial(gram, row)
             q = torch.baddbmm(q, q, poly, beta=row[0])
-        x = torch.bmm(q, x)
+        x = _times(q, x)
     return x
 
 
@@ -71,17 +85,35 @@ def segments(rows: list[Row], dtype: torch.dtype) -> list[list[Row]]:
     return parts
 
 
-def _first(x: Tensor, row: Row, tight: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """``x``, ``A = x x^T`` and ``b A + c A^2``; or those of ``x`` over ``tight`` times ``||A^2||_F^(1/4)``."""
-    gram = torch.bmm(x, x.mT)
-    if tight is None:
-        return x, gram, _polynomial(gram, row)
+def _shrunk(x: Tensor, row: Row, tight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``A`` and ``b A + c A^2`` of ``x / s``, ``s = tight ||(x x^T)^2||_F^(1/4)``, and ``1 / s``."""
+    gram = _gram(x)
     square = torch.bmm(gram, gram)
     size = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).mul_(tight**4)
     # A number of x's dtype: b A and c A^2 nearly cancel, so both must be divided by powers of exactly the same one.
     shrink = size.clamp_(min=1e-6).rsqrt_()
     poly = torch.mul(gram, row[1]).addcmul_(square, shrink, value=row[2]).mul_(shrink)
-    return x * shrink.sqrt(), gram.mul_(shrink), poly
+    return gram.mul_(shrink), poly, shrink.sqrt_()
+
+
+def _is_tall(x: Tensor) -> bool:
+    return x.shape[-2] > x.shape[-1]
+
+
+def _gram(x: Tensor) -> Tensor:
+    """``A``, as large as the shorter side."""
+    return torch.bmm(x.mT, x) if _is_tall(x) else torch.bmm(x, x.mT)
+
+
+def _times(q: Tensor, x: Tensor) -> Tensor:
+    """``x`` times a polynomial ``q`` of its ``A``."""
+    return torch.bmm(x, q) if _is_tall(x) else torch.bmm(q, x)
+
+
+def _with_diagonal(q: Tensor, a: float) -> Tensor:
+    """``q + a I``, in place."""
+    q.diagonal(dim1=-2, dim2=-1).add_(a)
+    return q
 
 
 def _polynomial(gram: Tensor, row: Row) -> Tensor:

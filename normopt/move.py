@@ -50,9 +50,8 @@ def begin(
 
     def seen(raw: Tensor, weights: Callable[[], Tensor]) -> Context:
         context = Context(raw, raw, batch.number, batch.rate, batch.rule.norm, weights)
-        for constraint in batch.rule.constraint:
-            if constraint.overrides("gradient"):
-                context.g = constraint.gradient(context.g, context)
+        for constraint in batch.rule.acting("gradient"):
+            context.g = constraint.gradient(context.g, context)
         return context
 
     context = seen(batch.gradient(), batch.weights)
@@ -119,11 +118,10 @@ def apply(move: Move) -> None:
     rule, params = batch.rule, batch.params
     if not isinstance(batch.lr, Tensor) and batch.lr == 0:
         return  # such a step moves nothing, not even to where the weights may live
-    for constraint in rule.constraint:
-        if constraint.overrides("update"):
-            d = constraint.update(d, context)
+    for constraint in rule.acting("update"):
+        d = constraint.update(d, context)
     size, shrink = -rule.step_size.length(move.averaged, d, context, context.shared), context.shrink
-    bounds = _bounds(batch)
+    bounds = rule.acting("weight")
     if batch.dtype != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
         _keep(batch, bounds, context, batch.weights() * shrink + d * size)
         return
@@ -141,14 +139,9 @@ def apply(move: Move) -> None:
         _keep(batch, bounds, context, batch.weights())
 
 
-def _bounds(batch: Batch | Piece) -> list[Constraint]:
-    """What brings the new weights to where they may live."""
-    return [constraint for constraint in batch.rule.constraint if constraint.overrides("weight")]
-
-
 def settle(batch: Batch) -> None:
     """Bring weights that a kernel has moved to where they may live; its bounds look at nothing but weights."""
-    bounds = _bounds(batch)
+    bounds = batch.rule.acting("weight")
     if bounds and (isinstance(batch.lr, Tensor) or batch.lr != 0):
         nothing = torch.empty(0)
         context = Context(nothing, nothing, batch.number, batch.rate, batch.rule.norm, batch.weights)
@@ -156,7 +149,7 @@ def settle(batch: Batch) -> None:
         _keep(batch, bounds, context, batch.weights())
 
 
-def _keep(batch: Batch | Piece, bounds: list[Constraint], context: Context, new: Tensor) -> None:
+def _keep(batch: Batch | Piece, bounds: tuple[Constraint, ...], context: Context, new: Tensor) -> None:
     """Write the new weights to the parameters, brought to where they may live."""
     bounded = new
     for constraint in bounds:

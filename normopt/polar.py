@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient import Ingredient, check_choice, nearest
-from normopt.iterations import Row, direct, exact, normalized, through_gram
+from normopt.iterations import Row, direct, exact, in_range, normalized, through_gram
 
 NORMALIZERS = ("frobenius", "schatten8")
 
@@ -208,9 +208,7 @@ def polar(
     form, working = _plan(g, method)
     if form == "exact":
         return exact(g, dtype)
-    tall = g.shape[-2] > g.shape[-1]
-    x = _iterate(g.mT if tall else g, schedule, rows, form, dtype or working)
-    return x.mT if tall else x
+    return _iterate(g, schedule, rows, form, dtype or working)
 
 
 def _plan(g: Tensor, method: str | Schedule) -> Choice:
@@ -221,10 +219,14 @@ def _plan(g: Tensor, method: str | Schedule) -> Choice:
 
 
 def _iterate(g: Tensor, schedule: Schedule, rows: list[Row], form: str, dtype: torch.dtype) -> Tensor:
-    """The schedule's steps on wide matrices."""
+    """The schedule's steps."""
     tight = schedule.margin if schedule.normalizer == "schatten8" else None
-    # A second norm follows where "tight"; the first one then keeps the entries of A^2 inside the range of float16.
-    margin = schedule.margin if tight is None else g.shape[-2] ** -0.25
-    x = normalized(g, margin).to(dtype).reshape(-1, *g.shape[-2:])
+    if tight is None:
+        x = normalized(g, schedule.margin)
+    elif dtype == torch.float16:  # whose range holds the entries of A^2 if the Frobenius norm is m^(1/4)
+        x = normalized(g, min(g.shape[-2:]) ** -0.25)
+    else:
+        x = in_range(g)
+    x = x.to(dtype).reshape(-1, *g.shape[-2:])
     x = (through_gram if form == "gram" else direct)(x, rows, tight)
     return x.reshape(g.shape).to(g.dtype)

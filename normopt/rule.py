@@ -77,6 +77,12 @@ class Rule(Ingredient):
                 raise ValueError(f"{constraint} needs steps of bounded length; those of {self.step_size} are not")
             constraint.check_composes(self.norm, self.step_size)
         self.momentum.check_composes(self.step_size)
+        acting = {m: tuple(c for c in self.constraint if c.overrides(m)) for m in ("gradient", "update", "weight")}
+        object.__setattr__(self, "_acting", acting)
+
+    def acting(self, method: str) -> tuple[Constraint, ...]:
+        """The constraints that do anything in ``gradient``, ``update`` or ``weight``."""
+        return self._acting[method]  # type: ignore[attr-defined,no-any-return]
 
     @property
     def elementwise(self) -> bool:
