@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient import Context, Ingredient, check_count, check_range
+from normopt.norms.base import host_may_look
 from normopt.norms.schatten import eigh
 
 
@@ -111,9 +112,10 @@ def gram_matrix(g: Tensor, side: str) -> Tensor:
 
 
 def average_(old: Tensor, new: Tensor, beta: float) -> Tensor:
-    """``old <- beta old + (1 - beta) new`` in place, for those matrices of ``new`` whose entries are all finite."""
-    finite = torch.isfinite(new).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-    return old.lerp_(torch.where(finite, new, old), 1 - beta)
+    """``old <- beta old + (1 - beta) new`` in place, for those matrices of ``new`` whose entries have a finite sum."""
+    finite = new.sum(dim=(-2, -1), keepdim=True).isfinite()
+    all_are = host_may_look(finite) and bool(finite.all())
+    return old.lerp_(new if all_are else torch.where(finite, new, old), 1 - beta)
 
 
 def power_iteration_(basis: Tensor, gram: Tensor, ordered: bool = True) -> Tensor:
@@ -132,15 +134,20 @@ def power_iteration_(basis: Tensor, gram: Tensor, ordered: bool = True) -> Tenso
     order = torch.arange(basis.shape[-1], device=basis.device).expand(basis.shape[:-1])
     if ordered:
         order = (basis * product).sum(dim=-2).argsort(dim=-1, descending=True, stable=True)
-        product = product.take_along_dim(order.unsqueeze(-2), dim=-1)
+        product = _ordered(product, order, "right")
     q = torch.linalg.qr(product)[0]
-    finite = q.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-    basis.copy_(torch.where(finite, q, basis.take_along_dim(order.unsqueeze(-2), dim=-1)))
+    finite = q.sum(dim=(-2, -1), keepdim=True).isfinite()
+    basis.copy_(torch.where(finite, q, _ordered(basis, order, "right")))
     return order
 
 
 def reorder_(x: Tensor, order: Tensor, side: str) -> None:
     """Put the rows (``side="left"``) or columns of ``x`` in ``order``, in place, where it has that many."""
-    dim = -2 if side == "left" else -1
-    if x.shape[dim] == order.shape[-1]:
-        x.copy_(x.take_along_dim(order.unsqueeze(-1 if side == "left" else -2), dim=dim))
+    if x.shape[-2 if side == "left" else -1] == order.shape[-1]:
+        x.copy_(_ordered(x, order, side))
+
+
+def _ordered(x: Tensor, order: Tensor, side: str) -> Tensor:
+    """The rows or columns of ``x`` in ``order``; torch's take_along_dim also looks for negative numbers in it."""
+    along, across = (-2, -1) if side == "left" else (-1, -2)
+    return x.gather(along, order.unsqueeze(across).expand(x.shape))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from normopt import fused
+from normopt.norms.base import host_may_look
 from normopt.rounding import stochastically
 from normopt.rule import Rule
-from normopt.stepsize import Shared, double
+from normopt.stepsize import Numbers, Shared, double
 
 #: The most entries that one batch of matrices holds, unless a single parameter has more, for rules that multiply
 #: matrices. It bounds the temporary memory of a step to a few times this many numbers.
@@ -127,15 +128,15 @@ class Batch:
     def _gathered(self) -> Tensor:
         return self.gather(self.gradients)
 
-    def sum_of_gradient(self) -> float:
-        """The sum of all entries, for which gradients are gathered now and kept until the step asks for them.
+    def size_of_gradient(self) -> float:
+        """The Euclidean norm of the gradients, which are gathered now and kept until the step asks for them.
 
         Kernels take gradients as they are; then it is the sum of their norms.
         """
         if self.kernel is not None:
             return sum(norm.item() for norm in torch._foreach_norm(self.gradients))
         self._kept = self._gathered()
-        return self._kept.sum().item()
+        return size(self._kept)
 
     def pieces(self) -> Sequence[tuple[Batch | Piece, list[Tensor]]]:
         """This batch, or the parts of its one parameter, if that is large and every entry moves by itself.
@@ -178,6 +179,11 @@ class Batch:
         return bool(self.group["nonfinite"] != "propagate" and not self.params[0].is_meta)
 
     @property
+    def on_host(self) -> bool:
+        """Whether the host may look at numbers at any time: nothing is traced or captured, no device is waited for."""
+        return host_may_look(self.steps) and self.params[0].is_cpu and not (self.captured or self._in_tensors)
+
+    @property
     def is_vector(self) -> bool:
         """Whether these are vectors or scalars, each seen as a matrix with one row."""
         return not self.flat and self.params[0].ndim < 2
@@ -211,7 +217,8 @@ class Batch:
         elif isinstance(self.lr, Tensor):
             self.lr = self.lr.squeeze().to(self.params[0].device, non_blocking=True)
         step = self.taken() + 1
-        self.rate = rule.step_size.rate(self.lr, step if self._in_tensors or self.captured else max(1.0, step), shared)
+        step = step if self._in_tensors or self.captured else max(1.0, step)
+        self.rate = rule.step_size.rate(self.lr, step, readable(self, shared))
         self.kernel = fused.kernel_of(self)
         self.shrink = reduce(mul, (constraint.shrink(self.rate) for constraint in rule.constraint), 1.0)
 
@@ -254,6 +261,11 @@ class Batch:
             yield self._like(piece, p) if whole else piece
 
 
+def readable(batch: Batch | Piece, shared: Shared) -> Numbers:
+    """Numbers of the whole optimizer as the host reads them, if it may look; what is multiplied by them is faster."""
+    return {name: x.item() for name, x in shared.items()} if batch.on_host else shared
+
+
 def saturated(g: Tensor) -> Tensor:
     """``g`` with entries of at most 3e15 in float32, 1e123 in float64, so that sums of many squares stay finite."""
     limit = torch.finfo(g.dtype).max ** 0.4
@@ -289,7 +301,7 @@ class Piece:
     def __init__(self, batch: Batch, part: slice) -> None:
         self.rule, self.group, self.dtype = batch.rule, batch.group, batch.dtype
         self.lr, self.rate, self.shrink, self.is_vector = batch.lr, batch.rate, batch.shrink, batch.is_vector
-        self.rounded, self.saturates = batch.rounded, batch.saturates
+        self.rounded, self.saturates, self.on_host = batch.rounded, batch.saturates, batch.on_host
         self.params = [batch.params[0].detach().view(-1)[part]]
         self.state = {name: x[part] for name, x in batch.state.items()}
         self.number = batch.number
@@ -319,15 +331,23 @@ class Piece:
         """Nothing: batches that may have to be undone are not taken in pieces."""
 
 
-def sums_are_finite(batches: Iterable[Batch]) -> bool:
-    """Whether gradients are surely finite; ``False`` if that is not known, or if it would take the memory of batches.
+def sum_of_sizes(batches: Iterable[Batch]) -> float | None:
+    """The Euclidean norms of all watched gradients, added up; ``None`` if it would take the memory of batches.
 
-    A finite sum has finite terms. Nothing is gathered for its sake alone, so that it costs next to nothing.
+    Nothing is gathered for its sake alone, so that it costs next to nothing.
     """
     watched = [batch for batch in batches if batch.is_watched]
     if sum(p.numel() for batch in watched for p in batch.params) > MAX_ENTRIES:
-        return False
-    return all(math.isfinite(batch.sum_of_gradient()) for batch in watched)
+        return None
+    return sum(batch.size_of_gradient() for batch in watched)
+
+
+def size(g: Tensor) -> float:
+    """The Euclidean norm, read by the host; where it can be had as a dot product, that is faster."""
+    if g.is_contiguous() and g.dtype in (torch.float32, torch.float64):
+        flat = g.view(-1)
+        return math.sqrt(torch.dot(flat, flat).item())
+    return torch.linalg.vector_norm(g).item()
 
 
 def age(state: State, p: Tensor) -> float:

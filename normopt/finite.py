@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normopt.batch import LARGEST, Batch, sums_are_finite
+from normopt.batch import LARGEST, Batch, size, sum_of_sizes
 from normopt.checks import check_policy, name_of
 
 #: Treats all devices like accelerators, for tests.
@@ -52,15 +52,7 @@ def check_capture(groups: Iterable[dict[str, Any]]) -> None:
 
 def sum_of_norms(gradients: Iterable[Watched]) -> float:
     """The Euclidean norms of all gradients, added up; read by the host, in one pass. If it is finite, so are they."""
-    return sum(_norm(g) for _, params, each in gradients for g in _cast(params, each))
-
-
-def _norm(g: Tensor) -> float:
-    """The Euclidean norm; where it can be had as a dot product, that is faster."""
-    if g.is_contiguous() and g.dtype in (torch.float32, torch.float64):
-        flat = g.view(-1)
-        return math.sqrt(torch.dot(flat, flat).item())
-    return torch.linalg.vector_norm(g).item()
+    return sum(size(g) for _, params, each in gradients for g in _cast(params, each))
 
 
 def all_finite(gradients: Iterable[Watched]) -> bool:
@@ -152,12 +144,11 @@ class Watch:
             ValueError: see :func:`all_finite`.
         """
         if on_host(gradients):
-            if batches is not None and sums_are_finite(batches):
-                return True
-            size = sum_of_norms(gradients)
-            self.is_small = size <= LARGEST and (batches is not None or self.is_small)
-            self.is_large |= not math.isfinite(size)
-            return math.isfinite(size) or all_finite(gradients)
+            total = None if batches is None else sum_of_sizes(batches)
+            total = sum_of_norms(gradients) if total is None else total
+            self.is_small = total <= LARGEST and (batches is not None or self.is_small)
+            self.is_large |= not math.isfinite(total)
+            return math.isfinite(total) or all_finite(gradients)
         self._verdicts.append(Verdict(gradients))
         return True
 

@@ -161,7 +161,7 @@ class Context:
     direction: Any
     weights: Callable[[], Tensor]
     scale: float | Tensor = 1.0
-    shared: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
     shrink: float | Tensor = 1.0
     is_vector: bool = False
     past: Callable[[], Tensor] | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normopt.batch import Batch, Piece, unpacked
+from normopt.batch import Batch, Piece, readable, unpacked
 from normopt.checks import rule_of
 from normopt.constraints import Constraint
 from normopt.ingredient import Context
@@ -30,6 +30,7 @@ class Move:
     batch: Batch | Piece
     context: Context
     state: dict[str, Tensor]
+    shared: Shared
     before: list[Tensor] = field(default_factory=list)
     averaged: Tensor = field(default_factory=lambda: torch.empty(0))
     direction: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -54,12 +55,12 @@ def begin(
             context.g = constraint.gradient(context.g, context)
         return context
 
-    context = seen(batch.gradient(), batch.weights)
-    context.shared, context.shrink, context.is_vector = _shared(batch, concluded or {}), batch.shrink, batch.is_vector
+    context, shared = seen(batch.gradient(), batch.weights), _shared(batch, concluded or {})
+    context.shared, context.shrink, context.is_vector = readable(batch, shared), batch.shrink, batch.is_vector
     context.dtype, context.first = batch.params[0].dtype, batch.first
     if past is not None:
         context.past = lambda: seen(batch.gradient(past), lambda: batch.state["previous"]).g
-    return Move(batch, context, unpacked(batch), before)
+    return Move(batch, context, unpacked(batch), shared, before)
 
 
 def direct(move: Move) -> Move:
@@ -78,12 +79,12 @@ def asks(batch: Batch | Piece, method: str) -> bool:
 
 def survey(move: Move) -> Seen:
     """What the step size sees of a gradient; it updates its own state."""
-    return move.step_size, move.context.shared, move.step_size.survey(move.state, move.context, move.context.shared)
+    return move.step_size, move.shared, move.step_size.survey(move.state, move.context, move.context.shared)
 
 
 def measure(move: Move) -> Seen:
     """What the step size sees of a direction."""
-    return move.step_size, move.context.shared, move.step_size.measure(move.averaged, move.direction, move.context)
+    return move.step_size, move.shared, move.step_size.measure(move.averaged, move.direction, move.context)
 
 
 def conclude(seen: Iterable[Seen]) -> Concluded:
@@ -108,7 +109,8 @@ def _concluded(kind: list[Seen]) -> Shared:
 
 def told(move: Move, concluded: Concluded) -> Move:
     """The same move, whose step size knows what has been concluded from the directions."""
-    move.context.shared = _shared(move.batch, concluded)
+    move.shared = _shared(move.batch, concluded)
+    move.context.shared = readable(move.batch, move.shared)
     return move
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from torch import Tensor
 from normopt.ingredient import Context, Ingredient, Stage, check_count, check_range
 from normopt.norms.base import Direction, axes, euclidean
 
+#: The state of the whole optimizer: 0-dimensional tensors by name.
 Shared = dict[str, Tensor]
+#: The same as ingredients multiply by it: floats where the host may look, else those tensors.
+Numbers = dict[str, Any]
 Rate = float | Tensor
 
 
@@ -46,11 +49,11 @@ class StepSize(Ingredient):
         """State of the whole optimizer; it is kept in the param groups under these names, as 0-dimensional tensors."""
         return {}
 
-    def rate(self, lr: Rate, step: float, shared: Shared) -> Rate:
+    def rate(self, lr: Rate, step: float, shared: Numbers) -> Rate:
         """The learning rate of this step, as the constraints see it too; ``shared`` is from before ``conclude``."""
         return lr
 
-    def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
+    def survey(self, state: dict[str, Tensor], context: Context, shared: Numbers) -> dict[str, Tensor]:
         """This batch's summands, by name, from its gradient, before momentum and memory see it.
 
         Args:
@@ -71,11 +74,11 @@ class StepSize(Ingredient):
         """
         return shared
 
-    def weigh(self, g: Tensor, context: Context, shared: Shared) -> tuple[Tensor, Tensor]:
+    def weigh(self, g: Tensor, context: Context, shared: Numbers) -> tuple[Tensor, Tensor]:
         """The gradient as momentum and as memory should see it; may set ``context.scale``, which an eps follows."""
         return g, g
 
-    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
         """What multiplies the direction: a number, or one for each matrix, shape ``(..., 1, 1)``."""
         return context.rate
 
@@ -98,7 +101,7 @@ class Constant(StepSize):
     def __post_init__(self) -> None:
         check_range(self, "radius", self.radius, 0, float("inf"))
 
-    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
         return context.rate * self.radius
 
 
@@ -120,7 +123,7 @@ class Dual(StepSize):
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         return sums
 
-    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
         return context.rate * shared["dual_norm"]
 
 
@@ -135,7 +138,7 @@ class Sharp(StepSize):
     times: ClassVar[str] = "dual norm"  # type: ignore[misc]
     reduces: ClassVar[str] = "all"  # type: ignore[misc]
 
-    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
         return torch.sum(x * d, dim=axes(x), keepdim=True) * context.rate
 
 
@@ -159,7 +162,7 @@ class GradientTrust(StepSize):
         check_range(self, "coefficient", self.coefficient, 0, float("inf"))
         check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
 
-    def weigh(self, g: Tensor, context: Context, shared: Shared) -> tuple[Tensor, Tensor]:
+    def weigh(self, g: Tensor, context: Context, shared: Numbers) -> tuple[Tensor, Tensor]:
         size, slope = (euclidean(x, axes(x), keepdim=True) for x in (context.w, context.raw))
         trusted = g * _ratio(size, slope + self.weight_decay * size, self.coefficient)
         return trusted, trusted
@@ -194,17 +197,17 @@ class TrustRatio(StepSize):
         """``survey`` only with a ``max_grad_norm``."""
         return super().overrides(method) and (method != "survey" or self.max_grad_norm != float("inf"))
 
-    def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
+    def survey(self, state: dict[str, Tensor], context: Context, shared: Numbers) -> dict[str, Tensor]:
         return {"square": _square(context.raw)}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         return {"shrink": (self.max_grad_norm / sums["square"].sqrt()).clamp(max=1.0)}
 
-    def weigh(self, g: Tensor, context: Context, shared: Shared) -> tuple[Tensor, Tensor]:
+    def weigh(self, g: Tensor, context: Context, shared: Numbers) -> tuple[Tensor, Tensor]:
         g = g if self.max_grad_norm == float("inf") else g * shared["shrink"]
         return g, g
 
-    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
         if not self.weight_decay and not self.always_adapt:
             return context.rate
         size, length = (euclidean(y, axes(y), keepdim=True) for y in (context.w, d))
@@ -236,7 +239,7 @@ class InverseTime(StepSize):
     def __post_init__(self) -> None:
         check_range(self, "decay", self.decay, 0, float("inf"))
 
-    def rate(self, lr: Rate, step: float, shared: Shared) -> Rate:
+    def rate(self, lr: Rate, step: float, shared: Numbers) -> Rate:
         return lr / (1 + (step - 1) * self.decay)
 
 
@@ -267,7 +270,7 @@ class Storm(StepSize):
     def init_shared(self) -> dict[str, float]:
         return {"gradient_squares": 0.0, "average_squares": 0.0}
 
-    def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
+    def survey(self, state: dict[str, Tensor], context: Context, shared: Numbers) -> dict[str, Tensor]:
         return {"gradients": _square(context.g)}
 
     def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
@@ -284,7 +287,7 @@ class Storm(StepSize):
     def _a(self, squares: Tensor) -> Tensor:
         return (1 + squares / self.a0) ** (-2 / 3)
 
-    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
         return context.rate * shared["factor"]
 
 
@@ -306,7 +309,7 @@ class Relative(StepSize):
     def __post_init__(self) -> None:
         check_range(self, "eps", self.eps, 0, float("inf"))
 
-    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
         entries = math.prod(context.w.shape[-2:])
         size = euclidean(context.w, axes(context.w), keepdim=True) / math.sqrt(max(entries, 1))
         limit, rate = context.step**-0.5, context.rate
@@ -340,7 +343,7 @@ class LearningRateFree(StepSize):
         probe = torch.ones(2, 2)
         direction.steepness(probe, direction.init_state(probe))
 
-    def rate(self, lr: Rate, step: float, shared: Shared) -> Rate:
+    def rate(self, lr: Rate, step: float, shared: Numbers) -> Rate:
         return shared["d"] * lr * self._correction(step)
 
     def _correction(self, step: float) -> float:
@@ -408,13 +411,13 @@ class Prodigy(LearningRateFree):
     def init_shared(self) -> dict[str, float]:
         return {"d": self.d0, "d_max": self.d0, "d_numerator": 0.0}
 
-    def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
+    def survey(self, state: dict[str, Tensor], context: Context, shared: Numbers) -> dict[str, Tensor]:
         g, w, d = self._sliced(context.g), self._sliced(context.w), shared["d"]
         # d / d0 in place of d keeps both sums away from underflow and cancels in their ratio.
         total = state["gradient_sum"].mul_(self.beta3)
-        total.addcmul_(g, _like((d if self.safeguard_warmup else context.rate) * (d / self.d0), g))
+        add_scaled_(total, g, (d if self.safeguard_warmup else context.rate) * (d / self.d0))
         moved = (state["initial"] - w).flatten()
-        progress = torch.dot(g.flatten(), moved.to(g.dtype)) * (context.rate * (d / self.d0))
+        progress = torch.dot(g.flatten(), moved.to(g.dtype)).to(double(g.device)) * (context.rate * (d / self.d0))
         return {"numerator": progress, "denominator": context.direction.steepness(total, state).sum() * self.radius}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
@@ -424,21 +427,24 @@ class Prodigy(LearningRateFree):
         d = torch.minimum(largest, shared["d"] * self.growth_rate)
         return {"d": d, "d_max": largest, "d_numerator": numerator, "previous": shared["d"]}
 
-    def weigh(self, g: Tensor, context: Context, shared: Shared) -> tuple[Tensor, Tensor]:
+    def weigh(self, g: Tensor, context: Context, shared: Numbers) -> tuple[Tensor, Tensor]:
         context.scale = shared["d"]
         weighted = g * shared["previous"]
         return weighted, weighted
 
-    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
         return context.rate * self.radius
 
     def _sliced(self, x: Tensor) -> Tensor:
         return x if self.slice_p == 1 else x.flatten(-2)[..., :: self.slice_p]
 
 
-def _like(number: Tensor, x: Tensor) -> Tensor:
-    """A number of the whole optimizer in the dtype of ``x``, for operations that do not mix dtypes."""
-    return number.to(x.dtype)
+def add_scaled_(total: Tensor, x: Tensor, factor: Rate) -> None:
+    """``total += factor x``; factors in tensors take the dtype of ``x``."""
+    if isinstance(factor, Tensor):
+        total.addcmul_(x, factor.to(x.dtype))
+    else:
+        total.add_(x, alpha=factor)
 
 
 @dataclass(frozen=True)
@@ -482,7 +488,7 @@ class DAdaptation(LearningRateFree):
     def init_shared(self) -> dict[str, float]:
         return {"d": self.d0, "d_numerator": 0.0}
 
-    def survey(self, state: dict[str, Tensor], context: Context, shared: Shared) -> dict[str, Tensor]:
+    def survey(self, state: dict[str, Tensor], context: Context, shared: Numbers) -> dict[str, Tensor]:
         total, keep, direction = state["gradient_sum"], self.beta**0.5, context.direction
         weighted = context.g * context.rate
         if direction.degree:
@@ -500,11 +506,12 @@ class DAdaptation(LearningRateFree):
         d = torch.where(sums["denominator"] > 0, torch.maximum(shared["d"], grown), shared["d"])
         return {"d": d, "d_numerator": numerator}
 
-    def weigh(self, g: Tensor, context: Context, shared: Shared) -> tuple[Tensor, Tensor]:
+    def weigh(self, g: Tensor, context: Context, shared: Numbers) -> tuple[Tensor, Tensor]:
         return g * context.rate, g
 
-    def length(self, x: Tensor, d: Tensor, context: Context, shared: Shared) -> Rate:
+    def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
         if not context.direction.degree:
             return context.rate * self.radius
         # The average has the rate in it; at rate 0 nothing moves all the same.
-        return torch.sign(torch.as_tensor(context.rate)) * self.radius
+        rate = context.rate
+        return (torch.sign(rate) if isinstance(rate, Tensor) else float(rate > 0)) * self.radius
