@@ -146,6 +146,7 @@ class Batch:
         p = self.params[0]
         in_pieces = (
             self.flat
+            and not self._in_tensors  # compilers make no temporary tensors of this size
             and self.ok is None
             and len(self.params) == 1
             and p.numel() > FLAT_ENTRIES

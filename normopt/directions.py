@@ -147,8 +147,9 @@ class Smoothed(Direction):
         kept = _all(state, "root")
         roots = kept or self._roots(state, context)
         d = self.norm.divide(x, roots, out=None if kept else roots[0])
-        # (s / c^2)^(-1/2) = c s^(-1/2): the bias correction costs nothing.
-        return d if self.norm.matrix_memory else d.mul_(self._correction(context.step))
+        # (s / c^2)^(-1/2) = c s^(-1/2): of matrices, the bias correction costs nothing.
+        correction = 1.0 if self.norm.matrix_memory else self._correction(context.step)
+        return d if isinstance(correction, float) and correction == 1.0 else d.mul_(correction)
 
     def _refresh(self, state: dict[str, Tensor], context: Context) -> None:
         """Compute the roots that are kept: all when they are due, before that those that are still 0."""
