@@ -99,6 +99,7 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     )
     add("--families", type=_among(FAMILIES), default=FAMILIES, help=f"of {', '.join(FAMILIES)}; default: all")
     add("--rounds", type=_positive_int, default=20, help="steps of each optimizer that are timed; default: 20")
+    add("--compile", action="store_true", help="time normopt's compiled too, which takes minutes to compile")
     add("--threads", type=_positive_int, default=2, help="default: 2")
     add("--out", type=Path, help="folder for the results; default: runs/step")
     add("--smoke", action="store_true", help="a tiny set and three rounds: does everything work?")

@@ -139,7 +139,18 @@ FAMILIES: dict[str, dict[str, Maker]] = {
 }
 
 
-def installed(families: list[str]) -> Iterator[tuple[str, str, Maker]]:
+#: By family, what is timed besides on demand: it takes minutes to compile.
+COMPILED: dict[str, Maker] = {
+    "adamw": ours("adamw", compile=True),
+    "muon": ours("muon", compile=True),
+    "prodigy": ours("prodigy", compile=True),
+    "lion": ours("lion", compile=True),
+    "adamp": ours("adamp", compile=True),
+    "adafactor": ours("adafactor", compile=True),
+}
+
+
+def installed(families: list[str], compiled: bool = False) -> Iterator[tuple[str, str, Maker]]:
     """Family, name and maker of those contenders whose library is there."""
     probe = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     for family in families:
@@ -149,3 +160,5 @@ def installed(families: list[str]) -> Iterator[tuple[str, str, Maker]]:
             except ImportError:
                 continue
             yield family, name, maker
+        if compiled and family in COMPILED:
+            yield family, f"{next(iter(FAMILIES[family]))}, compiled", COMPILED[family]

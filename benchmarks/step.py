@@ -6,6 +6,7 @@ import os
 import random
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def benchmark_step(parsed: argparse.Namespace) -> int:
     rows: list[Row] = []
     for name in sets:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows += pool.apply(measure_set, (name, parsed.families, rounds, parsed.threads, parsed.out))
+            contenders = parsed.families, parsed.compile
+            rows += pool.apply(measure_set, (name, *contenders, rounds, parsed.threads, parsed.out))
     write_step(rows, parsed.out)
     return 0
 
@@ -62,10 +64,10 @@ class Entry:
         return time.perf_counter() - start
 
     def flops(self, gradients: list[Tensor]) -> int:
-        """Operations of the matrix products of one step."""
-        with FlopCounterMode(display=False) as counter:
+        """Operations of the matrix products of one step; 0 if it is compiled, for what is compiled is not counted."""
+        with FlopCounterMode(display=False) if not self.name.endswith("compiled") else nullcontext() as counter:
             self.step(gradients)
-        return int(counter.get_total_flops())
+        return int(counter.get_total_flops()) if counter else 0
 
 
 def make_parameters(sizes: tuple[int, ...]) -> nn.Module:
@@ -74,19 +76,30 @@ def make_parameters(sizes: tuple[int, ...]) -> nn.Module:
     return GPT(vocabulary, width, layers, heads, d_ff=inner)
 
 
-def measure_set(name: str, families: list[str], rounds: int, threads: int, out: Path) -> list[Row]:
+def settle_allocator() -> None:
+    """Free a large tensor, as every backward pass does: from then on glibc keeps what is freed for the next tensors.
+
+    Before, each temporary tensor of more than 128 kB is asked from the system and its pages are cleared one by one.
+    """
+    torch.ones(7 << 20)
+
+
+def measure_set(name: str, families: list[str], compiled: bool, rounds: int, threads: int, out: Path) -> list[Row]:
     """Body of the process: one row for each contender, a round of all of them in random order at a time."""
     torch.set_num_threads(threads)
-    entries = [Entry(*contender, SETS[name]) for contender in installed(families)]
+    settle_allocator()
+    entries = [Entry(*contender, SETS[name]) for contender in installed(families, compiled)]
     gradients = [[1e-2 * torch.randn_like(p) for p in entries[0].model.parameters()] for _ in range(GRADIENTS)]
+    for i in range(WARMUPS):
+        for entry in entries:
+            entry.step(gradients[i])
     flops = {entry.name: entry.flops(gradients[0]) for entry in entries}
     order, shuffle = list(entries), random.Random(0)
-    for i in range(WARMUPS + rounds):
+    for i in range(rounds):
         shuffle.shuffle(order)
-        print(f"{name}: round {i + 1 - WARMUPS} of {rounds}", flush=True)
+        print(f"{name}: round {i + 1} of {rounds}", flush=True)
         for entry in order:
-            took = entry.step(gradients[i % GRADIENTS])
-            entry.seconds += [took] if i >= WARMUPS else []
+            entry.seconds.append(entry.step(gradients[i % GRADIENTS]))
     rate = product_rate(SETS[name][1])
     rows = [row_of(name, entry, flops[entry.name], rate, threads) for entry in entries]
     for row in rows:

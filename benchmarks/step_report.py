@@ -13,8 +13,9 @@ OURS = "normopt"
 NOTES = (
     "`optimizer.step()` alone, new gradients before every step, all contenders in turn in one process, in random "
     "order. Ratios are of means, which refreshes of bases and roots count in, to the fastest peer of the family on the "
-    "same set. GEMM limit: the time that the step's matrix products take at the best rate of a product (in bfloat16 "
-    "for Muon, else float32) measured in the same process, over the mean."
+    "same set. GFLOPs: matrix products of an ordinary step, without refreshes. GEMM limit: the time that they take at "
+    "the best rate of a product (in bfloat16 for Muon, else float32) measured in the same process, over the mean. Like "
+    "a backward pass, the process has freed large tensors before."
 )
 
 

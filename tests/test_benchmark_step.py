@@ -33,6 +33,14 @@ def test_every_contender_moves_every_parameter(name: str) -> None:
     assert all(not torch.equal(p, q) for p, q in zip(entry.model.parameters(), before, strict=True))
 
 
+def test_what_is_compiled_is_ours_and_timed_on_demand() -> None:
+    compiled = [family for family, name, _ in contenders.installed(list(contenders.FAMILIES), compiled=True)]
+    assert len(compiled) == len(INSTALLED) + len(contenders.COMPILED)
+    for family, maker in contenders.COMPILED.items():
+        optimizer: Any = maker(make_parameters(SETS["smoke"]))
+        assert optimizer.compiles and type(optimizer).__name__.lower() == family
+
+
 def test_families_have_ours_and_a_peer() -> None:
     for family, makers in contenders.FAMILIES.items():
         found = [name for name in makers if name in INSTALLED]
@@ -66,10 +74,11 @@ def test_ratios_are_to_the_fastest_peer_of_the_family_on_the_set() -> None:
 
 @pytest.mark.slow
 def test_the_command_writes_a_table_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["step", "--smoke", "--threads", "1", "--families", "adamw,lion", "--out", str(tmp_path)]) == 0
+    arguments = ["--threads", "1", "--families", "adamw,lion", "--compile", "--out", str(tmp_path)]
+    assert main(["step", "--smoke", *arguments]) == 0
     rows = read_rows(tmp_path / "step.jsonl").values()
     assert {row["family"] for row in rows} == {"adamw", "lion"} and all(len(row["seconds"]) == 3 for row in rows)
     assert "torch AdamW, fused" in capsys.readouterr().out
-    assert "normopt Lion" in (tmp_path / "step.md").read_text() and (tmp_path / "step.png").stat().st_size > 10_000
+    assert "normopt Lion, compiled" in (tmp_path / "step.md").read_text() and (tmp_path / "step.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
         main(["step", "--families", "adamq"])
