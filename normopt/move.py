@@ -127,10 +127,11 @@ def apply(move: Move) -> None:
     if batch.dtype != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
         _keep(batch, bounds, context, batch.weights() * shrink + d * size)
         return
-    if isinstance(shrink, Tensor):  # 1 - 1e-8 is 1 in float32, but w - 1e-8 w need not be w
+    # 1 - 1e-8 is 1 in float32, but w - 1e-8 w need not be w.
+    if isinstance(shrink, Tensor):
         torch._foreach_add_(params, torch._foreach_mul(params, shrink - 1))
     elif shrink != 1.0:
-        torch._foreach_mul_(params, shrink)
+        torch._foreach_add_(params, params, alpha=shrink - 1)
     if isinstance(size, Tensor) and not size.ndim:
         torch._foreach_addcmul_(params, batch.scatter(d), [size.to(batch.dtype)] * len(params))
     elif isinstance(size, Tensor):
