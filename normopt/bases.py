@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from normopt.host import host_may_look
 from normopt.ingredient import Context, Ingredient, check_count, check_range
-from normopt.norms.base import host_may_look
 from normopt.norms.schatten import eigh
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from normopt import fused
-from normopt.norms.base import host_may_look
+from normopt.host import host_may_look
 from normopt.rounding import stochastically
 from normopt.rule import Rule
 from normopt.stepsize import Numbers, Shared, double

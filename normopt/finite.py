@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normopt import host
 from normopt.batch import LARGEST, Batch, size, sum_of_sizes
 from normopt.checks import check_policy, name_of
-
-#: Treats all devices like accelerators, for tests.
-DEFERRED = False
 
 #: Devices whose results are read without waiting for whatever else has been queued.
 _WITH_EVENTS = {"cuda", "xpu"}
@@ -34,7 +32,7 @@ def watched(groups: Iterable[dict[str, Any]]) -> Iterator[Watched]:
 
 def on_host(gradients: Iterable[Watched]) -> bool:
     """Whether all gradients live where reading a number costs nothing."""
-    return not DEFERRED and all(
+    return not host.DEFERRED and all(
         g.device.type == "cpu" and not group["capturable"] for group, _, each in gradients for g in each
     )
 

@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from normopt.host import are_exact, host_may_look
+
 Row = tuple[float, float, float]
 
 #: The largest error that eigenvalues of a Gram matrix may cause in an exact polar factor in float64.
@@ -16,18 +18,17 @@ ACCURACY = 1000 * torch.finfo(torch.float64).eps
 def normalized(g: Tensor, margin: float = 1.0) -> Tensor:
     """``g`` over ``margin`` times its Frobenius norm, a new tensor in float32 or better; 0 stays 0.
 
-    Dividing by the largest entry first keeps the squares of 1e-30 and of 1e30 inside the range of float32.
+    Dividing by the largest entry first keeps the squares of 1e-30 and of 1e30 inside the range of float32; it is left
+    out where the host sees that there is no need.
     """
-    g = in_range(g)
-    size = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
-    return g.div_(size.mul_(margin).clamp_(min=torch.finfo(g.dtype).tiny))
-
-
-def in_range(g: Tensor) -> Tensor:
-    """``g`` over its largest entry, a new tensor in float32 or better; 0 stays 0."""
     g = g.to(torch.promote_types(g.dtype, torch.float32))
+    size = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) if host_may_look(g) else None
+    if size is not None and are_exact(size):
+        return g / size.mul_(margin)
+    tiny = torch.finfo(g.dtype).tiny
     largest = torch.maximum(g.amax(dim=(-2, -1), keepdim=True), -g.amin(dim=(-2, -1), keepdim=True))
-    return g / largest.clamp_(min=torch.finfo(g.dtype).tiny)
+    g = g / largest.clamp_(min=tiny)
+    return g.div_(torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True).mul_(margin).clamp_(min=tiny))
 
 
 def direct(x: Tensor, rows: list[Row], tight: float | None = None) -> Tensor:

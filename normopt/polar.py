@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient import Ingredient, check_choice, nearest
-from normopt.iterations import Row, direct, exact, in_range, normalized, through_gram
+from normopt.iterations import Row, direct, exact, normalized, through_gram
 
 NORMALIZERS = ("frobenius", "schatten8")
 
@@ -112,7 +112,7 @@ METHODS = (*SCHEDULES, "gram", "exact", "auto")
 
 #: Where ``"auto"`` changes its mind: multiplications in a product of all matrices from which on bfloat16 pays on a CPU,
 #: and aspect ratios from which on the Gram form does, in bfloat16 for shorter sides up to and above ``LARGE``.
-BFLOAT16_FROM = 10_000_000
+BFLOAT16_FROM = 5_000_000
 GRAM_FROM, GRAM_FROM_SMALL, LARGE = 2, 4, 256
 
 
@@ -128,7 +128,7 @@ def choose(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
 
     * A single row or column: exactly, by dividing by its length.
     * Products in bfloat16 where the hardware multiplies in bfloat16: on GPUs that have it, and on CPUs with AMX or
-      AVX512_BF16 if a product ``X X^T`` of all matrices is at least 1e7 multiplications (below, the calls take longer);
+      AVX512_BF16 if a product ``X X^T`` of all matrices is at least 5e6 multiplications (below, the calls take longer);
       otherwise in float32. float64 stays float64; float16 is never chosen.
     * The Gram form, ``4 m^2 n + 26 m^3`` FLOPs, or ``8 m^2 n + 20 m^3`` in bfloat16, which needs a restart, in place of
       ``16 m^2 n + 8 m^3``: where n >= 2 m, or n >= 4 m in bfloat16 if m <= 256.
@@ -221,12 +221,8 @@ def _plan(g: Tensor, method: str | Schedule) -> Choice:
 def _iterate(g: Tensor, schedule: Schedule, rows: list[Row], form: str, dtype: torch.dtype) -> Tensor:
     """The schedule's steps."""
     tight = schedule.margin if schedule.normalizer == "schatten8" else None
-    if tight is None:
-        x = normalized(g, schedule.margin)
-    elif dtype == torch.float16:  # whose range holds the entries of A^2 if the Frobenius norm is m^(1/4)
-        x = normalized(g, min(g.shape[-2:]) ** -0.25)
-    else:
-        x = in_range(g)
-    x = x.to(dtype).reshape(-1, *g.shape[-2:])
+    # A second norm follows where "tight"; the first one then keeps the entries of A^2 inside the range of float16.
+    margin = schedule.margin if tight is None else min(g.shape[-2:]) ** -0.25
+    x = normalized(g, margin).to(dtype).reshape(-1, *g.shape[-2:])
     x = (through_gram if form == "gram" else direct)(x, rows, tight)
     return x.reshape(g.shape).to(g.dtype)

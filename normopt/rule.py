@@ -82,7 +82,7 @@ class Rule(Ingredient):
 
     def acting(self, method: str) -> tuple[Constraint, ...]:
         """The constraints that do anything in ``gradient``, ``update`` or ``weight``."""
-        return self._acting[method]  # type: ignore[attr-defined,no-any-return]
+        return self._acting[method]  # type: ignore[attr-defined]
 
     @property
     def elementwise(self) -> bool:

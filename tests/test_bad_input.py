@@ -16,7 +16,7 @@ from test_optimizer import EVERY, SHAPES, Net, assert_equal, give_gradients, run
 from torch import Tensor, nn
 
 import normopt
-from normopt import SteepestDescent, finite
+from normopt import SteepestDescent, host
 from normopt.checks import check_gradients, rule_of
 
 Make = Callable[..., SteepestDescent]
@@ -27,10 +27,10 @@ NAN, INF = math.nan, math.inf
 
 
 @pytest.fixture(autouse=True)
-def host(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def waiting(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """With ``deferred``, CPUs are treated as if reading a number from them were expensive."""
     parameters = getattr(request.node, "callspec", None)
-    monkeypatch.setattr(finite, "DEFERRED", bool(parameters and parameters.params.get("deferred")))
+    monkeypatch.setattr(host, "DEFERRED", bool(parameters and parameters.params.get("deferred")))
 
 
 def named(params: list[Tensor], first: str = "abcd") -> list[tuple[str, Tensor]]:
@@ -230,7 +230,7 @@ def test_the_loss_is_returned_and_hooks_run_when_a_step_is_skipped(deferred: boo
 
 
 def test_loading_is_a_remedy_for_a_step_that_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finite, "DEFERRED", True)
+    monkeypatch.setattr(host, "DEFERRED", True)
     params = tensors()
     optimizer = normopt.create("adamw", params)
     run(optimizer, params, 1)

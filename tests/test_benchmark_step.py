@@ -79,6 +79,9 @@ def test_the_command_writes_a_table_and_a_plot(tmp_path: Path, capsys: pytest.Ca
     rows = read_rows(tmp_path / "step.jsonl").values()
     assert {row["family"] for row in rows} == {"adamw", "lion"} and all(len(row["seconds"]) == 3 for row in rows)
     assert "torch AdamW, fused" in capsys.readouterr().out
-    assert "normopt Lion, compiled" in (tmp_path / "step.md").read_text() and (tmp_path / "step.png").stat().st_size > 10_000
+    assert (
+        "normopt Lion, compiled" in (tmp_path / "step.md").read_text()
+        and (tmp_path / "step.png").stat().st_size > 10_000
+    )
     with pytest.raises(SystemExit):
         main(["step", "--families", "adamq"])

@@ -17,7 +17,7 @@ from test_optimizer import BARE, JOINT, ZOO, assert_equal, snapshot
 from torch import Tensor, nn
 
 import normopt
-from normopt import SteepestDescent, finite
+from normopt import SteepestDescent, host
 
 WHOLE = {**ZOO, "stormplus": partial(normopt.create, "stormplus")}
 MATRICES = {name: partial(SteepestDescent, **options) for name, options in {**BARE, **JOINT}.items()}
@@ -116,7 +116,7 @@ class Lives(RuleBasedStateMachine):
         self.lives = [Life(name, []), Life(name, [])]
 
     def teardown(self) -> None:
-        finite.DEFERRED = False
+        host.DEFERRED = False
 
     def refused(self, act: Callable[[Life], Any]) -> None:
         for life in self.lives:
@@ -168,7 +168,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(seed=SEEDS, value=st.sampled_from([float("nan"), float("inf")]), culprit=SEEDS)
     def bad_value_on_a_device(self, seed: int, value: float, culprit: int) -> None:
-        finite.DEFERRED = True
+        host.DEFERRED = True
         weights = [p.detach().clone() for p in self.lives[0].params]
         steps = [float(s.get("step", 0)) for s in map(self.lives[0].optimizer.state.get, weights) if s]
         for life in self.lives:
@@ -181,7 +181,7 @@ class Lives(RuleBasedStateMachine):
                 assert "that step was left out" in str(error)
                 assert_equal(life.optimizer.state_dict()["state"], state)
         assert all(step >= 0 for step in steps)
-        finite.DEFERRED = False
+        host.DEFERRED = False
 
     @rule(seed=SEEDS, kind=st.sampled_from(["shape", "sparse", "complex", "integers"]), culprit=SEEDS)
     def bad_gradient(self, seed: int, kind: str, culprit: int) -> None:

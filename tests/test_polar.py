@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normopt import iterations
+from normopt import host, iterations
 from normopt.ingredient import parse
 from normopt.iterations import exact, normalized, segments
 from normopt.polar import (
@@ -369,7 +369,8 @@ class Watching(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "exact"])
-def test_iterations_never_wait_for_the_device(method: str) -> None:
+def test_iterations_never_wait_for_the_device(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "DEFERRED", True)
     with Watching():
         for dtype in (torch.float32, torch.bfloat16):
             polar(torch.randn(3, 20, 50), method, dtype=dtype)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from normopt.host import are_exact, host_may_look
 from normopt.ingredient import Context, Stage, check_choice
 
 #: The columns of the periodic table.
@@ -235,7 +236,7 @@ def euclidean(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> T
     if x.ndim == 0 or x.numel() == 0:
         return torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim)
     sizes = _norms(x, dim) if host_may_look(x) else None
-    if sizes is None or not _are_exact(sizes):
+    if sizes is None or not are_exact(sizes):
         largest = torch.maximum(x.amax(dim=dim, keepdim=True), -x.amin(dim=dim, keepdim=True))
         sizes = _norms(x / _nonzero(largest), dim).mul_(largest)
     return sizes if keepdim else sizes.squeeze(dim)
@@ -245,19 +246,6 @@ def _norms(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     if dim in (-2, (-2,)):  # torch's norm of columns takes ten times as long on a CPU
         return x.square().sum(dim=dim, keepdim=True).sqrt_()
     return torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-
-
-def _are_exact(sizes: Tensor) -> bool:
-    """Whether these norms are so far from the ends of their dtype's range that no square can have left it."""
-    smallest, largest = (size.item() for size in torch.aminmax(sizes))
-    limits = torch.finfo(sizes.dtype)
-    return bool(smallest > limits.tiny**0.25 and largest < limits.max**0.25)
-
-
-def host_may_look(x: Tensor) -> bool:
-    """Whether the host can read numbers of ``x`` without waiting for a device, and nothing is traced."""
-    traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    return type(x) is Tensor and x.device.type == "cpu" and not traced
 
 
 def normalize(g: Tensor, dim: int | tuple[int, ...]) -> Tensor:
