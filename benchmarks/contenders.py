@@ -141,7 +141,6 @@ FAMILIES: dict[str, dict[str, Maker]] = {
 
 #: By family, what is timed besides on demand: it takes minutes to compile.
 COMPILED: dict[str, Maker] = {
-    "adamw": ours("adamw", compile=True),
     "muon": ours("muon", compile=True),
     "prodigy": ours("prodigy", compile=True),
     "lion": ours("lion", compile=True),

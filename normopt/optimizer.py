@@ -314,7 +314,8 @@ class SteepestDescent(Optimizer):
                 going.append((batch, past.get(batch)))
         shared = [x for group in self.param_groups for x in shared_by(group).values()] if ok is not None else []
         before = [x.clone() for x in shared]
-        traced = self.compiles and not any(batch.rule.decides_on_host for batch, _ in going)
+        # Where all have kernels nothing is left to compile, and the compiler would skip the function ever after.
+        traced = self.compiles and going and not any(batch.rule.decides_on_host for batch, _ in going)
         self._share((self._compiled if traced else self._advance)(going))
         for number, old in zip(shared, before, strict=True):
             number.copy_(choose(ok, number, old))  # type: ignore[arg-type]

@@ -221,6 +221,13 @@ def test_the_step_is_one_graph_for_all_rates_and_counts(name: str, capturable: b
     assert counts == [1, 1, 1, 1]
 
 
+def test_a_kernel_leaves_nothing_to_compile_and_the_next_optimizer_still_is(graphs: Callable[[], int]) -> None:
+    compiled_and_plain("adamw", 2)
+    assert graphs() == 0
+    compiled_and_plain("lion", 2)
+    assert graphs() == 1
+
+
 def test_what_decides_by_numbers_is_not_compiled(graphs: Callable[[], int]) -> None:
     compiled_and_plain("soap", 3)
     assert graphs() == 0
