@@ -7,6 +7,7 @@ import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.plots import COLORS, STYLE, save
 from benchmarks.records import Row
@@ -78,6 +79,9 @@ def _scatter(axes: Axes, rows: list[Row]) -> None:
         axes.scatter(row["ratio"], deviation, color=color, marker=marker, label=f"{row['method']}, {row['dtype']}")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def plot_growth(rows: list[Row], out: Path) -> None:
