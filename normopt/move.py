@@ -16,6 +16,9 @@ from normopt.constraints import Constraint
 from normopt.ingredient import Context
 from normopt.stepsize import Shared, StepSize
 
+#: Factors nearer to 1 are not multiplied by: 1 - 1e-8 is 1 in float32, but w - 1e-8 w need not be w.
+NEAR_ONE = 1e-5
+
 #: What step sizes have concluded from all gradients or directions, by their name.
 Concluded = dict[str, Shared]
 
@@ -127,11 +130,12 @@ def apply(move: Move) -> None:
     if batch.dtype != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
         _keep(batch, bounds, context, batch.weights() * shrink + d * size)
         return
-    # 1 - 1e-8 is 1 in float32, but w - 1e-8 w need not be w.
     if isinstance(shrink, Tensor):
         torch._foreach_add_(params, torch._foreach_mul(params, shrink - 1))
-    elif shrink != 1.0:
+    elif shrink != 1.0 and abs(shrink - 1) < NEAR_ONE:
         torch._foreach_add_(params, params, alpha=shrink - 1)
+    elif shrink != 1.0:
+        torch._foreach_mul_(params, shrink)
     if isinstance(size, Tensor) and not size.ndim:
         torch._foreach_addcmul_(params, batch.scatter(d), [size.to(batch.dtype)] * len(params))
     elif isinstance(size, Tensor):

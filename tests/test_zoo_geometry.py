@@ -586,14 +586,19 @@ def test_aro_rotates_nothing_that_the_momentum_has_not_got(base: str, m: int, n:
     """Rows of R^T M beyond the rank are rounding errors, and f would make them as large as all others.
 
     ``R f(R^T M)`` is in the range of M if f is 0 there, whatever it does to the other rows. M is the wide one of the
-    momentum and its transpose: for a tall matrix that is the space of its rows.
+    momentum and its transpose: for a tall matrix that is the space of its rows. It ends where ``M f(R^T M)^T`` has not
+    got the rank of M, from two rows with the same signs: its factor Q then has columns that come from rounding errors.
     """
     g = from_spectrum(m, n, spectrum(rank))
     u, _, vh = torch.linalg.svd(g)
     u, v = u[:, :rank], vh[:rank].mT
     direction = Aligned(zoo.stateless.BASES[base])
     state = direction.init_state(g)
-    for _ in range(4):
+    wide = (g if m <= n else g.mT) / g.norm()
+    for i in range(4):
+        cross = wide @ direction._inner(wide, state["rotation"], None).mT  # type: ignore[arg-type]
+        if base == "max" and i and torch.linalg.matrix_rank(cross) < rank:
+            break
         update = direction(g, state, None)  # type: ignore[arg-type]
         assert_close(u @ u.mT @ update if m <= n else update @ v @ v.mT, update, 1e-7)
         if base == "row":  # a multiple of each row: R D R^T M, whose rows are those of M
