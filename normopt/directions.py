@@ -230,7 +230,6 @@ class Factored(Direction):
 
     reduces: ClassVar[str] = "all"  # type: ignore[misc]
     needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    squares: ClassVar[bool] = True  # type: ignore[misc]
     decay: float = -0.8
     eps: float | None = None
 
@@ -249,6 +248,7 @@ class Factored(Direction):
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         square = context.g.square()
+        square.clamp_(max=torch.finfo(square.dtype).max / (2 * max(1, *square.shape[-2:])))  # so that sums are finite
         newest = context.step**self.decay
         newest = newest.to(square.dtype) if isinstance(newest, Tensor) else newest
         state["row"].lerp_(square.mean(dim=-1, keepdim=True), newest)

@@ -15,6 +15,15 @@ def host_may_look(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and not traced and not DEFERRED
 
 
+def power_of_two(x: Tensor) -> Tensor:
+    """The largest power of two that is no larger than each entry of ``x``, positive float32 or float64, and no denormal.
+
+    Dividing by it rounds nothing, so that what follows is the same to the bit as without, where that stays in range.
+    """
+    kind, exponent = (torch.int64, 0x7FF0 << 48) if x.dtype == torch.float64 else (torch.int32, 0x7F80 << 16)
+    return x.view(kind).bitwise_and(exponent).view(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
+
+
 def are_exact(norms: Tensor) -> bool:
     """Whether Euclidean norms are so far from the ends of their dtype's range that no square can have left it."""
     smallest, largest = (size.item() for size in torch.aminmax(norms))

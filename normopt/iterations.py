@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from normopt.host import are_exact, host_may_look
+from normopt.host import are_exact, host_may_look, power_of_two
 
 Row = tuple[float, float, float]
 
@@ -18,8 +18,8 @@ ACCURACY = 1000 * torch.finfo(torch.float64).eps
 def normalized(g: Tensor, margin: float = 1.0) -> Tensor:
     """``g`` over ``margin`` times its Frobenius norm, a new tensor in float32 or better; 0 stays 0.
 
-    Dividing by the largest entry first keeps the squares of 1e-30 and of 1e30 inside the range of float32; it is left
-    out where the host sees that there is no need.
+    Dividing by a power of two near the largest entry first keeps the squares of 1e-30 and of 1e30 inside the range of
+    float32; it is left out, to the same result, where the host sees that there is no need.
     """
     g = g.to(torch.promote_types(g.dtype, torch.float32))
     size = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) if host_may_look(g) else None
@@ -27,7 +27,7 @@ def normalized(g: Tensor, margin: float = 1.0) -> Tensor:
         return g / size.mul_(margin)
     tiny = torch.finfo(g.dtype).tiny
     largest = torch.maximum(g.amax(dim=(-2, -1), keepdim=True), -g.amin(dim=(-2, -1), keepdim=True))
-    g = g / largest.clamp_(min=tiny)
+    g = g / power_of_two(largest)
     return g.div_(torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True).mul_(margin).clamp_(min=tiny))
 
 

@@ -10,7 +10,7 @@ from test_optimizer import EVERY, run, tensors
 from torch import Tensor
 
 from normopt import SteepestDescent, host
-from normopt.host import are_exact, host_may_look
+from normopt.host import are_exact, host_may_look, power_of_two
 from normopt.norms.base import euclidean
 
 
@@ -43,6 +43,12 @@ def test_the_host_looks_at_nothing_that_is_traced_or_elsewhere() -> None:
     looked: list[bool] = []
     torch.func.vmap(lambda y: looked.append(host_may_look(y)) or y)(torch.ones(2, 2))
     assert looked == [False]
+
+
+def test_powers_of_two() -> None:
+    for dtype, tiny in (torch.float32, 2.0**-126), (torch.float64, 2.0**-1022):
+        x = torch.tensor([0.0, tiny / 8, 0.75, 1.0, 1.99, 2.0**90 * 1.5], dtype=dtype)
+        assert power_of_two(x).tolist() == [tiny, tiny, 0.5, 1.0, 1.0, 2.0**90]
 
 
 def test_norms_near_the_ends_of_the_range_are_not_trusted() -> None:

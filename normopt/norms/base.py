@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normopt.host import are_exact, host_may_look
+from normopt.host import are_exact, host_may_look, power_of_two
 from normopt.ingredient import Context, Stage, check_choice
 
 #: The columns of the periodic table.
@@ -230,15 +230,16 @@ def axes(x: Tensor) -> tuple[int, ...]:
 def euclidean(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
     """Euclidean norms along ``dim`` that neither overflow nor underflow.
 
-    Entries are divided by the largest first, unless the host, where looking costs nothing, sees that all is well.
+    Entries are divided by a power of two near the largest first, unless the host, where looking costs nothing, sees
+    that all is well; the result is the same.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if x.ndim == 0 or x.numel() == 0:
         return torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim)
     sizes = _norms(x, dim) if host_may_look(x) else None
     if sizes is None or not are_exact(sizes):
-        largest = torch.maximum(x.amax(dim=dim, keepdim=True), -x.amin(dim=dim, keepdim=True))
-        sizes = _norms(x / _nonzero(largest), dim).mul_(largest)
+        scale = power_of_two(torch.maximum(x.amax(dim=dim, keepdim=True), -x.amin(dim=dim, keepdim=True)))
+        sizes = _norms(x / scale, dim).mul_(scale)
     return sizes if keepdim else sizes.squeeze(dim)
 
 
