@@ -16,7 +16,7 @@ def host_may_look(x: Tensor) -> bool:
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The largest power of two that is no larger than each entry of ``x``, positive float32 or float64, and no denormal.
+    """The largest power of two up to each entry of ``x``, positive float32 or float64, and no denormal number.
 
     Dividing by it rounds nothing, so that what follows is the same to the bit as without, where that stays in range.
     """
