@@ -140,13 +140,7 @@ FAMILIES: dict[str, dict[str, Maker]] = {
 
 
 #: By family, what is timed besides on demand: it takes minutes to compile.
-COMPILED: dict[str, Maker] = {
-    "muon": ours("muon", compile=True),
-    "prodigy": ours("prodigy", compile=True),
-    "lion": ours("lion", compile=True),
-    "adamp": ours("adamp", compile=True),
-    "adafactor": ours("adafactor", compile=True),
-}
+COMPILED = {name: ours(name, compile=True) for name in ("muon", "prodigy", "lion", "adamp", "adafactor")}
 
 
 def installed(families: list[str], compiled: bool = False) -> Iterator[tuple[str, str, Maker]]:

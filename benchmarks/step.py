@@ -6,7 +6,6 @@ import os
 import random
 import statistics
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +64,11 @@ class Entry:
 
     def flops(self, gradients: list[Tensor]) -> int:
         """Operations of the matrix products of one step; 0 if it is compiled, for what is compiled is not counted."""
-        with FlopCounterMode(display=False) if not self.name.endswith("compiled") else nullcontext() as counter:
+        if getattr(self.optimizer, "compiles", False):
+            return 0
+        with FlopCounterMode(display=False) as counter:
             self.step(gradients)
-        return int(counter.get_total_flops()) if counter else 0
+        return int(counter.get_total_flops())
 
 
 def make_parameters(sizes: tuple[int, ...]) -> nn.Module:

@@ -128,7 +128,7 @@ class Batch:
     def _gathered(self) -> Tensor:
         return self.gather(self.gradients)
 
-    def size_of_gradient(self) -> float:
+    def norm_of_gradient(self) -> float:
         """The Euclidean norm of the gradients, which are gathered now and kept until the step asks for them.
 
         Kernels take gradients as they are; then it is the sum of their norms.
@@ -136,7 +136,7 @@ class Batch:
         if self.kernel is not None:
             return sum(norm.item() for norm in torch._foreach_norm(self.gradients))
         self._kept = self._gathered()
-        return size(self._kept)
+        return norm_on_host(self._kept)
 
     def pieces(self) -> Sequence[tuple[Batch | Piece, list[Tensor]]]:
         """This batch, or the parts of its one parameter, if that is large and every entry moves by itself.
@@ -332,7 +332,7 @@ class Piece:
         """Nothing: batches that may have to be undone are not taken in pieces."""
 
 
-def sum_of_sizes(batches: Iterable[Batch]) -> float | None:
+def sum_of_gathered_norms(batches: Iterable[Batch]) -> float | None:
     """The Euclidean norms of all watched gradients, added up; ``None`` if it would take the memory of batches.
 
     Nothing is gathered for its sake alone, so that it costs next to nothing.
@@ -340,10 +340,10 @@ def sum_of_sizes(batches: Iterable[Batch]) -> float | None:
     watched = [batch for batch in batches if batch.is_watched]
     if sum(p.numel() for batch in watched for p in batch.params) > MAX_ENTRIES:
         return None
-    return sum(batch.size_of_gradient() for batch in watched)
+    return sum(batch.norm_of_gradient() for batch in watched)
 
 
-def size(g: Tensor) -> float:
+def norm_on_host(g: Tensor) -> float:
     """The Euclidean norm, read by the host; where it can be had as a dot product, that is faster."""
     if g.is_contiguous() and g.dtype in (torch.float32, torch.float64):
         flat = g.view(-1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normopt import host
-from normopt.batch import LARGEST, Batch, size, sum_of_sizes
+from normopt.batch import LARGEST, Batch, norm_on_host, sum_of_gathered_norms
 from normopt.checks import check_policy, name_of
 
 #: Devices whose results are read without waiting for whatever else has been queued.
@@ -50,7 +50,7 @@ def check_capture(groups: Iterable[dict[str, Any]]) -> None:
 
 def sum_of_norms(gradients: Iterable[Watched]) -> float:
     """The Euclidean norms of all gradients, added up; read by the host, in one pass. If it is finite, so are they."""
-    return sum(size(g) for _, params, each in gradients for g in _cast(params, each))
+    return sum(norm_on_host(g) for _, params, each in gradients for g in _cast(params, each))
 
 
 def all_finite(gradients: Iterable[Watched]) -> bool:
@@ -142,7 +142,7 @@ class Watch:
             ValueError: see :func:`all_finite`.
         """
         if on_host(gradients):
-            total = None if batches is None else sum_of_sizes(batches)
+            total = None if batches is None else sum_of_gathered_norms(batches)
             total = sum_of_norms(gradients) if total is None else total
             self.is_small = total <= LARGEST and (batches is not None or self.is_small)
             self.is_large |= not math.isfinite(total)

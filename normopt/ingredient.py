@@ -145,7 +145,8 @@ class Context:
         direction: the rule's direction, resolved.
         weights: how to get the weights.
         scale: what the step size has multiplied ``g`` by, so that an ``eps`` can follow.
-        shared: what the step size has concluded from all batches.
+        shared: what the step size has concluded from all batches: floats where the host may look, else 0-dimensional
+            tensors.
         shrink: what the weights are multiplied by before the update is added, a number or a tensor that broadcasts to
             them; constraints may multiply it in their ``update``.
         is_vector: whether these are vectors or scalars, seen as matrices with one row.

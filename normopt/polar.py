@@ -189,7 +189,7 @@ def polar(
         A new tensor of the shape and dtype of ``g``.
 
     Cost: ``4 m^2 n + 2 m^3`` FLOPs a step, m the shorter side; of the Gram form see :func:`choose`. Only ``"exact"``
-    looks at the data; the others never make the host wait for a device. In bfloat16 directions below about 1/250 of the
+    makes the host wait for a device. In bfloat16 directions below about 1/250 of the
     largest singular value are lost to rounding, which turns a rank-deficient matrix into a full-rank one.
 
     Raises:

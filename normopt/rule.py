@@ -77,6 +77,7 @@ class Rule(Ingredient):
                 raise ValueError(f"{constraint} needs steps of bounded length; those of {self.step_size} are not")
             constraint.check_composes(self.norm, self.step_size)
         self.momentum.check_composes(self.step_size)
+        # Not a functools.cached_property, which compilers do not see through.
         acting = {m: tuple(c for c in self.constraint if c.overrides(m)) for m in ("gradient", "update", "weight")}
         object.__setattr__(self, "_acting", acting)
 

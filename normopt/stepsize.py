@@ -59,7 +59,7 @@ class StepSize(Ingredient):
         Args:
             state: the batch's tensors; this step size's own are updated in place.
             context: the gradient, the weights, the rate, the direction.
-            shared: the state of the whole optimizer.
+            shared: the state of the whole optimizer, floats where the host may look, else 0-dimensional tensors.
         """
         return {}
 
@@ -415,7 +415,7 @@ class Prodigy(LearningRateFree):
         g, w, d = self._sliced(context.g), self._sliced(context.w), shared["d"]
         # d / d0 in place of d keeps both sums away from underflow and cancels in their ratio.
         total = state["gradient_sum"].mul_(self.beta3)
-        add_scaled_(total, g, (d if self.safeguard_warmup else context.rate) * (d / self.d0))
+        _add_scaled_(total, g, (d if self.safeguard_warmup else context.rate) * (d / self.d0))
         moved = (state["initial"] - w).flatten()
         progress = torch.dot(g.flatten(), moved.to(g.dtype)).to(double(g.device)) * (context.rate * (d / self.d0))
         return {"numerator": progress, "denominator": context.direction.steepness(total, state).sum() * self.radius}
@@ -439,7 +439,7 @@ class Prodigy(LearningRateFree):
         return x if self.slice_p == 1 else x.flatten(-2)[..., :: self.slice_p]
 
 
-def add_scaled_(total: Tensor, x: Tensor, factor: Rate) -> None:
+def _add_scaled_(total: Tensor, x: Tensor, factor: Rate) -> None:
     """``total += factor x``; factors in tensors take the dtype of ``x``."""
     if isinstance(factor, Tensor):
         total.addcmul_(x, factor.to(x.dtype))

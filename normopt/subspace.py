@@ -100,7 +100,8 @@ class Aligned(Direction):
 
     Tall matrices are transposed first: it is the shorter side that is rotated, and ``f`` sees it as rows. Rows of
     ``R^T x`` shorter than 2e-5 (in float32) of the Frobenius norm count as 0, so that ``f`` does not blow up what ``x``
-    has not got to the size of the rest.
+    has not got to the size of the rest. That ends where ``x f(R^T x)^T`` has a lower rank than ``x``, as if two rows of
+    ``R^T x`` have the same signs under ``Max()``: then ``R`` leaves the range of ``x``.
 
     Args:
         direction: ``f``, without memory, which ignores the length of its input: ``Sinkhorn()``, ``Max()``, ``Row()``.
