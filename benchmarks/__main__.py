@@ -41,6 +41,7 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     from benchmarks.compare import compare
     from benchmarks.data import DataError
     from benchmarks.grid import grid
+    from benchmarks.headline import report
     from benchmarks.norms import norms
     from benchmarks.plan import PlanError
     from benchmarks.polar import benchmark_polar
@@ -49,7 +50,7 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     from benchmarks.sweep import sweep
 
     trained = {"compare": compare, "grid": grid, "sweep": sweep, "norms": norms}
-    run = {**trained, "polar": benchmark_polar, "step": benchmark_step, "probes": probe_all}
+    run = {**trained, "report": report, "polar": benchmark_polar, "step": benchmark_step, "probes": probe_all}
     try:
         return run[parsed.command](parsed)
     except (DataError, PlanError) as error:
@@ -76,10 +77,20 @@ def make_parser() -> argparse.ArgumentParser:
     norms = commands.add_parser("norms", help="norms inside the models over training: residual stream, rows, alpha")
     _add_shared(norms, seeds=1, optimizers="adamw", models=",".join(MODEL_NAMES))
     norms.add_argument("--lr", type=_rates_by_name, default={}, help="learning rates, like adamw@angpt=3e-3")
+    _add_report(commands.add_parser("report", help="tables and plots of runs on file, whatever commands made them"))
     _add_polar(commands.add_parser("polar", help="accuracy and speed of polar factors, without any training"))
     _add_step(commands.add_parser("step", help="what a step costs, beside other libraries, without any training"))
     _add_probes(commands.add_parser("probes", help="what users take for granted, asked of ours and of other libraries"))
     return parser
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--runs", type=_list_of(Path), required=True, help="folders of results, separated by commas")
+    add("--data", default="shakespeare", help="their text; default: shakespeare")
+    add("--readme", type=Path, help="a Markdown file: put the headline between the two comments that mark its place")
+    add("--out", type=Path, help="folder for tables and plots; default: runs/report")
+    parser.set_defaults(preset="report", smoke=False)
 
 
 def _add_probes(parser: argparse.ArgumentParser) -> None:

@@ -3,10 +3,9 @@
 from argparse import Namespace
 from dataclasses import replace
 
-from benchmarks.ngram import ngram_loss
+from benchmarks.ngram import counting
 from benchmarks.plan import Plan
 from benchmarks.report import write_comparison
-from benchmarks.targets import Target
 from benchmarks.workers import Pool
 
 
@@ -22,6 +21,5 @@ def compare(arguments: Namespace) -> int:
     configs = [replace(config, preset=replace(config.preset, steps=steps)) for steps in lengths for config in full]
     pool = Pool(arguments.out, plan.workers)
     rows = pool.run(configs)
-    counted = arguments.horizons and plan.corpus.bytes_per_token == 1
-    write_comparison(rows, arguments.out, [Target("5-gram model", ngram_loss(plan.corpus))] if counted else [])
+    write_comparison(rows, arguments.out, counting(plan.corpus) if arguments.horizons else [])
     return 1 if pool.failures else 0

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data import Corpus, Tokens
+from benchmarks.targets import Target
 
 DELTA = 0.02  # added to every count
 
@@ -23,6 +24,11 @@ def ngram_loss(corpus: Corpus, order: int = 5, delta: float = DELTA) -> float:
     together = _counts(whole, asked)
     alone = _counts(whole // corpus.vocab_size, asked // corpus.vocab_size)
     return float(-np.log((together + delta) / (alone + delta * corpus.vocab_size)).mean())
+
+
+def counting(corpus: Corpus) -> list[Target]:
+    """The 5-gram model's loss as a target, where tokens are bytes."""
+    return [Target("5-gram model", ngram_loss(corpus))] if corpus.bytes_per_token == 1 else []
 
 
 def _codes(tokens: Tokens, order: int, base: int) -> NDArray[np.int64]:

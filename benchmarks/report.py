@@ -12,7 +12,7 @@ from benchmarks.plots import plot_curves, plot_horizons, plot_norms, plot_rates
 from benchmarks.presets import cell_name
 from benchmarks.records import Row, replacing
 from benchmarks.search import Search
-from benchmarks.tables import drawn, publish, write_table
+from benchmarks.tables import Table, drawn, publish, write_table
 from benchmarks.targets import Target, mean_losses, reach, seconds_a_step
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1 .. 9 degrees of freedom
@@ -20,27 +20,28 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Stud
 Key = TypeVar("Key", bound=Hashable)
 
 
-def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ()) -> None:
+def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ()) -> Table:
     """Print the table of a comparison and write it as `compare.md`, `.csv` and `.tex`, with plots of the loss.
 
     Runs of the full length count there. Where there are shorter ones too, a second table (`targets.csv`, `targets.tex`)
     says how long it takes to each target, tuned AdamW's final loss before those given, and `horizons.png` shows why.
+    Returns the first table.
     """
     if not rows:
-        return
+        return []
     check_corpus(rows)
-    lengths = sorted({int(row["config"]["preset"]["steps"]) for row in rows})
-    full = [row for row in rows if row["config"]["preset"]["steps"] == lengths[-1]]
+    lengths = sorted({steps_of(row) for row in rows})
+    full = [row for row in rows if steps_of(row) == lengths[-1]]
     groups = group(full, cell_of)
+    lines = [comparison_line(name, groups) for name in groups]
     plot_curves(groups, out, unit(rows))
     notes = ["![loss by step](loss_steps.png)", "![loss by time](loss_seconds.png)"]
     if len(lengths) > 1:
         of_cell = group(rows, cell_of)
-        if BASELINE in groups and len(losses(groups[BASELINE])) == len(groups[BASELINE]):
-            targets = [
-                Target(f"tuned {BASELINE} after {lengths[-1]} steps", mean(groups[BASELINE], "final_loss")),
-                *targets,
-            ]
+        if BASELINE in groups and math.isfinite(mean_loss(groups[BASELINE])):
+            tuned = Target(f"tuned {BASELINE} after {lengths[-1]} steps", mean_loss(groups[BASELINE]))
+            targets = [tuned, *targets]
+            lines = [{**line, **time_to(tuned, of_cell[name])} for name, line in zip(groups, lines, strict=True)]
         table = [target_line(name, members, target) for target in targets for name, members in of_cell.items()]
         write_table(table, out / "targets")
         plot_horizons({name: mean_losses(members) for name, members in of_cell.items()}, targets, out, unit(rows))
@@ -50,9 +51,15 @@ def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ())
             drawn(table, "github"),
             "![horizons](horizons.png)",
         ]
-    table = [comparison_line(name, groups) for name in groups]
-    write_table(table, out / "compare")
-    publish(table, setting(full), out / "compare.md", notes)
+    write_table(lines, out / "compare")
+    publish(lines, setting(full), out / "compare.md", notes)
+    return lines
+
+
+def time_to(tuned: Target, rows: list[Row]) -> dict[str, str]:
+    """The columns of a comparison that say how long one optimizer takes to tuned AdamW's loss."""
+    found = target_line("", rows, tuned)
+    return {f"{unit} to {BASELINE}'s": cell for unit, cell in found.items() if unit in ("steps", "CPU s", "s")}
 
 
 def target_line(name: str, rows: list[Row], target: Target) -> dict[str, str]:
@@ -124,7 +131,7 @@ def write_sweep(
     check_corpus(rows)
     of_cell = group(rows, cell_of)
     table = [sweep_line(search, gap, of_cell[search.cell]) for search in searches]
-    short = [row for row in rows if row["config"]["preset"]["steps"] == steps]
+    short = [row for row in rows if steps_of(row) == steps]
     plot_rates(group(short, lambda row: (cell_of(row), float(row["config"]["lr"]))), out / "sweep.png", unit(rows))
     seeds = sorted({row["config"]["seed"] for row in rows})
     notes = [
@@ -136,7 +143,7 @@ def write_sweep(
     chosen = {cell: {**tuned[cell], "lr": trial.lr, **trial.options} for cell, trial in best.items()}
     with replacing(out / "chosen.json") as partial:
         partial.write_text(json.dumps(chosen, indent=2) + "\n")
-    full = [row for row in rows if row["config"]["preset"]["steps"] != steps]
+    full = [row for row in rows if steps_of(row) != steps]
     publish(table, setting(full or rows), out / "sweep.md", notes)
 
 
@@ -198,6 +205,11 @@ def check_corpus(rows: list[Row]) -> None:
     if len(corpora) > 1:
         names = ", ".join(f"{source} ({digest[:8]})" for digest, source in corpora.items())
         raise ValueError(f"rows of different corpora cannot be compared: {names}; report those of one at a time")
+
+
+def steps_of(row: Row) -> int:
+    """The length of a run."""
+    return int(row["config"]["preset"]["steps"])
 
 
 def cell_of(row: Row) -> str:

@@ -20,6 +20,7 @@ from benchmarks import train as training
 from benchmarks import workers
 from benchmarks.__main__ import MODEL_NAMES, main, make_parser
 from benchmarks.data import Corpus
+from benchmarks.headline import BEGIN, END
 from benchmarks.presets import PRESETS, TUNED, RunConfig
 from benchmarks.records import RESULTS, append_row, read_rows
 from tests.bench_runs import config, finish, row, tiny_corpus
@@ -64,6 +65,55 @@ def test_bad_arguments_end_before_any_training(
         main(["compare", "--data", corpus.name, *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_report_of_runs_on_file(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of two folders, best first; the headline takes the place of what was between the marks, and nothing else."""
+    for folder, name, loss in (("one", "adamw", 2.0), ("one", "sgd", 3.0), ("two", "muon", 1.5)):
+        made = row(name, 0, loss, train_seconds=1.0)
+        made["config"] |= {"corpus": corpus.digest, "source": corpus.name}
+        append_row(Path(folder, RESULTS), made)
+        made = {
+            **made,
+            "key": f"{name} short",
+            "config": {**made["config"], "preset": {**made["config"]["preset"], "steps": 6}},
+        }
+        append_row(Path(folder, RESULTS), made | {"final_loss": loss + 1})
+    readme = Path("README.md")
+    readme.write_text(f"# Title\n{BEGIN}\nold\n{END}\nthe rest\n")
+    command = ["report", "--runs", "one,two", "--data", corpus.name, "--out", "out", "--readme", "README.md"]
+    for _ in range(2):
+        assert main(command) == 0
+        text = readme.read_text()
+        assert text.startswith(f"# Title\n{BEGIN}\n\n|") and text.endswith(f"{END}\nthe rest\n") and "old" not in text
+        assert text.count("(out/horizons.png)") == 1 and Path("out/horizons.png").exists()
+        assert [line.split("|")[1].strip() for line in text.splitlines() if "|" in line][2:] == ["muon", "adamw", "sgd"]
+        assert "steps to adamw's" in text and "tok/s" not in text
+    assert "tok/s" in Path("out/compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--runs", "nowhere"], f"no runs in nowhere: give folders that hold a {RESULTS}"),
+        (["--runs", "one", "--readme", "README.md"], "README.md has no headline: it has to lie between <!--"),
+        (["--runs", "one", "--readme", "none.md"], "none.md"),
+        (["--runs", "one"], "is not the text of the runs, which is text: give that"),
+        (["--runs", "one,two"], "rows of different corpora cannot be compared"),
+    ],
+)
+def test_reports_that_cannot_be_made(
+    arguments: list[str], message: str, corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("README.md").write_text("no marks")
+    append_row(Path("one", RESULTS), row("adamw", 0, 2.0))
+    made = row("muon", 0, 2.0)
+    made["config"]["corpus"] = "1"
+    append_row(Path("two", RESULTS), made)
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "--data", corpus.name, "--out", "out", *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not Path("out").exists() and Path("README.md").read_text() == "no marks"
 
 
 def planned(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:

@@ -85,11 +85,9 @@ def test_report_of_horizons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert reached["tuned adamw after 400 steps", "muon"]["CPU s"] == "100"
     assert reached["counting", "muon"]["steps"] == "283" and reached["counting", "adamw"]["steps"] == "> 400"
     assert "> 400" in printed and "horizons.png" in markdown and (tmp_path / "horizons.png").stat().st_size > 10_000
-    (line,) = [
-        line
-        for line in csv.DictReader((tmp_path / "compare.csv").read_text().splitlines())
-        if line["optimizer"] == "muon"
-    ]
+    adamw, line = csv.DictReader((tmp_path / "compare.csv").read_text().splitlines())
+    assert (adamw["optimizer"], adamw["steps to adamw's"], adamw["CPU s to adamw's"]) == ("adamw", "400", "200")
+    assert (line["optimizer"], line["steps to adamw's"], line["CPU s to adamw's"]) == ("muon", "200", "100")
     assert line["val nats/byte"] == "1.5000 ± 0.0000" and line["vs adamw"] == "-0.5000 ± 0.0000"
     assert r"\begin{tabular}" in (tmp_path / "compare.tex").read_text()
 
