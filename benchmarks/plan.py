@@ -9,7 +9,16 @@ import torch
 
 import normopt
 from benchmarks.data import Corpus, load_or_fall_back
-from benchmarks.presets import CONSTRAINED_MODELS, PRESETS, Preset, RunConfig, cell_name, tuned_options, variants
+from benchmarks.presets import (
+    CONSTRAINED_MODELS,
+    DECLARATIONS,
+    PRESETS,
+    Preset,
+    RunConfig,
+    cell_name,
+    tuned_options,
+    variants,
+)
 from benchmarks.records import WriteError
 from benchmarks.room import check_room
 from benchmarks.workers import default_size
@@ -50,39 +59,40 @@ class Plan:
         optimizer, model = self.cells[cell]
         options = self.options(cell)
         tuned = options.pop("lr")
+        entry = self.entry(cell)
         return RunConfig(
             optimizer=optimizer,
             lr=tuned if lr is None else lr,
             options=options,
             model=model,
-            preset=replace(self.preset, warmup=0) if self._starts_at_once(model) else self.preset,
+            preset=self._schedule(model, entry.get("schedule", {})),
             seed=seed,
             source=self.corpus.name,
             corpus=self.corpus.digest,
             device=self.device,
-            model_options=self.arguments.model_options,
+            model_options={**entry.get("model_options", {}), **self.arguments.model_options},
             diagnose=diagnose,
         )
 
-    def _starts_at_once(self, model: str) -> bool:
-        """Whether a model is trained without warm-up."""
-        return model in CONSTRAINED_MODELS and self.arguments.warmup is None
+    def _schedule(self, model: str, tuned: dict[str, Any]) -> Preset:
+        """The preset, its schedule the tuned one where the command line leaves it open; no warm-up where none is due."""
+        own = ({"warmup": 0} if model in CONSTRAINED_MODELS else {}) | tuned
+        return replace(self.preset, **{name: own[name] for name in own if getattr(self.arguments, name) is None})
+
+    def entry(self, cell: str) -> dict[str, Any]:
+        """What is tuned of a cell, declarations included; of the optimizer on the GPT where the cell has no entry."""
+        entry, tuned = tuned_options(self.preset.name, cell)
+        return entry if tuned else tuned_options(self.preset.name, self.cells[cell][0])[0]
 
     def options(self, cell: str) -> dict[str, Any]:
-        """A copy of the tuned options, learning rate included; those of the optimizer on the GPT where it has no own.
-
-        Constrained models are not decayed.
-        """
-        optimizer, model = self.cells[cell]
-        options, tuned = tuned_options(self.preset.name, cell)
-        if not tuned and cell != optimizer:
-            options = tuned_options(self.preset.name, optimizer)[0]
-        undecayed = {"weight_decay": 0.0} if model in CONSTRAINED_MODELS else {}
-        return {name: undecayed.get(name, value) for name, value in options.items() if name != "then"}
+        """A copy of the tuned options, learning rate included; constrained models are not decayed."""
+        undecayed = {"weight_decay": 0.0} if self.cells[cell][1] in CONSTRAINED_MODELS else {}
+        entry = self.entry(cell)
+        return {name: undecayed.get(name, value) for name, value in entry.items() if name not in DECLARATIONS}
 
     def declared(self, cell: str) -> dict[str, list[Any]]:
         """What the tuned options declare under "then": one more hyperparameter and its values, for `sweep`."""
-        found: dict[str, list[Any]] = tuned_options(self.preset.name, cell)[0].get("then", {})
+        found: dict[str, list[Any]] = self.entry(cell).get("then", {})
         return found
 
     def rates(self, given: dict[str, float]) -> dict[str, float]:

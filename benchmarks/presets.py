@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 TUNED = Path(__file__).with_name("tuned.json")
+DECLARATIONS = ("then", "schedule", "model_options")
 UNTUNED: dict[str, Any] = {"lr": 1e-3}
 
 
@@ -80,7 +81,9 @@ def tuned_options(preset: str, optimizer: str) -> tuple[dict[str, Any], bool]:
 
     Without an entry for the preset those of "quick" are taken, and without any, a learning rate of 1e-3. An entry with
     the key "optimizer" is a variant of that optimizer under a name of its own, one called `muon@angpt` is for a model.
-    "then" declares one more hyperparameter and its values, for `sweep` to try: `{"momentum": [0.9, 0.98]}`.
+    Some keys are no options of the optimizer (`DECLARATIONS`): "then" declares one more hyperparameter and its values,
+    for `sweep` to try, like `{"momentum": [0.9, 0.98]}`; "schedule" sets "warmup" and "decay" where the command line
+    does not, "model_options" arguments of the model.
     """
     tuned = json.loads(TUNED.read_text())
     if optimizer in tuned.get(preset, {}):

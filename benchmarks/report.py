@@ -129,7 +129,7 @@ def write_sweep(
 ) -> None:
     """Print what was chosen, and write `sweep.md`, `sweep.png` and `chosen.json`: `tuned` with what was chosen."""
     check_corpus(rows)
-    of_cell = group(rows, cell_of)
+    of_cell = group(rows, lambda row: cell_name(row["config"]["optimizer"], row["config"]["model"]))
     table = [sweep_line(search, gap, of_cell[search.cell]) for search in searches]
     short = [row for row in rows if steps_of(row) == steps]
     plot_rates(group(short, lambda row: (cell_of(row), float(row["config"]["lr"]))), out / "sweep.png", unit(rows))

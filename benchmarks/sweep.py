@@ -35,7 +35,7 @@ def sweep(arguments: Namespace) -> int:
         run_finals(searches, runner)
     if not runner.pool.failures:
         run_declared(searches, runner)
-        tuned = {cell: plan.options(cell) for cell in plan.cells}
+        tuned = {cell: {k: v for k, v in plan.entry(cell).items() if k != "then"} for cell in plan.cells}
         write_sweep(searches, usual_gap(searches), runner.rows, steps, tuned, arguments.out)
     return 1 if runner.pool.failures else 0
 

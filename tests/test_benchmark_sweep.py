@@ -83,7 +83,8 @@ def swept(arguments: list[str], monkeypatch: pytest.MonkeyPatch, loss: Callable[
 def test_every_optimizer_gets_the_same_trials(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    tuned = {"adamw": {"lr": 0.01, "betas": [0.9, 0.95], "then": {"weight_decay": [0.3, 0.5]}}, "sgd": {"lr": 0.1}}
+    tuned = {"adamw": {"lr": 0.01, "betas": [0.9, 0.95], "then": {"weight_decay": [0.3, 0.5]}}}
+    tuned["sgd"] = {"lr": 0.1, "schedule": {"warmup": 3, "decay": 0.7}, "model_options": {"rope_fraction": 1.0}}
     (tmp_path / "tuned.json").write_text(json.dumps({"quick": tuned}))
     monkeypatch.setattr(presets, "TUNED", tmp_path / "tuned.json")
 
@@ -97,6 +98,10 @@ def test_every_optimizer_gets_the_same_trials(
     short = [run for run in runs if run.preset.steps == 100]
     full = [run for run in runs if run.preset.steps == 600]
     assert len(short) + len(full) == len(runs) and {run.seed for run in short} == {1000}
+    assert {(run.optimizer, run.preset.warmup, run.preset.decay, str(run.model_options)) for run in runs} == {
+        ("adamw", 20, 0.4, "{}"),
+        ("sgd", 3, 0.7, "{'rope_fraction': 1.0}"),
+    }
     count = {name: sum(run.optimizer == name for run in short) for name in ("adamw", "sgd")}
     assert count["adamw"] == count["sgd"] == 8, "as many as the one that has to go far"
     finals = [(run.optimizer, run.lr, run.options.get("weight_decay"), run.seed) for run in full]
@@ -105,7 +110,8 @@ def test_every_optimizer_gets_the_same_trials(
         assert best in rates and len(rates) == 2 and other in {*rates, other}
     assert [f for f in finals if f[2]] == [("adamw", 0.01, d, s) for d in (0.3, 0.5) for s in (1000, 1001)]
     chosen: dict[str, Any] = json.loads(Path("out/chosen.json").read_text())
-    assert chosen == {"adamw": {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.3}, "sgd": {"lr": 0.1 / 32}}
+    adamw = {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.3}
+    assert chosen == {"adamw": adamw, "sgd": {**tuned["sgd"], "lr": 0.1 / 32}}
     assert "8 short, 8 full" in capsys.readouterr().out and "8 short, 4 full" in Path("out/sweep.md").read_text()
     assert Path("out/sweep.png").stat().st_size > 10_000
 
