@@ -75,7 +75,7 @@ class Plan:
         )
 
     def _schedule(self, model: str, tuned: dict[str, Any]) -> Preset:
-        """The preset, its schedule the tuned one where the command line leaves it open; no warm-up where none is due."""
+        """The preset with the tuned schedule where the command line leaves it open; no warm-up where none is due."""
         own = ({"warmup": 0} if model in CONSTRAINED_MODELS else {}) | tuned
         return replace(self.preset, **{name: own[name] for name in own if getattr(self.arguments, name) is None})
 
