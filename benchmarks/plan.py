@@ -76,8 +76,9 @@ class Plan:
 
     def _schedule(self, model: str, tuned: dict[str, Any]) -> Preset:
         """The preset with the tuned schedule where the command line leaves it open; no warm-up where none is due."""
-        own = ({"warmup": 0} if model in CONSTRAINED_MODELS else {}) | tuned
-        return replace(self.preset, **{name: own[name] for name in own if getattr(self.arguments, name) is None})
+        schedule = tuned | ({"warmup": 0} if model in CONSTRAINED_MODELS else {})
+        free = {name: value for name, value in schedule.items() if getattr(self.arguments, name) is None}
+        return replace(self.preset, **free)
 
     def entry(self, cell: str) -> dict[str, Any]:
         """What is tuned of a cell, declarations included; of the optimizer on the GPT where the cell has no entry."""
