@@ -34,7 +34,8 @@ def report(arguments: Namespace) -> int:
         raise PlanError(f"--data {arguments.data} is not the text of the runs, which is {of_rows}: give that")
     table = write_comparison(best_first(rows), arguments.out, counting(corpus))
     if arguments.readme:
-        insert(arguments.readme, headline(table, arguments.out, arguments.readme))
+        several = len(set(map(steps_of, rows))) > 1
+        insert(arguments.readme, headline(table, several, arguments.out, arguments.readme))
     return 0
 
 
@@ -45,11 +46,11 @@ def best_first(rows: list[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: mean_loss(final.get(cell_of(row), [])))
 
 
-def headline(table: Table, out: Path, readme: Path) -> str:
-    """The table without the columns `LEFT_OUT`, and a plot."""
+def headline(table: Table, several: bool, out: Path, readme: Path) -> str:
+    """The table without the columns `LEFT_OUT`, and a plot: of runs of one length their curves, else `horizons.png`."""
     short = [{name: cell for name, cell in line.items() if name not in LEFT_OUT} for line in table]
-    plot = os.path.relpath(out / "horizons.png", readme.parent)
-    return f"{drawn(short, 'github')}\n\n![Final loss of annealed runs against their length]({plot})"
+    plot = os.path.relpath(out / ("horizons.png" if several else "loss_steps.png"), readme.parent)
+    return f"{drawn(short, 'github')}\n\n![Validation loss]({plot})"
 
 
 def split(readme: Path) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 TUNED = Path(__file__).with_name("tuned.json")
+#: Keys of its entries that are no options of an optimizer, see `tuned_options`.
 DECLARATIONS = ("then", "schedule", "model_options")
 UNTUNED: dict[str, Any] = {"lr": 1e-3}
 

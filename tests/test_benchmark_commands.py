@@ -90,6 +90,9 @@ def test_report_of_runs_on_file(corpus: Corpus, capsys: pytest.CaptureFixture[st
         assert [line.split("|")[1].strip() for line in text.splitlines() if "|" in line][2:] == ["muon", "adamw", "sgd"]
         assert "steps to adamw's" in text and "tok/s" not in text
     assert "tok/s" in Path("out/compare.md").read_text()
+    append_row(Path("three", RESULTS), next(iter(read_rows(Path("two", RESULTS)).values())))
+    assert main(["report", "--runs", "three", *command[3:]]) == 0
+    assert "(out/loss_steps.png)" in readme.read_text() and "horizons.png" not in readme.read_text()
 
 
 @pytest.mark.parametrize(
