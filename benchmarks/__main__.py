@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.records import WriteError
+from benchmarks.records import BusyError, WriteError
 
 DEFAULT_OPTIMIZERS = "adamw,muon,scion,signum"
 MODEL_NAMES = ("gpt", "angpt", "ngpt")
@@ -53,7 +53,7 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     run = {**trained, "report": report, "polar": benchmark_polar, "step": benchmark_step, "probes": probe_all}
     try:
         return run[parsed.command](parsed)
-    except (DataError, PlanError) as error:
+    except (BusyError, DataError, PlanError) as error:
         parser.error(str(error))
 
 

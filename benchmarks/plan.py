@@ -13,6 +13,7 @@ from benchmarks.presets import (
     CONSTRAINED_MODELS,
     DECLARATIONS,
     PRESETS,
+    TUNED,
     Preset,
     RunConfig,
     cell_name,
@@ -76,6 +77,8 @@ class Plan:
 
     def _schedule(self, model: str, tuned: dict[str, Any]) -> Preset:
         """The preset with the tuned schedule where the command line leaves it open; no warm-up where none is due."""
+        if unknown := sorted(tuned.keys() - {"warmup", "decay"}):
+            raise PlanError(f"{TUNED.name}: a schedule has warmup and decay, not {', '.join(unknown)}")
         schedule = tuned | ({"warmup": 0} if model in CONSTRAINED_MODELS else {})
         free = {name: value for name, value in schedule.items() if getattr(self.arguments, name) is None}
         return replace(self.preset, **free)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 ROOT = Path(__file__).resolve().parent.parent
 
 #: The file of finished rows, in the folder of the results.
@@ -19,6 +21,28 @@ Row = dict[str, Any]
 
 class WriteError(OSError):
     """A file that cannot be written: the disk is full, or read-only. The message names the file."""
+
+
+class BusyError(RuntimeError):
+    """Another command is at work in the folder."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A block in which no other command works in `folder`: they would do the same runs twice.
+
+    Raises:
+        BusyError: if one already does.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BusyError(f"another command is at work in {folder}: wait for it or give another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.presets import RunConfig
-from benchmarks.records import RESULTS, Row, WriteError, append_row, partial_path, read_rows, source_hash
+from benchmarks.records import RESULTS, Row, WriteError, alone, append_row, partial_path, read_rows, source_hash
 from benchmarks.train import train
 
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
@@ -46,9 +46,13 @@ class Pool:
     def run(self, configs: list[RunConfig]) -> list[Row]:
         """The rows of the configurations, in order, without those that failed; those on file are not run again.
 
-        Raises `WriteError`, and ends all workers, when a row or a checkpoint cannot be written.
+        Raises `WriteError`, and ends all workers, when a row or a checkpoint cannot be written; `BusyError` when
+        another command is at work in the same folder.
         """
-        configs = list({config.key: config for config in configs}.values())
+        with alone(self.out):
+            return self._run(list({config.key: config for config in configs}.values()))
+
+    def _run(self, configs: list[RunConfig]) -> list[Row]:
         done = read_rows(self.results)
         _announce([done[config.key] for config in configs if config.key in done], len(configs), self.results)
         waiting = [config for config in configs if config.key not in done]

@@ -22,7 +22,7 @@ from benchmarks.__main__ import MODEL_NAMES, main, make_parser
 from benchmarks.data import Corpus
 from benchmarks.headline import BEGIN, END
 from benchmarks.presets import PRESETS, TUNED, RunConfig
-from benchmarks.records import RESULTS, append_row, read_rows
+from benchmarks.records import RESULTS, alone, append_row, read_rows
 from tests.bench_runs import config, finish, row, tiny_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -247,6 +247,16 @@ def test_pool_keeps_finished_runs_and_reports_failures(
     again = pool(tmp_path)
     assert again.run(good) == rows
     assert "2 of 2 runs are already in" in capsys.readouterr().out
+
+
+def test_two_commands_do_not_work_in_one_folder(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append_row(pool(tmp_path).results, row("adamw", 0, 2.0, key=config(corpus).key))
+    with alone(tmp_path / "out"), pytest.raises(SystemExit):
+        main(["compare", "--smoke", "--data", corpus.name, "--out", str(tmp_path / "out")])
+    assert "another command is at work in" in capsys.readouterr().err
+    assert len(pool(tmp_path).run([config(corpus)])) == 1, "free again"
 
 
 def test_checkpoints_of_finished_runs_are_deleted(corpus: Corpus, tmp_path: Path) -> None:

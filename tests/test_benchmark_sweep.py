@@ -80,6 +80,16 @@ def swept(arguments: list[str], monkeypatch: pytest.MonkeyPatch, loss: Callable[
     return seen
 
 
+def test_a_tuned_schedule_names_what_a_schedule_has(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "tuned.json").write_text(json.dumps({"quick": {"sgd": {"lr": 0.1, "schedule": {"warm": 3}}}}))
+    monkeypatch.setattr(presets, "TUNED", tmp_path / "tuned.json")
+    with pytest.raises(SystemExit):
+        main(["compare", "--optimizers", "sgd", "--data", corpus.name, "--out", "out"])
+    assert "tuned.json: a schedule has warmup and decay, not warm" in capsys.readouterr().err
+
+
 def test_every_optimizer_gets_the_same_trials(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
