@@ -95,16 +95,21 @@ def _draw_rates(axes: Axes, groups: dict[tuple[str, float], list[Row]], name: st
 
 
 def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target], out: Path, unit: str) -> None:
-    """Final loss of annealed runs against their length, with the targets drawn in (`horizons.png`)."""
+    """Final loss of annealed runs against their length, of those that have runs of several lengths, with the targets
+    drawn in (`horizons.png`).
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         axes = figure.subplots()
         for name, by_length in losses.items():
-            axes.plot(list(by_length), list(by_length.values()), marker="o", label=name, linewidth=2)
+            if len(by_length) > 1:
+                axes.plot(list(by_length), list(by_length.values()), marker="o", label=name, linewidth=2)
         lengths = sorted({length for by_length in losses.values() for length in by_length})
+        highest = max((target.loss for target in targets), default=0.0)
         for target in targets:
+            side = "bottom" if target.loss == highest else "top"  # the names of two that are close do not meet
             axes.axhline(target.loss, color="black", linewidth=0.8, linestyle="--")
-            axes.annotate(target.name, (lengths[0], target.loss), ha="left", va="bottom", fontsize=8)
+            axes.annotate(target.name, (lengths[0], target.loss), ha="left", va=side, fontsize=8)
         axes.set_xscale("log")
         axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
         axes.minorticks_off()
