@@ -241,4 +241,4 @@ TestLives.settings = QUICK
 
 @pytest.mark.slow
 class TestManyLives(Lives.TestCase):  # type: ignore[misc, valid-type]
-    settings = settings(QUICK, max_examples=500, stateful_step_count=20)
+    settings = settings(QUICK, max_examples=250, stateful_step_count=20)
