@@ -23,7 +23,7 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "font.size": 11,
     "legend.frameon": False,
-    "axes.prop_cycle": cycler(linestyle=["-", "--", ":"]) * COLORS,
+    "axes.prop_cycle": cycler(linestyle=["-", "--", ":", "-."]) * COLORS,
 }
 
 
@@ -33,7 +33,7 @@ def plot_curves(groups: dict[str, list[Row]], out: Path, unit: str) -> None:
     seconds = "CPU seconds of training" if device == "cpu" else "seconds of training"
     for column, label, name in ((0, "step", "loss_steps.png"), (1, seconds, "loss_seconds.png")):
         with matplotlib.rc_context(STYLE):
-            figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+            figure = Figure(figsize=_size(len(groups)), layout="constrained")
             axes = figure.subplots()
             for optimizer, rows in groups.items():
                 _draw_curve(axes, optimizer, [row for row in rows if row["status"] == "finished"], column)
@@ -41,8 +41,8 @@ def plot_curves(groups: dict[str, list[Row]], out: Path, unit: str) -> None:
             save(figure, out / name)
 
 
-#: The most lines in one frame that can be told from each other.
-MAX_LINES = 12
+#: The most lines whose names fit into the frame, and the most that can easily be told from each other.
+MANY, MAX_LINES = 6, 12
 
 
 def plot_rates(groups: dict[tuple[str, float], list[Row]], path: Path, unit: str) -> None:
@@ -99,17 +99,14 @@ def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target]
     drawn in (`horizons.png`).
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+        several = {name: by_length for name, by_length in losses.items() if len(by_length) > 1}
+        figure = Figure(figsize=_size(len(several) + len(targets)), layout="constrained")
         axes = figure.subplots()
-        for name, by_length in losses.items():
-            if len(by_length) > 1:
-                axes.plot(list(by_length), list(by_length.values()), marker="o", label=name, linewidth=2)
+        for name, by_length in several.items():
+            axes.plot(list(by_length), list(by_length.values()), marker="o", label=name, linewidth=2)
         lengths = sorted({length for by_length in losses.values() for length in by_length})
-        highest = max((target.loss for target in targets), default=0.0)
-        for target in targets:
-            side = "bottom" if target.loss == highest else "top"  # the names of two that are close do not meet
-            axes.axhline(target.loss, color="black", linewidth=0.8, linestyle="--")
-            axes.annotate(target.name, (lengths[0], target.loss), ha="left", va=side, fontsize=8)
+        for target, style in zip(targets, itertools.cycle(("--", ":")), strict=False):
+            axes.axhline(target.loss, color="black", linewidth=1, linestyle=style, label=target.name)
         axes.set_xscale("log")
         axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
         axes.minorticks_off()
@@ -193,8 +190,13 @@ def _label(axes: Axes, x: str, title: str, unit: str) -> None:
     axes.set_ylabel(f"validation loss ({unit})")
     axes.set_title(title, loc="left", fontsize=11)
     if lines := axes.get_legend_handles_labels()[0]:
-        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(lines) > 6 else {}
-        axes.legend(**beside)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(lines) > MANY else {}
+        axes.legend(**beside, fontsize=8 if len(lines) > MAX_LINES else None)
+
+
+def _size(lines: int) -> tuple[float, float]:
+    """Inches of a figure with that many lines: wider where their names stand beside them."""
+    return (7.2, 4.6) if lines <= MANY else (10, 5)
 
 
 def _title(groups: "dict[str, list[Row]] | dict[tuple[str, float], list[Row]]") -> str:
