@@ -569,9 +569,11 @@ def test_duality_map_and_projection_in_half_precision(norm: Norm, dtype: torch.d
 def test_norms_of_half_precision_are_float32(norm: Norm, dtype: torch.dtype) -> None:
     # Whose sum of absolute values, 2.8e7, is beyond float16, and whose entries no power of two divides.
     g = torch.full((40, 70), 1e4 / 3).to(dtype)
+    # The nuclear norm adds 39 singular values that are rounding errors, each a few eps of the only one that is not.
+    tol = 4 * len(g) * torch.finfo(torch.float32).eps
     for method in (norm.norm, norm.dual_norm):
         assert method(g).dtype == torch.float32
-        assert_close(method(g).double(), method(g.double()), 1e-5)
+        assert_close(method(g).double(), method(g.double()), tol)
 
 
 @each_with_memory

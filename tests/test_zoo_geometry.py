@@ -610,7 +610,7 @@ def test_rotating_the_longer_side_leaves_the_range(base: str) -> None:
     """The authors' code rotates the rows of a tall matrix: of R^T M, (10 x 6), 4 rows are rounding errors.
 
     f gives all rows one size, so that 4/10 of the update's square are outside of the range of M; exactly so where f
-    divides by the lengths of rows, about that with the others.
+    divides by the lengths of rows, about that with the others: the sign of a rounding error may be 0.
     """
     g, f, rotation = from_spectrum(10, 6, spectrum(6)), INNER[base], torch.eye(10, dtype=torch.float64)
     for _ in range(4):
@@ -618,7 +618,7 @@ def test_rotating_the_longer_side_leaves_the_range(base: str) -> None:
         update = rotation @ f(rotation.mT @ g)
     u = torch.linalg.svd(g, full_matrices=False).U
     share = ((update - u @ u.mT @ update).norm() / update.norm()).square().item()
-    assert share == pytest.approx(0.4, abs=1e-9 if base != "sinkhorn" else 0.1)
+    assert share == pytest.approx(0.4, abs=1e-9 if base == "row" else 0.1)
     ours = single(zoo.ARO, g, base=base)
     if base == "row":
         assert_close(u @ u.mT @ ours, ours, 1e-7)
