@@ -35,7 +35,7 @@ class Several:
 
 def hidden(model: nn.Module) -> list[Tensor]:
     """The matrices of hidden layers, which Muon and its kin move."""
-    roles = normopt.roles(model)
+    roles = normopt.infer_roles(model)
     return [p for name, p in model.named_parameters() if roles[name].name == "linear"]
 
 

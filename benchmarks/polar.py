@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.polar_report import write_polar
 from benchmarks.records import Row, append_row, source_hash
 from benchmarks.workers import ENVIRONMENT
-from normopt.polar import FOUR_STEPS, METHODS, Schedule, choose, polar
+from normopt.polar import FOUR_STEPS, METHODS, PolarCoefficients, choose, polar
 
 SIZES, RATIOS, COUNTS = (64, 128, 256, 512), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
 SMOKE_SIZES, SMOKE_COUNTS = (8, 16), (1, 2)
@@ -111,7 +111,7 @@ def measure(shape: Case, repeats: int) -> list[Row]:
 def contenders_for(shape: Case) -> list[Contender]:
     """torch's loop over single matrices, then every method in every dtype of products that it has."""
     found = [Contender(BASELINE, "bfloat16", "direct", _torchs)]
-    methods: dict[str, str | Schedule] = {name: name for name in METHODS if name not in ("exact", "auto")}
+    methods: dict[str, str | PolarCoefficients] = {name: name for name in METHODS if name not in ("exact", "auto")}
     for name, method in {**methods, "four steps": FOUR_STEPS}.items():
         form = "gram" if name == "gram" else "direct"
         for dtype in DTYPES:

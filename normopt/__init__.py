@@ -1,73 +1,39 @@
 """normopt: optimizers as steepest descent under a norm chosen for each tensor's role."""
 
-from normopt import (
-    balanced,
-    bases,
-    bounds,
-    complement,
-    constraints,
-    directions,
-    momentum,
-    nn,
-    norms,
-    polar,
-    stepsize,
-    subspace,
-    whitening,
-    zoo,
-)
-from normopt.balanced import CoshScaled, Sinkhorn
-from normopt.bases import Basis, Eigenbasis
-from normopt.bounds import (
-    Ball,
-    FrobeniusSphere,
-    KahanSum,
-    RowBound,
-    SoftSpectralCap,
-    SpectralCap,
-    SpectralNormalize,
-    Sphere,
-    StochasticRounding,
-)
-from normopt.complement import Complement
-from normopt.constraints import L2, Constraint, FrankWolfe, TangentProjection, WeightDecay
-from normopt.directions import Blocked, Chain, Clipped, Decayed, Factored, Grafted, Identity, Rotated, Smoothed
+from normopt import constraints, directions, momentum, nn, norms, polar, roles, stepsize, zoo
+from normopt.constraints.base import Constraint
+from normopt.constraints.bounds import Ball, FrobeniusSphere, RowBound, Sphere
+from normopt.constraints.decay import L2, FrankWolfe, WeightDecay
+from normopt.constraints.precision import KahanSum, StochasticRounding
+from normopt.constraints.spectrum import SoftSpectralCap, SpectralCap, SpectralNormalize
+from normopt.constraints.tangent import TangentProjection
+from normopt.directions.algebra import Chain, Clipped, Decayed, Grafted, Identity
+from normopt.directions.balanced import CoshScaled, Sinkhorn
+from normopt.directions.bases import Basis, Eigenbasis
+from normopt.directions.complement import Complement
+from normopt.directions.coordinates import Blocked, Rotated
+from normopt.directions.factored import Factored
+from normopt.directions.smoothed import Smoothed
+from normopt.directions.subspace import Aligned, LowRank
+from normopt.directions.whitening import KLWhitened
 from normopt.ingredient import Option
-from normopt.momentum import (
-    EMA,
-    HeavyBall,
-    LookAhead,
-    Momentum,
-    Nesterov,
-    NoMomentum,
-    Recursive,
-    TwoSpeed,
-    WarmNesterov,
-)
+from normopt.ingredient.view import View
+from normopt.momentum.averages import EMA, HeavyBall, LionMomentum, Nesterov, TwoSpeed, WarmNesterov
+from normopt.momentum.base import Momentum, NoMomentum
+from normopt.momentum.recursive import Recursive
 from normopt.norms import Column, Direction, Euclidean, KyFan, Max, Norm, Nuclear, PerBlock, Row, Schatten, Spectral
 from normopt.optimizer import SteepestDescent
-from normopt.polar import Schedule
+from normopt.polar import PolarCoefficients
 from normopt.report import describe, periodic_table
-from normopt.roles import GEOMETRIES, Role, param_groups, roles, width_scaled
+from normopt.roles.geometries import GEOMETRIES, width_scaled
+from normopt.roles.groups import param_groups
+from normopt.roles.infer import Role, infer_roles
 from normopt.rule import Rule
-from normopt.stepsize import (
-    Constant,
-    DAdaptation,
-    Dual,
-    GradientTrust,
-    InverseTime,
-    LearningRateFree,
-    Prodigy,
-    Relative,
-    Sharp,
-    StepSize,
-    Storm,
-    TrustRatio,
-)
-from normopt.subspace import Aligned, LowRank
+from normopt.stepsize.base import StepSize
+from normopt.stepsize.fixed import Constant, Dual, InverseTime, Sharp, Storm
+from normopt.stepsize.free import DAdaptation, LearningRateFree, Prodigy
+from normopt.stepsize.trust import GradientTrust, Relative, TrustRatio
 from normopt.torch_state import from_torch_state
-from normopt.view import View
-from normopt.whitening import KLWhitened
 from normopt.zoo import create, list_optimizers
 
 __version__ = "0.1.0"
@@ -105,7 +71,7 @@ __all__ = [
     "KahanSum",
     "KyFan",
     "LearningRateFree",
-    "LookAhead",
+    "LionMomentum",
     "LowRank",
     "Max",
     "Momentum",
@@ -115,6 +81,7 @@ __all__ = [
     "Nuclear",
     "Option",
     "PerBlock",
+    "PolarCoefficients",
     "Prodigy",
     "Recursive",
     "Relative",
@@ -124,7 +91,6 @@ __all__ = [
     "RowBound",
     "Rule",
     "Schatten",
-    "Schedule",
     "Sharp",
     "Sinkhorn",
     "Smoothed",
@@ -143,15 +109,12 @@ __all__ = [
     "View",
     "WarmNesterov",
     "WeightDecay",
-    "balanced",
-    "bases",
-    "bounds",
-    "complement",
     "constraints",
     "create",
     "describe",
     "directions",
     "from_torch_state",
+    "infer_roles",
     "list_optimizers",
     "momentum",
     "nn",
@@ -161,8 +124,6 @@ __all__ = [
     "polar",
     "roles",
     "stepsize",
-    "subspace",
-    "whitening",
     "width_scaled",
     "zoo",
 ]

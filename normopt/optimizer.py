@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from normopt import finite
-from normopt.batch import Batch, choose, pack, partition
-from normopt.checks import (
+from normopt.constraints.base import Constraint
+from normopt.engine import finite
+from normopt.engine.batch import Batch, choose, pack, partition
+from normopt.engine.checkpoint import ADDED, VERSION, accepted, restored, to_home
+from normopt.engine.checks import (
     check_alone,
     check_distinct,
     check_gradients,
@@ -22,18 +24,30 @@ from normopt.checks import (
     check_numbers,
     check_parameters,
     dtype_name,
-    rule_of,
 )
-from normopt.constraints import Constraint
-from normopt.cycling import first_weight, forward
+from normopt.engine.schedulers import first_weight, forward
+from normopt.engine.update import (
+    Concluded,
+    Move,
+    apply,
+    asks,
+    begin,
+    conclude,
+    direct,
+    measure,
+    settle,
+    shared_by,
+    survey,
+    told,
+)
 from normopt.ingredient import Stage, nearest
-from normopt.momentum import Momentum, NoMomentum
-from normopt.move import Concluded, Move, apply, asks, begin, conclude, direct, measure, settle, shared_by, survey, told
-from normopt.roles import Geometry, entry, overlaid, param_groups, with_beta
-from normopt.rule import INGREDIENTS, Rule
-from normopt.state import ADDED, VERSION, accepted, restored, to_home
-from normopt.stepsize import StepSize, double
-from normopt.view import View
+from normopt.ingredient.view import View
+from normopt.momentum.base import Momentum, NoMomentum
+from normopt.roles.geometries import overlaid
+from normopt.roles.groups import param_groups
+from normopt.roles.options import Geometry, entry, with_beta
+from normopt.rule import INGREDIENTS, Rule, rule_of
+from normopt.stepsize.base import StepSize, double
 
 
 class SteepestDescent(Optimizer):
@@ -58,7 +72,8 @@ class SteepestDescent(Optimizer):
             every group can have its own.
         geometry: with a model, a table role -> norm or dict of param-group options, or the name of one. It is laid over
             the optimizer's own table.
-        overrides: with a model, glob pattern over parameter names -> role, norm or dict, see :func:`normopt.roles`.
+        overrides: with a model, glob pattern over parameter names -> role, norm or dict;
+            see :func:`normopt.infer_roles`.
         view: how tensors are seen as matrices; a model's roles have views of their own.
         maximize: go up instead of down.
         nonfinite: what ``step`` does when it finds NaN or Inf in a gradient. ``"raise"``: an error that names the

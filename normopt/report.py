@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normopt.bases import Eigenbasis
-from normopt.directions import Rotated, Smoothed
+from normopt.directions.bases import Eigenbasis
+from normopt.directions.coordinates import Rotated
+from normopt.directions.smoothed import Smoothed
 from normopt.ingredient import choices, parse
-from normopt.norms.base import NO_MEMORY, ROTATED, SECOND_MOMENT, Direction, Norm
+from normopt.ingredient.stage import NO_MEMORY, ROTATED, SECOND_MOMENT, Direction
+from normopt.norms.base import Norm
 from normopt.optimizer import SteepestDescent
 from normopt.rule import Rule
 

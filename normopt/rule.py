@@ -9,12 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from normopt.constraints import Constraint
-from normopt.ingredient import Ingredient, get, option
-from normopt.momentum import EMA, Momentum, NoMomentum
-from normopt.norms import Direction, Spectral
-from normopt.stepsize import Constant, StepSize
-from normopt.view import View
+from normopt.constraints.base import Constraint
+from normopt.ingredient.base import Ingredient, option
+from normopt.ingredient.registry import get, parse
+from normopt.ingredient.stage import Direction
+from normopt.ingredient.view import View
+from normopt.momentum.averages import EMA
+from normopt.momentum.base import Momentum, NoMomentum
+from normopt.norms.spectral import Spectral
+from normopt.stepsize.base import StepSize
+from normopt.stepsize.fixed import Constant
 
 #: How many settings of its options a rule keeps in mind.
 REMEMBERED = 256
@@ -75,8 +79,14 @@ class Rule(Ingredient):
         for constraint in self.constraint:
             if constraint.needs_bounded_step and self.step_size.times:
                 raise ValueError(f"{constraint} needs steps of bounded length; those of {self.step_size} are not")
-            constraint.check_composes(self.norm, self.step_size)
-        self.momentum.check_composes(self.step_size)
+            constraint.check_composes(self.norm, self.step_size.reach)
+        if self.momentum.looks_back and self.step_size.overrides("weigh"):
+            raise ValueError(f"{self.momentum} compares two gradients, of which {self.step_size} would weigh only one")
+        if not self.momentum.needs <= self.step_size.provides:
+            raise ValueError(
+                f"{self.momentum} takes its decay rate from the step size Storm, which {self.step_size} is not; "
+                "give a beta"
+            )
         # Not a functools.cached_property, which compilers do not see through.
         acting = {m: tuple(c for c in self.constraint if c.overrides(m)) for m in ("gradient", "update", "weight")}
         object.__setattr__(self, "_acting", acting)
@@ -175,3 +185,10 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "constraint": _constraints,
     "view": _view,
 }
+
+
+def rule_of(group: Mapping[str, Any]) -> Rule:
+    """The rule that a param group holds as text."""
+    rule = parse(group["rule"])
+    assert isinstance(rule, Rule)
+    return rule

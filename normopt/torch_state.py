@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normopt.checks import name_of, rule_of
-from normopt.constraints import L2, Constraint, WeightDecay
-from normopt.directions import Identity, Smoothed
-from normopt.momentum import EMA, HeavyBall
+from normopt.constraints.base import Constraint
+from normopt.constraints.decay import L2, WeightDecay
+from normopt.directions.algebra import Identity
+from normopt.directions.smoothed import Smoothed
+from normopt.engine.checkpoint import VERSION, difference
+from normopt.engine.checks import name_of
+from normopt.momentum.averages import EMA, HeavyBall
 from normopt.norms import Max, Spectral
 from normopt.norms.base import Scale
 from normopt.optimizer import SteepestDescent
-from normopt.polar import JORDAN, Schedule
-from normopt.rule import Rule
-from normopt.state import VERSION, difference
-from normopt.stepsize import Constant
+from normopt.polar import JORDAN, PolarCoefficients
+from normopt.rule import Rule, rule_of
+from normopt.stepsize.fixed import Constant
 
 Numbers = Mapping[str, Any]
 
@@ -150,7 +152,7 @@ def _muon(group: Numbers, mine: Rule) -> Rule:
 
 
 def _iterated(coefficients: tuple[float, float, float], steps: int, mine: Rule) -> Spectral:
-    method = "newton-schulz" if (coefficients,) == JORDAN.coefficients else Schedule((coefficients,))
+    method = "newton-schulz" if (coefficients,) == JORDAN.coefficients else PolarCoefficients((coefficients,))
     return Spectral("max1", method, steps, mine.norm.dtype if isinstance(mine.norm, Spectral) else None)
 
 

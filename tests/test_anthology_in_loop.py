@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from normopt import EMA, Max, Prodigy, Smoothed, Spectral, SteepestDescent, batch, zoo
+from normopt import EMA, Max, Prodigy, Smoothed, Spectral, SteepestDescent, zoo
+from normopt.engine import batch
 from tests.paths import assert_same_path
 
 SHAPES = [(5, 9), (9, 5), (6, 6)]

@@ -16,8 +16,10 @@ from test_optimizer import EVERY, SHAPES, Net, assert_equal, give_gradients, run
 from torch import Tensor, nn
 
 import normopt
-from normopt import SteepestDescent, host
-from normopt.checks import check_gradients, rule_of
+from normopt import SteepestDescent
+from normopt.engine.checks import check_gradients
+from normopt.numerics import host
+from normopt.rule import rule_of
 
 Make = Callable[..., SteepestDescent]
 ALL: dict[str, Make] = {**EVERY, "stormplus": partial(normopt.create, "stormplus")}

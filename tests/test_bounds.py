@@ -30,9 +30,10 @@ from normopt import (
     SteepestDescent,
     zoo,
 )
-from normopt.bounds import Transposed, soft_coefficient
+from normopt.constraints.bounds import Transposed
+from normopt.constraints.spectrum import soft_coefficient
 from normopt.ingredient import Context, choices, parse
-from normopt.norms.schatten import singular_values
+from normopt.numerics.singular import singular_values
 from tests.strategies import NORMS, from_spectrum, label
 
 seeds = st.integers(0, 2**32 - 1)

@@ -18,7 +18,8 @@ import torch
 from test_optimizer import EVERY, Net, assert_equal, assert_goes_on, give_gradients, run, snapshot, tensors
 
 import normopt
-from normopt import SteepestDescent, finite
+from normopt import SteepestDescent
+from normopt.engine import finite
 
 Make = Callable[..., SteepestDescent]
 ROOT = Path(__file__).parent.parent

@@ -48,10 +48,10 @@ from normopt import (
     SteepestDescent,
     StepSize,
 )
-from normopt.bounds import Transposed
+from normopt.constraints.bounds import Transposed
 from normopt.ingredient import choices
 from normopt.report import MEMORIES
-from normopt.stepsize import LearningRateFree
+from normopt.stepsize.free import LearningRateFree
 
 NORMS = [cls() for cls in choices(Norm).values() if cls.__module__.startswith("normopt.")]
 

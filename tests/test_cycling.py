@@ -11,9 +11,9 @@ from torch.optim import lr_scheduler
 
 import normopt
 from normopt import SteepestDescent
-from normopt.checks import rule_of
 from normopt.ingredient import Option
-from normopt.momentum import Momentum
+from normopt.momentum.base import Momentum
+from normopt.rule import rule_of
 
 SCHEDULERS = {
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, 6, base_momentum=0.3, max_momentum=0.6),

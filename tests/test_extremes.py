@@ -17,14 +17,19 @@ from test_optimizer import Net
 from torch import Tensor
 
 import normopt
-from normopt import SteepestDescent, batch
-from normopt.checks import rule_of
-from normopt.constraints import TangentProjection, WeightDecay
-from normopt.directions import Blocked, Chain, Factored, Grafted, Rotated, Smoothed
+from normopt import SteepestDescent
+from normopt.constraints.decay import WeightDecay
+from normopt.constraints.tangent import TangentProjection
+from normopt.directions.algebra import Chain, Grafted
+from normopt.directions.coordinates import Blocked, Rotated
+from normopt.directions.factored import Factored
+from normopt.directions.smoothed import Smoothed
+from normopt.directions.whitening import KLWhitened
+from normopt.engine import batch
 from normopt.ingredient import Stage
-from normopt.rule import Rule
-from normopt.stepsize import GradientTrust, Storm, TrustRatio
-from normopt.whitening import KLWhitened
+from normopt.rule import Rule, rule_of
+from normopt.stepsize.fixed import Storm
+from normopt.stepsize.trust import GradientTrust, TrustRatio
 
 NAMES = normopt.list_optimizers()
 every = pytest.mark.parametrize("name", NAMES)

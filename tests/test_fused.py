@@ -21,10 +21,10 @@ from normopt import (
     SpectralCap,
     SteepestDescent,
     WeightDecay,
-    fused,
     zoo,
 )
-from normopt.batch import Batch
+from normopt.engine import kernels as fused
+from normopt.engine.batch import Batch
 
 SHAPES: list[tuple[int, ...]] = [(6, 4), (4, 6), (7,), (), (0, 3), (2, 3, 2, 2)]
 CASES: list[tuple[str, dict[str, Any]]] = [

@@ -17,7 +17,8 @@ from test_optimizer import BARE, JOINT, ZOO, assert_equal, snapshot
 from torch import Tensor, nn
 
 import normopt
-from normopt import SteepestDescent, host
+from normopt import SteepestDescent
+from normopt.numerics import host
 
 WHOLE = {**ZOO, "stormplus": partial(normopt.create, "stormplus")}
 MATRICES = {name: partial(SteepestDescent, **options) for name, options in {**BARE, **JOINT}.items()}

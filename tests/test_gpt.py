@@ -164,7 +164,7 @@ def test_low_precision() -> None:
 
 
 def test_roles() -> None:
-    found = normopt.roles(small())
+    found = normopt.infer_roles(small())
     named = {name: role.name for name, role in found.items() if not name.startswith("blocks")}
     assert named == {"embed.weight": "embedding", "norm.weight": "vector", "head.weight": "unembedding"}
     assert found["blocks.0.attention.qkv.weight"].view.split == 3

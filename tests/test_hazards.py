@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from normopt import EMA, Schedule, Spectral, SteepestDescent, zoo
+from normopt import EMA, PolarCoefficients, Spectral, SteepestDescent, zoo
 from normopt.polar import JORDAN, METHODS, POLAR_EXPRESS, SCHEDULES, polar
 from tests.strategies import assert_close, from_spectrum, inner, orthogonal, spectrum
 
@@ -103,7 +103,7 @@ def test_no_number_of_steps_turns_the_direction_around(name: str, steps: int) ->
 
 #: A table whose first row is negative above 0.884, made for another normalizer, under which iterating it in a cycle
 #: (NVIDIA-NeMo/Emerging-Optimizers fd77292, "aol" with the default of five steps) turns converged directions around.
-UNSAFE = Schedule(
+UNSAFE = PolarCoefficients(
     coefficients=(
         (4.0098, -7.0585, 2.4635),
         (3.4585, -5.5479, 2.5959),
@@ -112,7 +112,7 @@ UNSAFE = Schedule(
     ),
     steps=4,
 )
-IN_A_CYCLE = Schedule(coefficients=(*UNSAFE.coefficients, UNSAFE.coefficients[0]), steps=5)
+IN_A_CYCLE = PolarCoefficients(coefficients=(*UNSAFE.coefficients, UNSAFE.coefficients[0]), steps=5)
 
 
 def test_repeating_the_last_row_is_safe_where_a_cycle_is_not() -> None:
@@ -123,7 +123,7 @@ def test_repeating_the_last_row_is_safe_where_a_cycle_is_not() -> None:
 
 
 def test_the_scalar_map_tells_which_table_turns_gradients_around() -> None:
-    """``Schedule.scalar`` near 1 is what happens to a gradient of rank one."""
+    """``PolarCoefficients.scalar`` near 1 is what happens to a gradient of rank one."""
     g = MATRICES["rank one"]
     for schedule, is_safe in ((UNSAFE, False), (JORDAN, True), (POLAR_EXPRESS, True)):
         one = schedule.scalar(torch.ones((), dtype=torch.float64) / schedule.margin)
@@ -165,7 +165,7 @@ def test_torchs_step_depends_on_the_gradients_length() -> None:
 # Singular values slightly above 1 ------------------------------------------------------------------------------
 
 #: Polar Express as its coefficients come out of the optimization, for [1e-3, 1] and nothing above.
-RAW = Schedule(
+RAW = PolarCoefficients(
     coefficients=(
         *((a * 1.01, b * 1.01**3, c * 1.01**5) for a, b, c in POLAR_EXPRESS.coefficients[:-1]),
         POLAR_EXPRESS.coefficients[-1],

@@ -9,9 +9,10 @@ import torch
 from test_optimizer import EVERY, run, tensors
 from torch import Tensor
 
-from normopt import SteepestDescent, host
-from normopt.host import are_exact, host_may_look, power_of_two
-from normopt.norms.base import euclidean
+from normopt import SteepestDescent
+from normopt.numerics import host
+from normopt.numerics.host import are_exact, host_may_look, power_of_two
+from normopt.numerics.lengths import euclidean
 
 
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)

@@ -234,8 +234,8 @@ def test_accelerate_steps_saves_and_loads(name: str, tmp_path: Path) -> None:
 
 def test_a_compiled_model_has_the_same_roles() -> None:
     model = Net()
-    named = {f"_orig_mod.{name}": role for name, role in normopt.roles(model).items()}
-    assert normopt.roles(torch.compile(model)) == named
+    named = {f"_orig_mod.{name}": role for name, role in normopt.infer_roles(model).items()}
+    assert normopt.infer_roles(torch.compile(model)) == named
 
 
 @pytest.mark.slow

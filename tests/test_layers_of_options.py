@@ -44,7 +44,7 @@ def test_a_number_for_momentum_keeps_the_kind_of_momentum() -> None:
     optimizer = SteepestDescent(groups, momentum=Nesterov(0.9))
     rules = [parse(group["rule"]) for group in optimizer.param_groups]
     assert [rule.momentum for rule in rules] == [Nesterov(0.5), Nesterov(0.9)]
-    with pytest.raises(ValueError, match=r"momentum=0\.5 has no meaning for LookAhead"):
+    with pytest.raises(ValueError, match=r"momentum=0\.5 has no meaning for LionMomentum"):
         zoo.Lion([{"params": weights, "momentum": 0.5}])
 
 
@@ -55,21 +55,21 @@ def test_built_in_geometries_have_adams_memory() -> None:
 
 
 def test_another_role_is_seen_as_that_role() -> None:
-    roles = normopt.roles(gpt(), {"embed.weight": "unembedding", "head.weight": {"role": "embedding"}})
+    roles = normopt.infer_roles(gpt(), {"embed.weight": "unembedding", "head.weight": {"role": "embedding"}})
     assert roles["embed.weight"].view == View() and roles["head.weight"].view == View(transpose=True)
 
 
 def test_naming_the_head_demotes_what_was_taken_for_it() -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 7), nn.Linear(4, 10))
-    assert normopt.roles(model)["2.weight"].name == "unembedding"
-    roles = normopt.roles(model, {"1.weight": "unembedding"})
+    assert normopt.infer_roles(model)["2.weight"].name == "unembedding"
+    roles = normopt.infer_roles(model, {"1.weight": "unembedding"})
     assert roles["1.weight"].name == "unembedding" and roles["2.weight"].name == "linear"
 
 
 def test_a_layer_that_another_consumes_is_no_head() -> None:
     """A hidden width that equals the vocabulary, and a head tied by hand."""
     model = nn.Sequential(nn.Embedding(256, 64), nn.Linear(64, 256), nn.Linear(256, 64))
-    names = [role.name for name, role in normopt.roles(model).items() if name.endswith("weight")]
+    names = [role.name for name, role in normopt.infer_roles(model).items() if name.endswith("weight")]
     assert names == ["embedding", "linear", "linear"]
 
 

@@ -140,7 +140,7 @@ def test_gradients_reach_every_parameter() -> None:
 
 
 def test_roles_and_views() -> None:
-    found = normopt.roles(small())
+    found = normopt.infer_roles(small())
     assert found["embed.weight"].name == "embedding" and found["head.weight"].name == "unembedding"
     assert found["blocks.0.attention.qkv.weight"].view.split == 3
     assert {found[f"blocks.1.mlp.{name}.weight"].name for name in ("gate", "up", "down")} == {"linear"}

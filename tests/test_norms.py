@@ -15,9 +15,10 @@ import normopt.norms
 import normopt.polar
 from normopt import Direction, Eigenbasis, Rotated, Smoothed, SteepestDescent, View
 from normopt.ingredient import Context, Ingredient, Stage, parse
+from normopt.ingredient.stage import ROTATED
 from normopt.norms import Column, Euclidean, KyFan, Max, Norm, Nuclear, PerBlock, Row, Schatten, Spectral
-from normopt.norms.base import ROTATED, Scale
-from normopt.polar import JORDAN, Schedule, polar
+from normopt.norms.base import Scale
+from normopt.polar import JORDAN, PolarCoefficients, polar
 from tests.strategies import (
     KINDS,
     NORMS,
@@ -593,7 +594,7 @@ EXTRA = [
     Spectral(scale=0.25, method="newton-schulz", steps=7, dtype="bfloat16"),
     Spectral(dtype=torch.float32),
     Spectral(method=JORDAN),
-    Spectral(method=Schedule(coefficients=((2.0, -1.5, 0.5), (1.875, -1.25, 0.375)), steps=3, margin=1.01)),
+    Spectral(method=PolarCoefficients(coefficients=((2.0, -1.5, 0.5), (1.875, -1.25, 0.375)), steps=3, margin=1.01)),
     Schatten(math.inf),
     PerBlock(Schatten(3, scale="unit"), 64, scale=2.0),
 ]
@@ -601,7 +602,9 @@ EXTRA = [
 
 @pytest.mark.parametrize("norm", [*NORMS, *EXTRA], ids=repr)
 def test_repr_evaluates_back(norm: Norm) -> None:
-    public = {name: getattr(normopt.norms, name) for name in normopt.norms.__all__} | {"Schedule": Schedule}
+    public = {name: getattr(normopt.norms, name) for name in normopt.norms.__all__} | {
+        "PolarCoefficients": PolarCoefficients
+    }
     for back in (eval(repr(norm), public | {"inf": math.inf}), parse(repr(norm)), normopt.norms.get(repr(norm))):
         assert back == norm and hash(back) == hash(norm) and repr(back) == repr(norm)
     assert parse(str(norm)) == norm
@@ -673,7 +676,11 @@ def test_a_name_is_taken_once() -> None:
         (lambda: normopt.norms.get("norm"), ValueError, "unknown norm 'norm'; "),
         (lambda: normopt.norms.get("Rowe()"), ValueError, "unknown ingredient 'Rowe'; did you mean 'Row'?"),
         (lambda: normopt.norms.get(3), TypeError, "expected a Norm or the name of one, got 3"),
-        (lambda: normopt.norms.get(repr(JORDAN)), TypeError, "expected a Norm or the name of one, got Schedule("),
+        (
+            lambda: normopt.norms.get(repr(JORDAN)),
+            TypeError,
+            "expected a Norm or the name of one, got PolarCoefficients(",
+        ),
         (lambda: Max(scale="rsm"), ValueError, "Max: unknown scale 'rsm'; did you mean 'rms'?"),
         (lambda: Max(scale=0.0), ValueError, "Max: scale must be positive and finite, got 0.0"),
         (lambda: Row(scale=-1), ValueError, "Row: scale must be positive and finite, got -1"),
@@ -868,7 +875,9 @@ def test_rotations_change_blocks() -> None:
 @pytest.mark.parametrize("steps", [None, 3])
 @pytest.mark.parametrize("dtype", [None, "bfloat16", torch.float64])
 @pytest.mark.parametrize("method", ["newton-schulz", "polar-express", JORDAN])
-def test_spectral_passes_method_steps_and_dtype_on(method: str | Schedule, dtype: object, steps: int | None) -> None:
+def test_spectral_passes_method_steps_and_dtype_on(
+    method: str | PolarCoefficients, dtype: object, steps: int | None
+) -> None:
     g = torch.randn(2, 6, 4)
     norm = Spectral(scale=3.0, method=method, steps=steps, dtype=dtype)
     as_torch = torch.bfloat16 if dtype == "bfloat16" else dtype

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import normopt
-from normopt import SteepestDescent, batch, fused
+from normopt import SteepestDescent
+from normopt.engine import batch
+from normopt.engine import kernels as fused
 
 ELEMENTWISE = [
     "sgd",

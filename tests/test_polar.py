@@ -10,20 +10,14 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normopt import host, iterations
 from normopt.ingredient import parse
-from normopt.iterations import exact, normalized, segments
-from normopt.polar import (
-    FOUR_STEPS,
-    JORDAN,
-    METHODS,
-    POLAR_EXPRESS,
-    SCHEDULES,
-    Schedule,
-    _has_bfloat16,
-    choose,
-    polar,
-)
+from normopt.numerics import host
+from normopt.numerics.lengths import normalized
+from normopt.polar import FOUR_STEPS, JORDAN, METHODS, POLAR_EXPRESS, SCHEDULES, PolarCoefficients, choose, polar
+from normopt.polar import newton_schulz as iterations
+from normopt.polar.choice import _has_bfloat16
+from normopt.polar.decompositions import exact
+from normopt.polar.newton_schulz import segments
 from tests.strategies import WELL_CONDITIONED, assert_close, from_spectrum, inner, matrices, orthogonal, spectrum
 
 each_schedule = pytest.mark.parametrize("name", SCHEDULES)
@@ -31,7 +25,7 @@ each_method = pytest.mark.parametrize("method", METHODS)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 #: A converging one, for what holds of any schedule.
-PADE = Schedule(coefficients=((15 / 8, -10 / 8, 3 / 8),), steps=12, margin=1.0)
+PADE = PolarCoefficients(coefficients=((15 / 8, -10 / 8, 3 / 8),), steps=12, margin=1.0)
 
 
 def nuclear(g: Tensor) -> Tensor:
@@ -84,7 +78,7 @@ def test_jordan_never_converges() -> None:
 def test_polar_express_is_safe_where_the_raw_polynomials_are_not() -> None:
     # Their first step sends 1.01 beyond the point where the second one turns down: an explosion within five steps.
     rows = [(a * 1.01, b * 1.01**3, c * 1.01**5) for a, b, c in POLAR_EXPRESS.coefficients[:-1]]
-    raw = Schedule(coefficients=(*rows, POLAR_EXPRESS.coefficients[-1]))
+    raw = PolarCoefficients(coefficients=(*rows, POLAR_EXPRESS.coefficients[-1]))
     above_one = torch.tensor(1.01, dtype=torch.float64)
     assert float(raw.scalar(above_one, 5)) > 1e50
     assert 0.8 < float(POLAR_EXPRESS.scalar(above_one, 5)) < 1.2
@@ -92,7 +86,7 @@ def test_polar_express_is_safe_where_the_raw_polynomials_are_not() -> None:
 
 def test_a_schedule_repeats_its_last_row() -> None:
     first, last = (3.0, -3.2, 1.2), (1.875, -1.25, 0.375)
-    schedule = Schedule(coefficients=(first, last), steps=3)
+    schedule = PolarCoefficients(coefficients=(first, last), steps=3)
     assert schedule.rows() == [first, last, last]
     assert schedule.rows(1) == [first]
     assert schedule.rows(5) == [first, last, last, last, last]
@@ -101,17 +95,29 @@ def test_a_schedule_repeats_its_last_row() -> None:
 
 
 @pytest.mark.parametrize("schedule", [*SCHEDULES.values(), PADE], ids=["newton-schulz", "polar-express", "pade"])
-def test_schedules_read_back_from_their_repr(schedule: Schedule) -> None:
+def test_schedules_read_back_from_their_repr(schedule: PolarCoefficients) -> None:
     assert parse(repr(schedule)) == schedule
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Schedule(coefficients=()), r"Schedule: coefficients must be one or more rows \(a, b, c\)"),
-        (lambda: Schedule(coefficients=((1.5, -0.5),)), r"Schedule: coefficients must be one or more rows"),
-        (lambda: Schedule(coefficients=JORDAN.coefficients, steps=0), "Schedule: steps must be at least 1, got 0"),
-        (lambda: Schedule(JORDAN.coefficients, normalizer="shatten8"), "unknown normalizer .*mean 'schatten8'"),
+        (
+            lambda: PolarCoefficients(coefficients=()),
+            r"PolarCoefficients: coefficients must be one or more rows \(a, b, c\)",
+        ),
+        (
+            lambda: PolarCoefficients(coefficients=((1.5, -0.5),)),
+            r"PolarCoefficients: coefficients must be one or more rows",
+        ),
+        (
+            lambda: PolarCoefficients(coefficients=JORDAN.coefficients, steps=0),
+            "PolarCoefficients: steps must be at least 1, got 0",
+        ),
+        (
+            lambda: PolarCoefficients(JORDAN.coefficients, normalizer="shatten8"),
+            "unknown normalizer .*mean 'schatten8'",
+        ),
         (lambda: JORDAN.rows(0), "polar: steps must be at least 1, got 0"),
         (lambda: polar(torch.ones(2, 3), steps=-1), "polar: steps must be at least 1, got -1"),
         (lambda: polar(torch.ones(2, 3), "exact", steps=3), "polar: method 'exact' takes no steps"),
@@ -144,7 +150,7 @@ def test_exact_is_the_polar_factor(m: int, n: int, deficit: int, seed: int) -> N
 @pytest.mark.parametrize("method", [*SCHEDULES, PADE], ids=str)
 @given(m=sides, n=sides, deficit=deficits, seed=st.integers(0, 2**16))
 def test_iterations_map_the_singular_values(
-    method: str | Schedule, steps: int | None, m: int, n: int, deficit: int, seed: int
+    method: str | PolarCoefficients, steps: int | None, m: int, n: int, deficit: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     r = max(1, min(m, n) - deficit)
@@ -176,7 +182,9 @@ def test_leading_dimensions_and_strides(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["exact", PADE, "polar-express"], ids=str)
 @pytest.mark.parametrize("shape", [(30, 70), (70, 30), (40, 40)])
-def test_accurate_methods_are_semi_orthogonal_and_nearest(method: str | Schedule, shape: tuple[int, int]) -> None:
+def test_accurate_methods_are_semi_orthogonal_and_nearest(
+    method: str | PolarCoefficients, shape: tuple[int, int]
+) -> None:
     g = from_spectrum(*shape, spectrum(30, 0.1) if shape != (40, 40) else spectrum(40, 0.1))
     p = polar(g, method)
     # Singular values above 0.1 / sqrt(40): Polar Express stays within 0.26% of 1, twelve Pade steps converge.
@@ -300,7 +308,7 @@ def schatten8(s: Tensor) -> Tensor:
 @pytest.mark.parametrize("method", ["gram", FOUR_STEPS], ids=["gram", "direct"])
 @given(m=sides, n=sides, deficit=deficits, seed=st.integers(0, 2**16))
 def test_four_steps_map_the_singular_values(
-    method: str | Schedule, steps: int | None, m: int, n: int, deficit: int, seed: int
+    method: str | PolarCoefficients, steps: int | None, m: int, n: int, deficit: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     r = max(1, min(m, n) - deficit)
@@ -329,13 +337,13 @@ def test_four_steps_are_safe_around_one(steps: int) -> None:
 
 
 def test_the_margin_of_a_tight_schedule() -> None:
-    wide = Schedule(FOUR_STEPS.coefficients, 4, margin=1.5, normalizer="schatten8")
+    wide = PolarCoefficients(FOUR_STEPS.coefficients, 4, margin=1.5, normalizer="schatten8")
     u, vh, s = orthogonal(20, 20), orthogonal(20, 30), spectrum(20)
     assert_close(polar((u * s) @ vh, wide), (u * wide.scalar(s / schatten8(s) / 1.5)) @ vh, 1e-9)
 
 
 def test_the_gram_form_restarts_as_precision_demands() -> None:
-    def lengths(steps: int, dtype: torch.dtype, schedule: Schedule = FOUR_STEPS) -> list[int]:
+    def lengths(steps: int, dtype: torch.dtype, schedule: PolarCoefficients = FOUR_STEPS) -> list[int]:
         return [len(part) for part in segments(schedule.rows(steps), dtype)]
 
     assert lengths(4, torch.bfloat16) == [2, 2] and lengths(4, torch.float16) == [3, 1]

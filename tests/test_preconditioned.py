@@ -16,14 +16,16 @@ from torch.optim import Optimizer
 
 import normopt
 from normopt import L2, SteepestDescent
-from normopt.bases import Eigenbasis, power_iteration_
-from normopt.directions import Blocked, Chain, Grafted, Identity, Rotated, Smoothed
+from normopt.directions.algebra import Chain, Grafted, Identity
+from normopt.directions.bases import Eigenbasis
+from normopt.directions.coordinates import Blocked, Rotated
+from normopt.directions.smoothed import Smoothed
+from normopt.directions.whitening import KLWhitened
 from normopt.ingredient import Context
-from normopt.momentum import EMA
+from normopt.momentum.averages import EMA
 from normopt.norms import Column, Euclidean, Max, Row, Spectral
-from normopt.norms.schatten import eigh, matrix_power
+from normopt.numerics.eigen import eigh, matrix_power, power_iteration_
 from normopt.polar import exact
-from normopt.whitening import KLWhitened
 from normopt.zoo import ASGO, DASGO, SOAP, KLShampoo, Shampoo
 from tests.paths import assert_same_path
 from tests.strategies import from_spectrum, spectrum

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import normopt
-from normopt import GEOMETRIES, Column, Max, Row, Spectral, SteepestDescent, View, param_groups, roles
+from normopt import GEOMETRIES, Column, Max, Row, Spectral, SteepestDescent, View, infer_roles, param_groups
 from normopt.nn import GPT
 
 HIDDEN = {"linear", "conv"}
 
 
 def names(model: nn.Module, **options: Any) -> dict[str, str]:
-    return {name: role.name for name, role in roles(model, **options).items()}
+    return {name: role.name for name, role in infer_roles(model, **options).items()}
 
 
 def gpt(vocab_size: int = 13, n_layers: int = 2) -> GPT:
@@ -62,7 +62,7 @@ def test_mlp() -> None:
 
 def test_cnn() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 10))
-    found = roles(model)
+    found = infer_roles(model)
     matrices = {name: role.name for name, role in found.items() if role.name != "vector"}
     assert matrices == {"0.weight": "conv", "2.weight": "conv", "3.weight": "unembedding"}
     assert found["0.weight"].view.shape((8, 3, 3, 3)) == (1, 8, 27)
@@ -71,20 +71,20 @@ def test_cnn() -> None:
 
 @pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 def test_convolutions_are_flattened(conv: type[nn.Module]) -> None:
-    role = roles(conv(2, 5, 3))["weight"]
+    role = infer_roles(conv(2, 5, 3))["weight"]
     assert (role.name, role.view) == ("conv", View(flatten=True))
 
 
 @pytest.mark.parametrize("conv", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
 def test_transposed_convolutions_have_their_input_first(conv: type[nn.Module]) -> None:
     model = conv(2, 5, 3)
-    role = roles(model)["weight"]
+    role = infer_roles(model)["weight"]
     kernel = model.weight[0, 0].numel()
     assert role.name == "conv" and role.view.shape(tuple(model.weight.shape)) == (1, 5 * kernel, 2)
 
 
 def test_gpt() -> None:
-    found = roles(gpt())
+    found = infer_roles(gpt())
     assert found["embed.weight"].name == "embedding" and found["embed.weight"].view == View(transpose=True)
     assert found["head.weight"].name == "unembedding" and found["head.weight"].view == View()
     assert found["blocks.0.attention.qkv.weight"].view == View(split=3)
@@ -98,7 +98,7 @@ def test_gpt() -> None:
 
 @pytest.mark.parametrize("head_first", [False, True])
 def test_tied_embeddings_keep_the_embeddings_role(head_first: bool) -> None:
-    found = roles(Tied(head_first))
+    found = infer_roles(Tied(head_first))
     first, second = ("head", "embed") if head_first else ("embed", "head")
     role = found[f"{first}.weight"]
     assert f"{second}.weight" not in found
@@ -107,11 +107,11 @@ def test_tied_embeddings_keep_the_embeddings_role(head_first: bool) -> None:
 
 
 def test_attention_is_split() -> None:
-    found = roles(nn.TransformerEncoderLayer(8, 2, 16))
+    found = infer_roles(nn.TransformerEncoderLayer(8, 2, 16))
     assert found["self_attn.in_proj_weight"].view == View(split=3)
     assert found["self_attn.in_proj_weight"].name == "linear"
     assert found["self_attn.out_proj.weight"].name == "linear" and found["linear1.weight"].name == "linear"
-    separate = roles(nn.MultiheadAttention(8, 2, kdim=4, vdim=4, add_bias_kv=False))
+    separate = infer_roles(nn.MultiheadAttention(8, 2, kdim=4, vdim=4, add_bias_kv=False))
     assert {separate[f"{x}_proj_weight"].name for x in "qkv"} == {"linear"}
     assert {separate[f"{x}_proj_weight"].view for x in "qkv"} == {View()}
 
@@ -122,14 +122,14 @@ def test_attention_is_split() -> None:
     ids=lambda x: type(x).__name__,
 )
 def test_recurrent_layers_are_split_into_gates(module: nn.Module, gates: int) -> None:
-    found = roles(module)
+    found = infer_roles(module)
     for name, p in module.named_parameters():
         expected = ("vector", View()) if p.ndim < 2 else ("linear", View(split=gates))
         assert (found[name].name, found[name].view) == expected
 
 
 def test_lstm_projections_are_not_split() -> None:
-    assert roles(nn.LSTM(3, 8, proj_size=4))["weight_hr_l0"].view == View()
+    assert infer_roles(nn.LSTM(3, 8, proj_size=4))["weight_hr_l0"].view == View()
 
 
 def test_positional_tables_are_embeddings() -> None:
@@ -166,17 +166,17 @@ def test_a_head_that_is_tied_leaves_hidden_layers_hidden() -> None:
 def test_unknown_matrices_are_other_and_say_so() -> None:
     for overrides in None, {"raw": {"lr": 0.1}}:
         with pytest.warns(UserWarning, match=r"no role known for raw: .*overrides"):
-            found = roles(Holder(3, 4), overrides)
+            found = infer_roles(Holder(3, 4), overrides)
         assert found["raw"].name == "other"
     assert names(Holder(3)) == {"raw": "vector"} and names(Holder()) == {"raw": "scalar"}
 
 
 @pytest.mark.parametrize("override", ["linear", "other", Max(), {"norm": "max"}, {"role": "mine"}], ids=str)
 def test_saying_what_they_are_ends_the_warning(override: Any) -> None:
-    roles(Holder(3, 4), {"raw": override})
+    infer_roles(Holder(3, 4), {"raw": override})
     declared = Holder(3, 4)
     declared.normopt_roles = {"raw": "other"}
-    roles(declared)
+    infer_roles(declared)
 
 
 def test_every_vector_and_scalar_is_one() -> None:
@@ -188,7 +188,7 @@ def test_frozen_parameters_are_left_out() -> None:
     model = gpt()
     model.embed.weight.requires_grad_(False)
     model.blocks[0].requires_grad_(False)
-    found = roles(model)
+    found = infer_roles(model)
     assert list(found) == [name for name, p in model.named_parameters() if p.requires_grad]
     grouped = [name for group in param_groups(model) for name, _ in group["params"]]
     assert sorted(grouped) == sorted(found)
@@ -213,7 +213,7 @@ class Declared(Holder):
 
 
 def test_modules_declare_roles_and_views() -> None:
-    role = roles(nn.Sequential(Declared(4, 6)))["0.raw"]
+    role = infer_roles(nn.Sequential(Declared(4, 6)))["0.raw"]
     assert (role.name, role.view, role.reason) == ("linear", View(False, True, 2), "declared by Declared")
     outer = Holder(4, 6)
     outer.inner = Holder(4, 6)
@@ -248,7 +248,7 @@ def test_declarations_outlive_absent_and_computed_parameters_and_wrappers() -> N
 
 def test_overrides_by_pattern() -> None:
     model = gpt()
-    found = roles(
+    found = infer_roles(
         model,
         {
             "blocks.*.mlp.*": {"lr": 0.5},

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import normopt
 from normopt import SteepestDescent
-from normopt.checks import rule_of
-from normopt.rounding import stochastically
+from normopt.numerics.rounding import stochastically
+from normopt.rule import rule_of
 
 Make = Callable[..., SteepestDescent]
 every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)

@@ -190,8 +190,8 @@ def test_assignment_sets_gamma() -> None:
 @pytest.mark.parametrize("kind", [GPT, anGPT, nGPT])
 def test_models_keep_roles_and_views(kind: type[nn.Module]) -> None:
     model = kind(17, 16, 2, 2)
-    before = normopt.roles(model)
-    found = normopt.roles(sigma_reparam(model))
+    before = normopt.infer_roles(model)
+    found = normopt.infer_roles(sigma_reparam(model))
     new = {name.replace("parametrizations.weight.original", "weight"): role for name, role in found.items()}
     assert {name: (role.name, role.view) for name, role in before.items()} == {
         name: (role.name, role.view) for name, role in new.items() if not name.endswith("gamma")
@@ -203,11 +203,11 @@ def test_models_keep_roles_and_views(kind: type[nn.Module]) -> None:
 
 def test_other_models_keep_roles_and_views() -> None:
     model = sigma_reparam(nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 3)))
-    found = normopt.roles(model)
+    found = normopt.infer_roles(model)
     conv = found["0.parametrizations.weight.original"]
     assert (conv.name, conv.view) == ("conv", normopt.View(flatten=True))
     assert found["2.parametrizations.weight.original"].name == "unembedding"
-    assert normopt.roles(sigma_reparam(nn.Linear(3, 2)))["parametrizations.weight.original"].name == "linear"
+    assert normopt.infer_roles(sigma_reparam(nn.Linear(3, 2)))["parametrizations.weight.original"].name == "linear"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

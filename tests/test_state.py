@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 import normopt
 from normopt import SteepestDescent, zoo
-from normopt.batch import state_shapes
-from normopt.checks import rule_of
-from normopt.state import VERSION
+from normopt.engine.batch import state_shapes
+from normopt.engine.checkpoint import VERSION
+from normopt.rule import rule_of
 
 Make = Callable[..., SteepestDescent]
 ALL: dict[str, Make] = {**EVERY, "stormplus": partial(normopt.create, "stormplus")}

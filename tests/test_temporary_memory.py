@@ -9,7 +9,7 @@ import pytest
 from test_optimizer import EVERY, Make, give_gradients, tensors
 from torch.profiler import ProfilerActivity, profile
 
-from normopt import batch
+from normopt.engine import batch
 
 #: Step sizes that must see all directions before they say how long a step is.
 HOLDS_ALL = {"dual"}

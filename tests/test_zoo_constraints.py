@@ -37,7 +37,7 @@ from normopt.ingredient import parse
 from normopt.nn import GPT, qk_clip_, record_logits
 from normopt.nn.clip import largest_logits
 from normopt.nn.layers import Attention
-from normopt.norms.schatten import singular_values
+from normopt.numerics.singular import singular_values
 from tests import test_optimizer
 from tests.paths import assert_same_path
 

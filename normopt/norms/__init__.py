@@ -2,12 +2,14 @@
 
 from normopt.ingredient import choices
 from normopt.ingredient import get as _get
-from normopt.norms.base import SCALES, Direction, Norm
+from normopt.ingredient.stage import Direction
+from normopt.norms.base import SCALES, Norm
 from normopt.norms.blocks import PerBlock
+from normopt.norms.entrywise import Euclidean, Max
 from normopt.norms.kyfan import KyFan
-from normopt.norms.schatten import Nuclear, Schatten, Spectral
-from normopt.norms.slices import Column, Row
-from normopt.norms.vector import Euclidean, Max
+from normopt.norms.rows_columns import Column, Row
+from normopt.norms.schatten import Nuclear, Schatten
+from normopt.norms.spectral import Spectral
 
 __all__ = [
     "SCALES",

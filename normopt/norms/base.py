@@ -11,14 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normopt.host import are_exact, host_may_look, power_of_two
-from normopt.ingredient import Context, Stage, check_choice
-
-#: The columns of the periodic table.
-NO_MEMORY, SECOND_MOMENT, ROTATED = "no memory", "second moment", "second moment, rotated"
+from normopt.ingredient.stage import Context, Direction
+from normopt.ingredient.validate import check_choice
+from normopt.numerics.eigen import Eps
+from normopt.numerics.lengths import _nonzero
 
 Scale = str | float
-Eps = float | Tensor
+
 
 #: Scales that mean the same for every norm, as functions of (out, in); "rms" is each norm's own.
 SCALES: dict[str, Callable[[int, int], float]] = {
@@ -29,29 +28,6 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "sqrt_in": lambda m, n: math.sqrt(n),
     "ratio": lambda m, n: math.sqrt(m / max(n, 1)),
 }
-
-
-class Direction(Stage):
-    """Which direction is steepest: a :class:`Norm`, or an algebra over norms (``normopt.directions``)."""
-
-    #: Whether it decides how long its result is; where not, a chain's length is that of the stage before.
-    sets_length: bool = True
-
-    def rms(self, shape: tuple[int, ...]) -> float:
-        """The root mean square of an update's entries for a full-rank gradient of ``shape``; ``nan`` if unknown."""
-        return math.nan
-
-    @property
-    def cell(self) -> tuple[str, str]:
-        """Where it stands in the periodic table: the norm that it comes from, and its memory; else its own name."""
-        return type(self).__name__, NO_MEMORY
-
-    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The dual norm of each matrix, shape ``(...)``, for step sizes: at most the cost of one duality map.
-
-        The norm is the one in which the result has norm 1, or had it if the direction were without memory.
-        """
-        raise ValueError(f"{self} bounds its result in no norm, so there is no dual norm for the step size to go by")
 
 
 @dataclass(frozen=True)
@@ -220,44 +196,3 @@ class Norm(Direction):
 def is_zero(eps: Eps) -> bool:
     """Whether ``eps`` is the number 0; tensors never are, so that nobody waits for their value."""
     return not isinstance(eps, Tensor) and eps == 0
-
-
-def axes(x: Tensor) -> tuple[int, ...]:
-    """The dimensions of one matrix, or all of a vector or scalar."""
-    return (-2, -1) if x.ndim > 1 else tuple(range(x.ndim))
-
-
-def euclidean(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
-    """Euclidean norms along ``dim`` that neither overflow nor underflow.
-
-    Entries are divided by a power of two near the largest first, unless the host, where looking costs nothing, sees
-    that all is well; the result is the same.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if x.ndim == 0 or x.numel() == 0:
-        return torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim)
-    sizes = _norms(x, dim) if host_may_look(x) else None
-    if sizes is None or not are_exact(sizes):
-        scale = power_of_two(torch.maximum(x.amax(dim=dim, keepdim=True), -x.amin(dim=dim, keepdim=True)))
-        sizes = _norms(x / scale, dim).mul_(scale)
-    return sizes if keepdim else sizes.squeeze(dim)
-
-
-def _norms(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    if dim in (-2, (-2,)):  # torch's norm of columns takes ten times as long on a CPU
-        return x.square().sum(dim=dim, keepdim=True).sqrt_()
-    return torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-
-
-def normalize(g: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """``g`` over its Euclidean norm along ``dim``, 0 where that is 0; a new tensor."""
-    return (g / _nonzero(euclidean(g, dim, keepdim=True))).to(g.dtype)
-
-
-def clip_norm(w: Tensor, dim: int | tuple[int, ...], radius: float) -> Tensor:
-    """``w`` shortened along ``dim`` to at most ``radius``; a new tensor."""
-    return (w * (radius / _nonzero(euclidean(w, dim, keepdim=True))).clamp_(max=1.0)).to(w.dtype)
-
-
-def _nonzero(x: Tensor) -> Tensor:
-    return torch.where(x == 0, 1.0, x)

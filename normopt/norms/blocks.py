@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from normopt.ingredient import check_count, read
-from normopt.norms.base import Eps, Norm, Scale
-from normopt.norms.schatten import Spectral
+from normopt.ingredient.registry import read
+from normopt.ingredient.validate import check_count
+from normopt.norms.base import Norm, Scale
+from normopt.norms.spectral import Spectral
+from normopt.numerics.eigen import Eps
 
 
 @dataclass(frozen=True)

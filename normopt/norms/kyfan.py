@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from normopt.ingredient import check_count
+from normopt.ingredient.validate import check_count
 from normopt.norms.base import Scale
-from normopt.norms.schatten import UnitarilyInvariant, map_singular_values, map_spectrum, simplex_shift, singular_values
+from normopt.norms.schatten import UnitarilyInvariant
+from normopt.numerics.singular import map_singular_values, map_spectrum, simplex_shift, singular_values
 
 #: Halvings of an interval, to the last bit of float64.
 BISECTIONS = 60

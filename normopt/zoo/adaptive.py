@@ -7,15 +7,15 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.constraints import L2, WeightDecay
-from normopt.directions import Smoothed
+from normopt.constraints.decay import L2, WeightDecay
+from normopt.directions.smoothed import Smoothed
 from normopt.ingredient import option
-from normopt.momentum import EMA
+from normopt.momentum.averages import EMA
 from normopt.norms import Max
 from normopt.optimizer import SteepestDescent
-from normopt.roles import Geometry
-from normopt.stepsize import DAdaptation
-from normopt.stepsize import Prodigy as ProdigyStep
+from normopt.roles.options import Geometry
+from normopt.stepsize.free import DAdaptation
+from normopt.stepsize.free import Prodigy as ProdigyStep
 from normopt.zoo.common import NO_DECAY, Fixed, Unpack, second
 
 BETAS = (option("betas", 0), option("betas", 1))

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.constraints import WeightDecay
+from normopt.constraints.decay import WeightDecay
 from normopt.ingredient import option
-from normopt.momentum import EMA
+from normopt.momentum.averages import EMA
 from normopt.norms import Column, Euclidean, Max, Norm, Nuclear, Row, Spectral
 from normopt.norms.base import Scale
 from normopt.optimizer import SteepestDescent
-from normopt.polar import Schedule
-from normopt.roles import Geometry
+from normopt.polar import PolarCoefficients
+from normopt.roles.options import Geometry
 from normopt.zoo.common import Common, Unpack
 
 SIGN: dict[str, Any] = {"norm": Max(), "weight_decay": 0.0}
@@ -110,7 +110,7 @@ class SpectralDescent(NormDescent):
         weight_decay: float = 0.0,
         *,
         scale: Scale = "rms",
-        orthogonalize: str | Schedule = "auto",
+        orthogonalize: str | PolarCoefficients = "auto",
         orthogonalize_dtype: torch.dtype | str | None = None,
         **common: Unpack[Common],
     ) -> None:

@@ -9,12 +9,13 @@ from typing import Any, TypedDict
 
 import torch
 
-from normopt.directions import Smoothed
+from normopt.directions.smoothed import Smoothed
 from normopt.ingredient import get, option
-from normopt.momentum import EMA
+from normopt.momentum.averages import EMA
 from normopt.norms import Max
-from normopt.roles import Geometry
-from normopt.stepsize import LearningRateFree, StepSize
+from normopt.roles.options import Geometry
+from normopt.stepsize.base import StepSize
+from normopt.stepsize.free import LearningRateFree
 
 if sys.version_info >= (3, 11):
     from typing import Unpack

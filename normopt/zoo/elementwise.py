@@ -7,14 +7,15 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.constraints import L2, WeightDecay
-from normopt.directions import Chain, Smoothed
+from normopt.constraints.decay import L2, WeightDecay
+from normopt.directions.algebra import Chain
+from normopt.directions.smoothed import Smoothed
 from normopt.ingredient import option
-from normopt.momentum import EMA, HeavyBall, LookAhead, TwoSpeed, WarmNesterov
+from normopt.momentum.averages import EMA, HeavyBall, LionMomentum, TwoSpeed, WarmNesterov
 from normopt.norms import Max
 from normopt.optimizer import SteepestDescent
-from normopt.roles import Geometry
-from normopt.stepsize import InverseTime
+from normopt.roles.options import Geometry
+from normopt.stepsize.fixed import InverseTime
 from normopt.zoo.common import NO_DECAY, Common, Unpack
 
 
@@ -110,7 +111,7 @@ class Lion(SteepestDescent):
             params,
             lr,
             Max(),
-            LookAhead(option("betas", 0), option("betas", 1)),
+            LionMomentum(option("betas", 0), option("betas", 1)),
             constraint=WeightDecay(option("weight_decay"), cautious=cautious),
             options={"betas": betas, "weight_decay": weight_decay},
             **common,

@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.constraints import WeightDecay
+from normopt.constraints.decay import WeightDecay
 from normopt.ingredient import option
-from normopt.momentum import Momentum
+from normopt.momentum.base import Momentum
 from normopt.norms import Direction
 from normopt.optimizer import SteepestDescent
-from normopt.stepsize import Constant, LearningRateFree, StepSize
+from normopt.stepsize.base import StepSize
+from normopt.stepsize.fixed import Constant
+from normopt.stepsize.free import LearningRateFree
 from normopt.zoo.common import Common, Fixed, Unpack, adamw, with_radius
 
 

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.bounds import FrobeniusSphere
-from normopt.directions import Smoothed
+from normopt.constraints.bounds import FrobeniusSphere
+from normopt.directions.smoothed import Smoothed
 from normopt.ingredient import nearest, option, parse
-from normopt.momentum import EMA
+from normopt.momentum.averages import EMA
 from normopt.norms import Max, Spectral
 from normopt.optimizer import SteepestDescent
-from normopt.polar import Schedule
+from normopt.polar import PolarCoefficients
 from normopt.rule import Rule
-from normopt.stepsize import Constant, TrustRatio
+from normopt.stepsize.fixed import Constant
+from normopt.stepsize.trust import TrustRatio
 from normopt.zoo.common import Fixed, Unpack
 
 #: Adam's momentum and direction, with its numbers in the param group.
@@ -94,7 +95,7 @@ class MuonH(SteepestDescent):
         momentum: float = 0.95,
         nesterov: bool = True,
         *,
-        orthogonalize: str | Schedule = "newton-schulz",
+        orthogonalize: str | PolarCoefficients = "newton-schulz",
         orthogonalize_dtype: torch.dtype | str | None = torch.bfloat16,
         aux_lr: float | None = None,
         aux_betas: tuple[float, float] = (0.9, 0.95),

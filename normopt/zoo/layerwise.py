@@ -7,14 +7,17 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.constraints import L2, WeightDecay
-from normopt.directions import Chain, Clipped, Decayed, Factored, Identity, Smoothed
+from normopt.constraints.decay import L2, WeightDecay
+from normopt.directions.algebra import Chain, Clipped, Decayed, Identity
+from normopt.directions.factored import Factored
+from normopt.directions.smoothed import Smoothed
 from normopt.ingredient import option
-from normopt.momentum import EMA, HeavyBall
+from normopt.momentum.averages import EMA, HeavyBall
 from normopt.norms import Euclidean, Max
 from normopt.optimizer import SteepestDescent
-from normopt.roles import Geometry
-from normopt.stepsize import Constant, GradientTrust, Relative, TrustRatio
+from normopt.roles.options import Geometry
+from normopt.stepsize.fixed import Constant
+from normopt.stepsize.trust import GradientTrust, Relative, TrustRatio
 from normopt.zoo.common import NO_DECAY, Common, Fixed, Unpack
 
 

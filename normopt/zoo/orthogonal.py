@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.directions import Chain, Grafted, Identity, Smoothed
+from normopt.directions.algebra import Chain, Grafted, Identity
+from normopt.directions.smoothed import Smoothed
+from normopt.directions.subspace import LowRank
 from normopt.ingredient import nearest, option
-from normopt.momentum import EMA
+from normopt.momentum.averages import EMA
 from normopt.norms import Column, Euclidean, Max, Norm, Row, Spectral
-from normopt.polar import Schedule
-from normopt.stepsize import Constant, Sharp
-from normopt.subspace import LowRank
+from normopt.polar import PolarCoefficients
+from normopt.stepsize.fixed import Constant, Sharp
 from normopt.zoo.common import Unpack
 from normopt.zoo.hidden import FixedWithAux, Hidden, WithAux
 
@@ -63,7 +64,7 @@ class NorMuon(Hidden):
         ns_steps: int | None = None,
         eps: float = 1e-10,
         *,
-        orthogonalize: str | Schedule = "newton-schulz",
+        orthogonalize: str | PolarCoefficients = "newton-schulz",
         orthogonalize_dtype: torch.dtype | str | None = torch.bfloat16,
         **common: Unpack[WithAux],
     ) -> None:
@@ -117,7 +118,7 @@ class AdaMuon(Hidden):
         ns_steps: int | None = None,
         eps: float = 1e-8,
         *,
-        orthogonalize: str | Schedule = "newton-schulz",
+        orthogonalize: str | PolarCoefficients = "newton-schulz",
         orthogonalize_dtype: torch.dtype | str | None = torch.bfloat16,
         **common: Unpack[FixedWithAux],
     ) -> None:
@@ -171,7 +172,7 @@ class MuonPlus(Hidden):
         ns_steps: int | None = None,
         normalize: str = "row_col",
         *,
-        orthogonalize: str | Schedule = "newton-schulz",
+        orthogonalize: str | PolarCoefficients = "newton-schulz",
         orthogonalize_dtype: torch.dtype | str | None = torch.bfloat16,
         **common: Unpack[WithAux],
     ) -> None:
@@ -217,7 +218,7 @@ class PolarGrad(Hidden):
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         *,
-        orthogonalize: str | Schedule = "polar-express",
+        orthogonalize: str | PolarCoefficients = "polar-express",
         orthogonalize_dtype: torch.dtype | str | None = None,
         **common: Unpack[FixedWithAux],
     ) -> None:

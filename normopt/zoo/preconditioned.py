@@ -7,16 +7,18 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.bases import Eigenbasis
-from normopt.constraints import WeightDecay
-from normopt.directions import Blocked, Chain, Grafted, Identity, Rotated, Smoothed
+from normopt.constraints.decay import WeightDecay
+from normopt.directions.algebra import Chain, Grafted, Identity
+from normopt.directions.bases import Eigenbasis
+from normopt.directions.coordinates import Blocked, Rotated
+from normopt.directions.smoothed import Smoothed
+from normopt.directions.whitening import KLWhitened
 from normopt.ingredient import check_range, nearest, option
-from normopt.momentum import EMA
+from normopt.momentum.averages import EMA
 from normopt.norms import Column, Direction, Euclidean, Max, Spectral
 from normopt.optimizer import SteepestDescent
-from normopt.roles import Geometry
-from normopt.stepsize import Constant
-from normopt.whitening import KLWhitened
+from normopt.roles.options import Geometry
+from normopt.stepsize.fixed import Constant
 from normopt.zoo.common import NO_DECAY, Common, Unpack, second
 from normopt.zoo.hidden import FixedWithAux, Hidden, WithAux
 

@@ -7,14 +7,15 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.constraints import TangentProjection
-from normopt.directions import Identity, Smoothed
+from normopt.constraints.tangent import TangentProjection
+from normopt.directions.algebra import Identity
+from normopt.directions.smoothed import Smoothed
 from normopt.ingredient import option
-from normopt.momentum import EMA, HeavyBall
+from normopt.ingredient.view import View
+from normopt.momentum.averages import EMA, HeavyBall
 from normopt.norms import Max
 from normopt.optimizer import SteepestDescent
-from normopt.roles import Geometry
-from normopt.view import View
+from normopt.roles.options import Geometry
 from normopt.zoo.common import NO_DECAY, Common, Unpack
 
 #: Embeddings are seen as they are stored, so that a token is a row.

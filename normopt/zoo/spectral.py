@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.complement import Complement
-from normopt.constraints import FrankWolfe
+from normopt.constraints.decay import FrankWolfe
+from normopt.directions.complement import Complement
 from normopt.ingredient import check_range, nearest, option, parse
-from normopt.momentum import EMA
+from normopt.momentum.averages import EMA
 from normopt.norms import Norm, Spectral
 from normopt.optimizer import SteepestDescent
-from normopt.polar import Schedule
-from normopt.roles import GEOMETRIES, ROLES
+from normopt.polar import PolarCoefficients
+from normopt.roles.geometries import GEOMETRIES
+from normopt.roles.options import ROLES
 from normopt.rule import Rule
-from normopt.stepsize import Constant
+from normopt.stepsize.fixed import Constant
 from normopt.zoo.common import Common, Unpack, with_radius
 from normopt.zoo.hidden import Hidden, WithAux
 
@@ -70,7 +71,7 @@ class Muon(Hidden):
         ns_steps: int | None = None,
         adjust_lr_fn: str | None = None,
         *,
-        orthogonalize: str | Schedule = "newton-schulz",
+        orthogonalize: str | PolarCoefficients = "newton-schulz",
         orthogonalize_dtype: torch.dtype | str | None = torch.bfloat16,
         cautious: bool = False,
         aux_lr: float | None = None,
@@ -87,7 +88,7 @@ class Muon(Hidden):
         check_range(self, "eps", eps, 0, float("inf"))
         for coefficient in ns_coefficients or ():
             check_range(self, "ns_coefficients", coefficient, -1e30, 1e30)
-        method = Schedule((ns_coefficients,)) if ns_coefficients else orthogonalize
+        method = PolarCoefficients((ns_coefficients,)) if ns_coefficients else orthogonalize
         super().__init__(
             params,
             lr,
@@ -141,7 +142,7 @@ class MuonPlusPlus(Hidden):
         power_iterations: int | None = 2,
         weight_decay: float = 0.0,
         *,
-        orthogonalize: str | Schedule = "auto",
+        orthogonalize: str | PolarCoefficients = "auto",
         orthogonalize_dtype: torch.dtype | str | None = None,
         **common: Unpack[WithAux],
     ) -> None:
@@ -194,7 +195,7 @@ class Scion(SteepestDescent):
         constrained: bool = False,
         norm: str | Norm | None = None,
         *,
-        orthogonalize: str | Schedule = "auto",
+        orthogonalize: str | PolarCoefficients = "auto",
         orthogonalize_dtype: torch.dtype | str | None = None,
         **common: Unpack[Common],
     ) -> None:

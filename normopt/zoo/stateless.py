@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.balanced import CoshScaled, Sinkhorn
-from normopt.constraints import WeightDecay
-from normopt.directions import Chain, Grafted, Identity
+from normopt.constraints.decay import WeightDecay
+from normopt.directions.algebra import Chain, Grafted, Identity
+from normopt.directions.balanced import CoshScaled, Sinkhorn
+from normopt.directions.subspace import Aligned
 from normopt.ingredient import nearest, option
-from normopt.momentum import EMA
+from normopt.momentum.averages import EMA
 from normopt.norms import Direction, Euclidean, Max, Row, Spectral
 from normopt.optimizer import SteepestDescent
-from normopt.polar import Schedule
-from normopt.stepsize import Constant
-from normopt.subspace import Aligned
+from normopt.polar import PolarCoefficients
+from normopt.stepsize.fixed import Constant
 from normopt.zoo.common import Common, Unpack, adamw
 from normopt.zoo.hidden import FixedWithAux, Hidden, WithAux
 
@@ -92,7 +92,7 @@ class SWAN(Hidden):
         weight_decay: float = 0.0,
         lr_ratio: float = 0.05,
         *,
-        orthogonalize: str | Schedule = "auto",
+        orthogonalize: str | PolarCoefficients = "auto",
         orthogonalize_dtype: torch.dtype | str | None = None,
         **common: Unpack[FixedWithAux],
     ) -> None:
@@ -257,7 +257,7 @@ class HybridAuON(Hidden):
         gamma: float = 1.5,
         ns_steps: int | None = None,
         *,
-        orthogonalize: str | Schedule = "newton-schulz",
+        orthogonalize: str | PolarCoefficients = "newton-schulz",
         orthogonalize_dtype: torch.dtype | str | None = None,
         **common: Unpack[WithAux],
     ) -> None:

@@ -7,13 +7,13 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.constraints import L2
-from normopt.directions import Identity
+from normopt.constraints.decay import L2
+from normopt.directions.algebra import Identity
 from normopt.ingredient import option
-from normopt.momentum import Recursive
+from normopt.momentum.recursive import Recursive
 from normopt.optimizer import SteepestDescent
-from normopt.roles import Geometry
-from normopt.stepsize import Storm
+from normopt.roles.options import Geometry
+from normopt.stepsize.fixed import Storm
 from normopt.zoo.common import NO_DECAY, Fixed, Unpack
 
 

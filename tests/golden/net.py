@@ -113,8 +113,12 @@ def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
 
         return make
 
-    names = "adagrad adam adamax adamh adamp adamuon adamw adafactor ademamix aro asgo auon columndescent dadaptadam dasgo "
-    names += "dion hybridauon klshampoo lamb lars lion muon muonh muonplus muonplusplus nadam nap normalizedsgd normuon "
+    names = (
+        "adagrad adam adamax adamh adamp adamuon adamw adafactor ademamix aro asgo auon columndescent dadaptadam dasgo "
+    )
+    names += (
+        "dion hybridauon klshampoo lamb lars lion muon muonh muonplus muonplusplus nadam nap normalizedsgd normuon "
+    )
     names += "novograd nucleardescent polargrad prodigy rmsprop rowdescent scale scion sgd sgdp shampoo signsgd signum "
     names += "sinkgd soap spectraldescent stormplus swan"
     for name in names.split():
@@ -175,7 +179,9 @@ def everything() -> dict[str, Any]:
 
 def same(a: Any, b: Any, tolerance: float) -> str:
     if isinstance(a, str) or isinstance(b, str):
-        return "" if a == b else f"{a if isinstance(a, str) else 'ran'} before, {b if isinstance(b, str) else 'runs'} now"
+        return (
+            "" if a == b else f"{a if isinstance(a, str) else 'ran'} before, {b if isinstance(b, str) else 'runs'} now"
+        )
     if a.keys() != b.keys():
         return f"keys {sorted(a.keys() ^ b.keys())}"
     for key in a:

@@ -1,0 +1,151 @@
+"""What holds for weights after every step: bounds of rows and columns, spheres and balls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from normopt.constraints.base import Constraint
+from normopt.ingredient.registry import read
+from normopt.ingredient.stage import Context
+from normopt.ingredient.validate import check_positive
+from normopt.ingredient.view import View
+from normopt.norms.base import Norm
+from normopt.norms.spectral import Spectral
+from normopt.numerics.lengths import euclidean
+
+
+@dataclass(frozen=True)
+class _AlongAxis(Constraint):
+    """What rows (or columns) may be, each by itself.
+
+    Args:
+        radius: positive.
+        axis: -1 for rows, the default: the weights of one output. -2 for columns: those of one input.
+    """
+
+    _abstract: ClassVar[bool] = True
+    place: ClassVar[int] = 1
+    radius: float = 1.0
+    axis: int = -1
+
+    def __post_init__(self) -> None:
+        check_positive(self, "radius", self.radius)
+        if self.axis not in (-1, -2):
+            raise ValueError(f"{type(self).__name__}: axis must be -1 (rows) or -2 (columns), got {self.axis!r}")
+
+    def seen_through(self, view: View) -> Constraint:
+        seen = replace(self, axis=-3 - self.axis) if view.transpose else self
+        if view.split > 1 and seen.axis == -2:
+            raise ValueError(f"{self}: its vectors run across the {view.split} matrices of {view}; see them as one")
+        return seen
+
+    def _factor(self, w: Tensor, context: Context) -> Tensor:
+        return _factor(w, -1 if context.is_vector else self.axis, self.radius)
+
+
+@dataclass(frozen=True)
+class RowBound(_AlongAxis):
+    """No row longer than ``radius``: ``w_i <- w_i / max(1, ||w_i|| / radius)`` after every step.
+
+    The weights of anGPT, which also start with rows of length ``radius`` (Franke et al., arXiv 2505.22014, section
+    4.2). ``Ball(Row(scale="unit"), radius)`` is the same.
+    """
+
+    def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return w * self._factor(w, context).clamp_(max=1.0)
+
+
+@dataclass(frozen=True)
+class Sphere(_AlongAxis):
+    """All rows exactly as long as ``radius``: ``w_i <- radius w_i / ||w_i||`` after every step; rows of 0 stay 0.
+
+    The weights of nGPT (Loshchilov et al., arXiv 2410.01131, section 2.6).
+    """
+
+    def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return w * self._factor(w, context)
+
+
+@dataclass(frozen=True)
+class FrobeniusSphere(Constraint):
+    """Each matrix as long as ``radius`` in the Frobenius norm: ``w <- radius w / ||w||_F`` after every step.
+
+    The projection of Normalize-and-Project (Lyle et al., arXiv 2407.01800) and of Hyperball (Wen et al. 2025). Vectors
+    and scalars are left alone.
+
+    Args:
+        radius: positive; ``None``, the default, is the length of each matrix before its first step, which is kept in
+            the state. A matrix that starts at 0 has none to keep and is left alone.
+    """
+
+    radius: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.radius is not None:
+            check_positive(self, "radius", self.radius)
+
+    def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
+        return {} if self.radius is not None else {"sphere_radius": euclidean(weights(), (-2, -1), keepdim=True)}
+
+    def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        if context.is_vector:
+            return w
+        return w * _factor(w, (-2, -1), state["sphere_radius"] if self.radius is None else self.radius)
+
+
+def _factor(w: Tensor, dim: int | tuple[int, ...], radius: float | Tensor) -> Tensor:
+    """What makes ``w`` as long as ``radius`` along ``dim``: 1 where either is 0, or where it is to rounding already."""
+    lengths = euclidean(w, dim, keepdim=True)
+    factor = radius / lengths
+    there = ((factor - 1).abs() <= 8 * torch.finfo(w.dtype).eps) | (lengths == 0) | (factor == 0) | factor.isinf()
+    return torch.where(there, 1.0, factor)
+
+
+@dataclass(frozen=True)
+class Ball(Constraint):
+    """The norm ball ``norm(w) <= radius``: the weights are projected onto it after every step.
+
+    Args:
+        norm: any norm with a projection, exact for all of the library's; spectral norms take a singular value
+            decomposition: see :class:`SpectralCap` for one by polar factors.
+        radius: positive.
+    """
+
+    norm: Norm = Spectral()
+    radius: float = 1.0
+
+    def __post_init__(self) -> None:
+        read(self, "norm", Norm)
+        check_positive(self, "radius", self.radius)
+
+    @property
+    def decides_on_host(self) -> bool:
+        return self.norm.reduces == "matrix"
+
+    def seen_through(self, view: View) -> Constraint:
+        return Transposed(self) if view.transpose else self
+
+    def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self.norm.project(w, self.radius)
+
+
+@dataclass(frozen=True)
+class Transposed(Constraint):
+    """A bound of the matrices that an optimizer sees transposed, such as embeddings: ``bound(w^T)^T``.
+
+    Args:
+        bound: what holds for the weights as they are stored.
+    """
+
+    bound: Constraint
+
+    def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
+        return self.bound.init_state(x.mT, lambda: weights().mT)
+
+    def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self.bound.weight(w.mT, state, context).mT

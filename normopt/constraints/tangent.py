@@ -1,0 +1,75 @@
+"""AdamP's projection of updates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normopt.constraints.base import Constraint
+from normopt.ingredient.stage import Context, Rate
+from normopt.ingredient.validate import check_range
+
+
+@dataclass(frozen=True)
+class TangentProjection(Constraint):
+    """AdamP's projection: updates of weights whose scale does not matter lose their part along the weights.
+
+    Scale-invariant weights (before a normalization) have gradients at right angles to them, and grow with every step.
+    Where all rows are at right angles to their gradients, ``|cos| < delta / sqrt(in)``, each row of the update loses
+    its part along the row of weights; otherwise, where the matrix as a whole is, ``|cos| < delta / sqrt(out in)``, it
+    loses its part along the matrix; otherwise nothing happens. Vectors and scalars are left alone. Brings its own
+    weight decay, ``rate * weight_decay / (1 - momentum)``, which is multiplied by ``wd_ratio`` where there was a
+    projection (Heo et al., arXiv 2006.08217).
+
+    Args:
+        delta: largest ``|cos|``, in units of that of random vectors.
+        eps: least length of a row or matrix that is divided by.
+        wd_ratio: factor of the decay of projected matrices.
+        weight_decay: decoupled weight decay, not negative.
+        momentum: of a heavy ball, whose steps are ``1 / (1 - momentum)`` times as long, for the decay to follow.
+    """
+
+    delta: float = 0.1
+    eps: float = 1e-8
+    wd_ratio: float = 0.1
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("delta", "eps", "wd_ratio", "weight_decay"):
+            check_range(self, name, getattr(self, name), 0, float("inf"))
+        check_range(self, "momentum", self.momentum, 0, 1)
+
+    def update(self, d: Tensor, context: Context) -> tuple[Tensor, Rate]:
+        ratio: Rate = 1.0
+        if not context.is_vector and d.numel():
+            w, g = context.w, context.raw
+            along, size, slope = _dot(w, g), *(torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (w, g))
+            size_of_all, slope_of_all = (torch.linalg.vector_norm(x, dim=-2, keepdim=True) for x in (size, slope))
+            rows = self._at_right_angles(along, size, slope, w.shape[-1])
+            whole = self._at_right_angles(_total(along), size_of_all, slope_of_all, w.shape[-1] * w.shape[-2])
+            way = _dot(w, d)
+            of_all = torch.where(whole, _total(way) / (size_of_all + self.eps) ** 2, 0.0)
+            d = d.addcmul(w, torch.where(rows, way / (size + self.eps) ** 2, of_all), value=-1)
+            ratio = torch.where(rows | whole, self.wd_ratio, 1.0).to(w.dtype)
+        if not self.weight_decay:
+            return d, 1.0
+        decay = context.rate * self.weight_decay / (1 - self.momentum)
+        return d, 1 - decay * ratio
+
+    def _at_right_angles(self, products: Tensor, sizes: Tensor, slopes: Tensor, entries: int) -> Tensor:
+        """Whether all vectors of so many entries are, from their products and lengths; shape ``(..., 1, 1)``."""
+        cosines = products / sizes.clamp(min=self.eps) / slopes.clamp(min=self.eps)
+        return cosines.abs().amax(dim=-2, keepdim=True) < self.delta / math.sqrt(entries)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner products of rows, shape ``(..., out, 1)``."""
+    return torch.linalg.vecdot(a, b).unsqueeze(-1)
+
+
+def _total(x: Tensor) -> Tensor:
+    return x.sum(dim=-2, keepdim=True)

@@ -1,0 +1,33 @@
+"""Which direction is steepest? The algebra over norms: memory, chains, rotations, grafting, blocks."""
+
+from normopt.directions.algebra import Chain, Clipped, Decayed, Grafted, Identity
+from normopt.directions.balanced import CoshScaled, Sinkhorn
+from normopt.directions.bases import Basis, Eigenbasis
+from normopt.directions.complement import Complement
+from normopt.directions.coordinates import Blocked, Rotated
+from normopt.directions.factored import Factored
+from normopt.directions.smoothed import Smoothed
+from normopt.directions.subspace import Aligned, LowRank
+from normopt.directions.whitening import KLWhitened
+from normopt.ingredient.stage import Direction
+
+__all__ = [
+    "Aligned",
+    "Basis",
+    "Blocked",
+    "Chain",
+    "Clipped",
+    "Complement",
+    "CoshScaled",
+    "Decayed",
+    "Direction",
+    "Eigenbasis",
+    "Factored",
+    "Grafted",
+    "Identity",
+    "KLWhitened",
+    "LowRank",
+    "Rotated",
+    "Sinkhorn",
+    "Smoothed",
+]

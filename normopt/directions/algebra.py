@@ -1,0 +1,279 @@
+"""Directions made of directions: one after the other, one with the length of another, clipped, decayed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from normopt.ingredient.registry import get, read
+from normopt.ingredient.stage import Context, Direction, Stage, coarsest, substate
+from normopt.ingredient.validate import check_range
+from normopt.norms.base import Norm
+from normopt.norms.entrywise import Euclidean
+from normopt.numerics.lengths import axes, euclidean, normalize
+
+
+@dataclass(frozen=True)
+class Identity(Direction):
+    """The gradient itself: the Euclidean norm's duality map at its dual norm's length, ``||g|| g / ||g||`` (SGD)."""
+
+    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """The Euclidean norm's."""
+        return Euclidean().cell
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class Clipped(Direction):
+    """The nearest point of a norm's ball: ``norm.project(x, radius)``.
+
+    ``Clipped(Euclidean())`` shortens updates to a root mean square of at most 1, as Adafactor does.
+
+    Args:
+        norm: whose ball.
+        radius: of the ball.
+    """
+
+    degree: ClassVar[None] = None  # type: ignore[misc]
+    sets_length: ClassVar[bool] = False  # type: ignore[misc]
+    norm: Norm
+    radius: float = 1.0
+
+    def __post_init__(self) -> None:
+        read(self, "norm", Norm)
+        check_range(self, "radius", self.radius, 0, float("inf"))
+
+    @property
+    def decides_on_host(self) -> bool:
+        return self.norm.reduces == "matrix"  # decompositions
+
+    @property
+    def reduces(self) -> str:  # type: ignore[override]
+        """That of the norm."""
+        return self.norm.reduces
+
+    @property
+    def needs_matrix(self) -> bool:  # type: ignore[override]
+        """That of the norm."""
+        return self.norm.needs_matrix
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self.norm.project(x, self.radius)
+
+
+@dataclass(frozen=True)
+class Decayed(Direction):
+    """``x + weight_decay w``: weight decay as a part of the direction, before what comes after it sees the result.
+
+    In a ``Chain``, for methods that average decayed directions (NovoGrad) or measure their length (LAMB).
+
+    Args:
+        weight_decay: not negative.
+    """
+
+    degree: ClassVar[None] = None  # type: ignore[misc]
+    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    sets_length: ClassVar[bool] = False  # type: ignore[misc]
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return x.add(context.w, alpha=self.weight_decay) if self.weight_decay else x
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Chain(Direction):
+    """Stages one after the other: ``Chain(Row(), Spectral())`` normalizes rows, then takes the polar factor.
+
+    The first stage sees the gradient beside the momentum; for each later stage both are what the stage before returned.
+    A :class:`~normopt.momentum.Momentum` is a stage too: ``Chain(Euclidean(), EMA(0.9))`` averages unit gradients.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __init__(self, *names_or_stages: str | Stage) -> None:
+        if not names_or_stages or not all(isinstance(stage, (str, Stage)) for stage in names_or_stages):
+            raise ValueError(f"Chain: needs one or more norms, directions or momenta, got {names_or_stages!r}")
+        stages = tuple(get(Stage, stage) for stage in names_or_stages)
+        for late in (stage for stage in stages[1:] if stage.looks_first):
+            raise ValueError(f"Chain: {late} must come first, because it has to see the first gradient before it moves")
+        for back in (stage for stage in stages if getattr(stage, "looks_back", False)):
+            raise ValueError(f"Chain: {back} compares gradients at two points; only a rule's momentum can")
+        object.__setattr__(self, "stages", stages)
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.stages))})"
+
+    def __str__(self) -> str:
+        return f"Chain({', '.join(map(str, self.stages))})"
+
+    def resolve(self, options: Mapping[str, Any]) -> Chain:
+        return Chain(*(stage.resolve(options) for stage in self.stages))
+
+    @property
+    def reduces(self) -> str:  # type: ignore[override]
+        """The common level of all stages."""
+        return coarsest(stage.reduces for stage in self.stages)
+
+    @property
+    def needs_matrix(self) -> bool:  # type: ignore[override]
+        """Whether any stage does."""
+        return any(stage.needs_matrix for stage in self.stages)
+
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether all stages do."""
+        return all(stage.takes_vectors for stage in self.stages)
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """That of the first direction."""
+        return next((stage.cell for stage in self.stages if isinstance(stage, Direction)), super().cell)
+
+    @property
+    def degree(self) -> int | None:  # type: ignore[override]
+        """The product of all stages'."""
+        degrees = [stage.degree for stage in self.stages]
+        return None if None in degrees else min(degree for degree in degrees if degree is not None)
+
+    @property
+    def looks_first(self) -> bool:  # type: ignore[override]
+        """Whether the first stage does."""
+        return self.stages[0].looks_first
+
+    @property
+    def averages(self) -> frozenset[str]:
+        return frozenset(f"{i}.{name}" for i, stage in enumerate(self.stages) for name in stage.averages)
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return {f"{i}.{k}": v for i, stage in enumerate(self.stages) for k, v in stage.init_state(x).items()}
+
+    def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
+        self.stages[0].look(g, substate(state, "0."))
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        for i, stage in enumerate(self.stages):
+            x = stage(x, substate(state, f"{i}."), context)
+            context = context.seeing(x)
+        return x
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        for i, stage in enumerate(self.stages):
+            x = stage.apply(x, substate(state, f"{i}."), context)
+            context = context.seeing(x)
+        return x
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """That of the last direction that sets the length."""
+        return self._last()[0].rms(shape)
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """That of the last direction that sets the length."""
+        last, prefix = self._last()
+        return last.steepness(g, substate(state, prefix))
+
+    def _last(self) -> tuple[Direction, str]:
+        """The last stage that sets the length, and the prefix of its state; the gradient itself where none does."""
+        for i, stage in reversed([*enumerate(self.stages)]):
+            if isinstance(stage, Direction) and stage.sets_length:
+                return stage, f"{i}."
+        return Identity(), "-"
+
+
+@dataclass(frozen=True)
+class Grafted(Direction):
+    """The direction of one, the length of another: ``direction(x) ||magnitude(x)|| / ||direction(x)||`` (Frobenius).
+
+    Args:
+        direction: where to go; its length is dropped.
+        magnitude: how far: the Frobenius norm of its result for each matrix.
+
+    Source: Agarwal et al., "Disentangling adaptive gradient methods", arXiv 2002.11803.
+    """
+
+    direction: Stage
+    magnitude: Stage
+
+    def __post_init__(self) -> None:
+        read(self, "direction", Stage)
+        read(self, "magnitude", Stage)
+
+    @property
+    def reduces(self) -> str:  # type: ignore[override]
+        """The common level of both and of the Frobenius norm."""
+        return coarsest(("all", self.direction.reduces, self.magnitude.reduces))
+
+    @property
+    def needs_matrix(self) -> bool:  # type: ignore[override]
+        """Whether either does."""
+        return self.direction.needs_matrix or self.magnitude.needs_matrix
+
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether both do."""
+        return self.direction.takes_vectors and self.magnitude.takes_vectors
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """That of the direction."""
+        return self.direction.cell if isinstance(self.direction, Direction) else super().cell
+
+    @property
+    def degree(self) -> int | None:  # type: ignore[override]
+        """That of the magnitude."""
+        return self.magnitude.degree
+
+    @property
+    def looks_first(self) -> bool:  # type: ignore[override]
+        """Whether either does."""
+        return any(part.looks_first for part in self._parts().values())
+
+    @property
+    def sets_length(self) -> bool:  # type: ignore[override]
+        """Whether the magnitude is another than the input's."""
+        return self.magnitude != Identity()
+
+    def _parts(self) -> dict[str, Stage]:
+        return {"direction.": self.direction, "magnitude.": self.magnitude}
+
+    @property
+    def averages(self) -> frozenset[str]:
+        return frozenset(prefix + name for prefix, part in self._parts().items() for name in part.averages)
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return {name + k: v for name, part in self._parts().items() for k, v in part.init_state(x).items()}
+
+    def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
+        for name, part in self._parts().items():
+            if part.looks_first:
+                part.look(g, substate(state, name))
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self._graft(*(part(x, substate(state, name), context) for name, part in self._parts().items()))
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self._graft(*(part.apply(x, substate(state, name), context) for name, part in self._parts().items()))
+
+    def _graft(self, d: Tensor, length: Tensor) -> Tensor:
+        return normalize(d, axes(d)).mul_(euclidean(length, axes(length), keepdim=True))
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """That of the magnitude."""
+        return self.magnitude.rms(shape) if isinstance(self.magnitude, Direction) else float("nan")
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The Euclidean norm times the magnitude's usual length."""
+        size = self.rms(tuple(g.shape[-2:]))
+        if size != size:
+            return super().steepness(g, state)
+        return Euclidean().dual_norm(g) * size

@@ -1,0 +1,75 @@
+"""Directions that rescale a gradient without being one norm's duality map: balanced rows and columns, and a brake."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from normopt.ingredient.stage import Context, Direction
+from normopt.ingredient.validate import check_count, check_range
+from normopt.norms.entrywise import Euclidean
+from normopt.norms.rows_columns import Column, Row
+from normopt.numerics.lengths import axes, normalize
+
+
+@dataclass(frozen=True)
+class Sinkhorn(Direction):
+    """Rows, then columns, brought to a root mean square of 1, again and again (SinkGD, arXiv 2502.06742).
+
+    The limit is the one matrix ``D1 x D2``, with positive diagonal ``D1`` and ``D2``, whose rows and columns all have a
+    root mean square of 1: Sinkhorn's iteration on the squares of the entries. It alternates the duality maps of two
+    norms, :class:`~normopt.Row` and :class:`~normopt.Column`, and is that of neither. After a finite number of
+    iterations the columns are exact. Rows and columns of zeros stay 0.
+
+    Args:
+        iterations: how often both are done.
+    """
+
+    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    degree: ClassVar[int] = 0  # type: ignore[misc]
+    iterations: int = 5
+
+    def __post_init__(self) -> None:
+        check_count(self, "iterations", self.iterations)
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        rows, columns = Row("unit"), Column("rms")
+        for _ in range(self.iterations):
+            x = columns.dualize(rows.dualize(x))
+        return x
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """1."""
+        return 1.0
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """``sqrt(numel) ||g||``: the update has root mean square 1."""
+        return Euclidean().dual_norm(g)
+
+
+@dataclass(frozen=True)
+class CoshScaled(Direction):
+    """``x / rms(cosh(gamma x / ||x||))``, AuON's brake (arXiv 2509.24320).
+
+    The brake is nearly inert: since ``cosh^2 = 1 + sinh^2`` and the argument has length ``gamma``, the square of what
+    is divided by lies between ``1 + gamma^2 / size`` and ``1 + sinh(gamma)^2 / size``, which for ``gamma=1.5`` and 128
+    x 128 entries is within 0.03% of 1. What is left is the gradient itself.
+
+    Args:
+        gamma: length of the argument of cosh.
+    """
+
+    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    sets_length: ClassVar[bool] = False  # type: ignore[misc]
+    gamma: float = 1.5
+
+    def __post_init__(self) -> None:
+        check_range(self, "gamma", self.gamma, 0, float("inf"))
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        waves = torch.cosh(normalize(x, axes(x)).mul_(self.gamma))
+        return x / waves.square_().mean(dim=axes(x), keepdim=True).sqrt_()

@@ -1,0 +1,196 @@
+"""Directions in other coordinates: rotated into a basis, or cut into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from normopt.directions.algebra import Chain, Grafted
+from normopt.directions.bases import Basis
+from normopt.directions.smoothed import Smoothed
+from normopt.ingredient.registry import read
+from normopt.ingredient.stage import ROTATED, Context, Direction, Stage, substate
+from normopt.ingredient.validate import check_count
+from normopt.numerics.lengths import axes, euclidean
+
+
+class _Elsewhere(Direction):
+    """A direction at work on the matrices in another form; what can be said of the two is the same."""
+
+    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    direction: Direction
+
+    @property
+    def takes_vectors(self) -> bool:
+        """That of the direction."""
+        return self.direction.takes_vectors
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """That of the direction."""
+        return self.direction.cell
+
+    @property
+    def degree(self) -> int | None:  # type: ignore[override]
+        """That of the direction."""
+        return self.direction.degree
+
+    @property
+    def looks_first(self) -> bool:  # type: ignore[override]
+        """That of the direction."""
+        return self.direction.looks_first
+
+    @property
+    def sets_length(self) -> bool:  # type: ignore[override]
+        """That of the direction."""
+        return self.direction.sets_length
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """That of the direction."""
+        return self.direction.rms(shape)
+
+
+@dataclass(frozen=True)
+class Rotated(_Elsewhere):
+    """A direction in rotated coordinates: ``L direction(L^T x R) R^T`` with orthonormal ``L`` and ``R`` of the basis.
+
+    ``Rotated(Smoothed(Max()), Eigenbasis())`` is SOAP: Adam in the eigenbasis of Shampoo's statistics. The basis is
+    learnt from the gradients; after it has changed, the direction's memory, which lives in the old coordinates, is
+    kept as it is, its rows and columns in the order of the new basis.
+
+    Args:
+        direction: what happens in the rotated coordinates. Norms that are the same in every basis are refused.
+        basis: which coordinates.
+    """
+
+    direction: Direction
+    basis: Basis
+
+    def __post_init__(self) -> None:
+        read(self, "direction", Direction)
+        read(self, "basis", Basis)
+        if getattr(self.direction, "rotation_invariant", False):
+            raise ValueError(f"Rotated: {self.direction} is the same in every basis; leave the rotation out")
+        if self.direction.looks_first or _remembers_directions(self.direction):
+            raise ValueError(f"Rotated: {self.direction} has a memory of directions, which would have to turn")
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """The direction's row, rotated."""
+        return self.direction.cell[0], ROTATED
+
+    @property
+    def looks_first(self) -> bool:  # type: ignore[override]
+        """That of the basis."""
+        return self.basis.looks_first
+
+    @property
+    def averages(self) -> frozenset[str]:
+        return frozenset(f"rotated.{name}" for name in self.direction.averages)
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        inner = {f"rotated.{name}": tensor for name, tensor in self.direction.init_state(x).items()}
+        return inner | self.basis.init_state(x)
+
+    def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
+        self.basis.look(g, state)
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        basis, inner = self.basis, substate(state, "rotated.")
+        there = context.through(lambda t: basis.rotate(t, state))
+        d = basis.unrotate(self.direction(self._seen(x, state), inner, there), state)
+        basis.learn(context.g, state, context, [t for name, t in state.items() if name.startswith("rotated.")])
+        return d
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        basis = self.basis
+        there = context.through(lambda t: basis.rotate(t, state))
+        return basis.unrotate(self.direction.apply(self._seen(x, state), substate(state, "rotated."), there), state)
+
+    def _seen(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """``L^T x R`` without its rounding errors, which divided by those of the memory could be of any size."""
+        turned = self.basis.rotate(x, state)
+        if turned is x:
+            return x
+        noise = euclidean(x, axes(x), keepdim=True) * (4 * torch.finfo(x.dtype).eps)
+        return torch.where(turned.abs() > noise, turned, 0.0)
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """That of the direction in the rotated coordinates."""
+        return self.direction.steepness(self.basis.rotate(g, state), substate(state, "rotated."))
+
+
+def _remembers_directions(stage: Stage) -> bool:
+    """Whether a stage's memory has signs: averages of gradients, which turn with the basis; not those of squares."""
+    if isinstance(stage, Chain):
+        return any(map(_remembers_directions, stage.stages))
+    if isinstance(stage, Grafted):
+        return _remembers_directions(stage.direction) or _remembers_directions(stage.magnitude)
+    return not isinstance(stage, Direction) or (isinstance(stage, Smoothed) and stage.centered is True)
+
+
+@dataclass(frozen=True)
+class Blocked(_Elsewhere):
+    """A direction for each block of a large matrix: sides longer than ``size`` are cut into equal parts.
+
+    Bounds the cost of directions that keep or decompose square matrices (Shampoo's block size). A matrix whose sides
+    cannot be cut evenly is filled up with zeros.
+
+    Args:
+        direction: what happens in each block.
+        size: the longest side of a block.
+    """
+
+    direction: Direction
+    size: int = 1024
+
+    def __post_init__(self) -> None:
+        read(self, "direction", Direction)
+        check_count(self, "size", self.size)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """``x`` of shape ``(..., out, in)`` as blocks ``(..., blocks, out / rows, in / columns)``."""
+        (rows, height), (columns, width) = (self._parts(n) for n in x.shape[-2:])
+        x = torch.nn.functional.pad(x, (0, columns * width - x.shape[-1], 0, rows * height - x.shape[-2]))
+        return x.reshape(*x.shape[:-2], rows, height, columns, width).transpose(-3, -2).flatten(-4, -3)
+
+    def join(self, blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of ``cut``; ``shape`` ends in ``(out, in)``."""
+        m, n = shape[-2:]
+        rows, columns = self._parts(m)[0], self._parts(n)[0]
+        whole = blocks.reshape(*blocks.shape[:-3], rows, columns, *blocks.shape[-2:]).transpose(-3, -2)
+        return whole.flatten(-4, -3).flatten(-2, -1)[..., :m, :n]
+
+    def _parts(self, n: int) -> tuple[int, int]:
+        """How many parts a side of ``n`` is cut into, and how long each is."""
+        parts = max(1, -(-n // self.size))
+        return parts, -(-n // parts)
+
+    @property
+    def averages(self) -> frozenset[str]:
+        return self.direction.averages
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return self.direction.init_state(self.cut(x))
+
+    def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
+        self.direction.look(self.cut(g), state)
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self.join(self.direction(self.cut(x), state, context.through(self.cut)), x.shape)
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self.join(self.direction.apply(self.cut(x), state, context.through(self.cut)), x.shape)
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """That of the direction for a block."""
+        m, n = shape[-2:] if len(shape) > 1 else (1, *shape)
+        return self.direction.rms((self._parts(m)[1], self._parts(n)[1]))
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The sum over all blocks."""
+        return self.direction.steepness(self.cut(g), state).sum(dim=-1)

@@ -1,0 +1,71 @@
+"""Adafactor's second moment: one number a row and one a column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from normopt.ingredient.stage import Context, Direction
+from normopt.ingredient.validate import check_range
+from normopt.norms.entrywise import Euclidean
+
+
+@dataclass(frozen=True)
+class Factored(Direction):
+    """Adafactor's memory: a column and a row in place of the whole second moment (arXiv 1804.04235).
+
+    ``r <- r + t^decay (row means of g^2 - r)``, ``c`` likewise of columns, ``v = r c / mean(r)``, result
+    ``x / max(sqrt(v), eps)``. A vector is one row, so that ``v`` is its own second moment. This is no norm's duality
+    map: without memory (``decay=0``) it divides each entry by the sizes of its row and of its column at once, one step
+    of a Sinkhorn iteration.
+
+    Args:
+        decay: exponent of the step number in the weight of the newest gradient, at most 0.
+        eps: the least that is divided by; ``None``: the smallest ``eps`` with ``1 + eps > 1`` in the working dtype.
+    """
+
+    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    decay: float = -0.8
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "decay", self.decay, -1e300, 0, closed=True)
+        if self.eps is not None:
+            check_range(self, "eps", self.eps, 0, float("inf"))
+
+    @property
+    def takes_vectors(self) -> bool:
+        """Always."""
+        return True
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return {"row": torch.zeros_like(x[..., :1]), "column": torch.zeros_like(x[..., :1, :])}
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        square = context.g.square()
+        square.clamp_(max=torch.finfo(square.dtype).max / (2 * max(1, *square.shape[-2:])))  # so that sums are finite
+        newest = context.step**self.decay
+        newest = newest.to(square.dtype) if isinstance(newest, Tensor) else newest
+        state["row"].lerp_(square.mean(dim=-1, keepdim=True), newest)
+        state["column"].lerp_(square.mean(dim=-2, keepdim=True), newest)
+        return self.apply(x, state, context)
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        eps = torch.finfo(x.dtype).eps if self.eps is None else max(self.eps, torch.finfo(x.dtype).tiny)
+        row, size = state["row"], state["column"].sqrt()
+        if x.shape[-2] > 1:
+            size = size * row.div(row.mean(dim=-2, keepdim=True).clamp_(min=eps)).sqrt_()
+        return torch.div(x, size.clamp_(min=eps), out=size)
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """1."""
+        return 1.0
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """``sqrt(numel) ||g||``: the update has root mean square 1."""
+        return Euclidean().dual_norm(g)

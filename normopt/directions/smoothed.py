@@ -1,0 +1,205 @@
+"""A norm with memory: its duality map divided by averages of second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from normopt.ingredient.base import Option
+from normopt.ingredient.registry import read
+from normopt.ingredient.stage import SECOND_MOMENT, Context, Direction
+from normopt.ingredient.validate import check_choice, check_count, check_range
+from normopt.norms.base import Norm
+
+ACCUMULATE = ("ema", "sum", "max")
+
+EPS_AT = ("corrected", "raw", "moment")
+
+
+@dataclass(frozen=True)
+class Smoothed(Direction):
+    """A norm with memory: ``norm.whiten`` with the second moments of all gradients so far instead of this one's.
+
+    ``s <- beta s + (1 - beta) second_moment(g)``, then ``whiten(x, s / (1 - beta^step), eps)``. ``Smoothed(Max())`` is
+    Adam's denominator, ``Smoothed(Spectral())`` Shampoo's, ``Smoothed(Euclidean())`` NovoGrad's. With ``beta=0`` and
+    ``eps=0`` it is the norm's duality map.
+
+    Args:
+        norm: the norm; it needs a second moment.
+        beta: weight of the past, in [0, 1); not used by ``accumulate="sum"``.
+        eps: added to the root of the second moment; under the spectral norm to the diagonal of the second moment
+            itself, as in Shampoo. It follows the scale that a step size gives to gradients (Prodigy).
+        bias_correction: divide by ``1 - beta^step``.
+        accumulate: ``"ema"``; ``"sum"`` over all steps (Adagrad, the Shampoo of arXiv 1802.09568); or ``"max"``,
+            ``sqrt(s) <- max(beta sqrt(s), sqrt(second_moment(g)) + eps)`` (Adamax, arXiv 1412.6980, section 7.1). The
+            latter two have no bias to correct.
+        initial: what every entry of the second moment starts from; ``"first"``: the first gradient's second moment,
+            without bias correction (NovoGrad).
+        maximum: divide by the largest second moment so far, before the bias correction (AMSGrad as in torch.optim).
+        centered: subtract the second moment of the average gradient (RMSprop's variance).
+        eps_at: where ``eps`` is added: to the root, ``"corrected"`` for bias or still ``"raw"`` (SOAP), or to the
+            ``"moment"`` under the root (DASGO).
+        frequency: compute the roots at the first step and at every step that is a multiple of this, and keep them in
+            between, as another state; for the spectral norm, whose roots are expensive. While the gradients of a matrix
+            are 0, its root waits, at most to the first multiple.
+
+    Raises:
+        ValueError: the norm has no second moment, a number is out of range, or options exclude each other.
+    """
+
+    squares: ClassVar[bool] = True  # type: ignore[misc]
+    norm: Norm
+    beta: float = 0.999
+    eps: float = 1e-8
+    bias_correction: bool = True
+    accumulate: str = "ema"
+    initial: float | str = 0.0
+    maximum: bool = False
+    centered: bool = False
+    eps_at: str = "corrected"
+    frequency: int = 1
+
+    def __post_init__(self) -> None:
+        read(self, "norm", Norm)
+        check_range(self, "beta", self.beta, 0, 1, closed=self.accumulate == "sum")
+        check_range(self, "eps", self.eps, 0, float("inf"))
+        check_count(self, "frequency", self.frequency)
+        check_choice(self, "accumulate", self.accumulate, ACCUMULATE)
+        check_choice(self, "eps_at", self.eps_at, EPS_AT)
+        if self.initial != "first":
+            check_range(self, "initial", self.initial, 0, float("inf"))
+        if not self.norm.has_memory:
+            raise ValueError(f"Smoothed: {self.norm} has no second moment to remember")
+        of_matrices = f"Smoothed: the second moments of {self.norm} are matrices"
+        if self.norm.matrix_memory and (self.maximum is True or self.accumulate == "max"):
+            raise ValueError(f"{of_matrices}, of which none is the largest")
+        if self.norm.matrix_memory and self.initial not in (0.0, "first"):
+            raise ValueError(f"{of_matrices}; they start from 0 or from the first one")
+        if not self.norm.matrix_memory and not isinstance(self.frequency, Option) and self.frequency > 1:
+            raise ValueError(f"Smoothed: frequency is for norms whose second moments are matrices, not for {self.norm}")
+        if self.accumulate == "max" and (self.maximum is True or self.centered is True or self.initial):
+            raise ValueError("Smoothed: accumulate='max' starts from 0 and is neither centered nor a maximum besides")
+
+    @property
+    def reduces(self) -> str:  # type: ignore[override]
+        """That of the norm."""
+        return self.norm.reduces
+
+    @property
+    def needs_matrix(self) -> bool:  # type: ignore[override]
+        """That of the norm."""
+        return self.norm.needs_matrix
+
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether the norm remembers them."""
+        return self.norm.remembers_vectors
+
+    @property
+    def rotation_invariant(self) -> bool:
+        """That of the norm."""
+        return self.norm.rotation_invariant
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """The norm's row, with memory."""
+        return self.norm.cell[0], SECOND_MOMENT
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        stats = self.norm.second_moment(x)
+        start = 0.0 if isinstance(self.initial, str) else self.initial
+        state = {f"second_moment{i or ''}": torch.full_like(s, start) for i, s in enumerate(stats)}
+        if self.frequency > 1:
+            state |= {f"root{i or ''}": torch.zeros_like(s) for i, s in enumerate(stats)}
+        if self.maximum:
+            state |= {f"max_second_moment{i or ''}": torch.full_like(s, start) for i, s in enumerate(stats)}
+        return state | ({"mean": torch.zeros_like(x)} if self.centered else {})
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        self._remember(context.g, state, context)
+        if self.frequency > 1:
+            self._refresh(state, context)
+        return self.apply(x, state, context)
+
+    @property
+    def averages(self) -> frozenset[str]:
+        plain = self.accumulate == "ema" and not (self.centered or self.maximum or self.norm.matrix_memory)
+        return frozenset({"second_moment"} if plain else ())
+
+    @property
+    def decides_on_host(self) -> bool:
+        return self.frequency > 1 or self.initial == "first" or self.norm.matrix_memory
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        kept = _all(state, "root")
+        roots = kept or self._roots(state, context)
+        d = self.norm.divide(x, roots, out=None if kept else roots[0])
+        # (s / c^2)^(-1/2) = c s^(-1/2): of matrices, the bias correction costs nothing.
+        correction = 1.0 if self.norm.matrix_memory else self._correction(context.step)
+        return d if isinstance(correction, float) and correction == 1.0 else d.mul_(correction)
+
+    def _refresh(self, state: dict[str, Tensor], context: Context) -> None:
+        """Compute the roots that are kept: all when they are due, before that those that are still 0."""
+        kept = _all(state, "root")
+        if context.step % self.frequency == 0:
+            for root, new in zip(kept, self._roots(state, context), strict=True):
+                root.copy_(new)
+        elif context.step < self.frequency:
+            missing = [(root == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True) for root in kept]
+            if any(bool(each.any()) for each in missing):
+                for root, each, new in zip(kept, missing, self._roots(state, context), strict=True):
+                    root.copy_(torch.where(each, new, root))
+
+    def _remember(self, g: Tensor, state: dict[str, Tensor], context: Context) -> None:
+        stats = _all(state, "second_moment")
+        if self.accumulate == "max":
+            for s, new in zip(stats, self.norm.second_moment(g), strict=True):
+                torch.maximum(s.mul_(self.beta**2), new.sqrt_().add_(self.eps * context.scale).square_(), out=s)
+            return
+        keep, add = (1.0, 1.0) if self.accumulate == "sum" else (self.beta, 1 - self.beta)
+        if self.initial == "first" and context.step == 1:
+            keep, add = 0.0, 1.0
+        self.norm.remember_(stats, g, keep, add)
+        for s, largest in zip(stats, _all(state, "max_second_moment"), strict=False):
+            torch.maximum(s, largest, out=largest)
+        if self.centered:
+            state["mean"].mul_(keep).add_(g, alpha=add)
+
+    def _correction(self, step: float) -> float:
+        """The root of what the second moment is to be divided by."""
+        plain = not self.bias_correction or self.accumulate != "ema" or self.initial == "first"
+        return 1.0 if plain else (1 - self.beta**step) ** 0.5
+
+    def _roots(self, state: dict[str, Tensor], context: Context) -> tuple[Tensor, ...]:
+        """The roots of the second moments, plus eps, both without bias correction unless the moments are matrices."""
+        stats = _all(state, "max_second_moment" if self.maximum else "second_moment")
+        if self.centered:
+            means = self.norm.second_moment(state["mean"])
+            stats = tuple(s - mean for s, mean in zip(stats, means, strict=True))
+            stats = stats if self.norm.matrix_memory else tuple(s.clamp_(min=0.0) for s in stats)
+        correction = self._correction(context.step)
+        unit = context.scale if self.eps_at == "raw" else context.scale * correction
+        if self.norm.matrix_memory and correction != 1.0:
+            stats, unit = tuple(s / correction**2 for s in stats), unit / correction
+        inside = self.eps_at == "moment" or self.norm.matrix_memory
+        eps = 0.0 if self.accumulate == "max" or not self.eps else self.eps * unit ** (2 if inside else 1)
+        if inside and not self.norm.matrix_memory:
+            stats, eps = tuple(s + eps for s in stats), 0.0
+        return self.norm.unit_roots(stats, eps)
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """That of the norm: the size of a step whose gradient is as large as those before it."""
+        return self.norm.rms(shape)
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """That of the norm."""
+        return self.norm.steepness(g, state)
+
+
+def _all(state: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    """The tensors called ``name``, ``name1`` ..."""
+    return tuple(tensor for key, tensor in state.items() if key.rstrip("0123456789") == name)

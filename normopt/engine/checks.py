@@ -1,0 +1,158 @@
+"""What can be wrong with param groups, parameters and gradients; every check comes before anything has changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Set
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normopt.ingredient.registry import nearest
+from normopt.rule import INGREDIENTS, Rule, rule_of
+
+#: What a param group's ``nonfinite`` may be.
+POLICIES = ("raise", "skip", "propagate")
+
+#: What a param group's ``state_dtype`` may be, beside ``None``.
+STATE_DTYPES = ("bfloat16", "float32", "parameter")
+
+#: Param-group entries that are no options of an ingredient: ours, and those that torch's schedulers and users write.
+GROUP_KEYS = {"params", "param_names", "lr", "maximize", "role", "reasons", "rule", "name", "initial_lr", "lr_scale"}
+GROUP_KEYS |= {"nonfinite", "capturable", "state_dtype", "state_version"}
+GROUP_KEYS |= {f"{bound}_{name}" for bound in ("base", "max", "min") for name in ("lr", "momentum")}
+
+
+#: What is wrong with parts of parameters, and what to do.
+WHOLE = (
+    "which is not supported: a norm needs the whole matrix. Train whole parameters, as under DistributedDataParallel; "
+    "pass whole tensors"
+)
+
+
+def names_of(group: Mapping[str, Any]) -> list[str]:
+    """The group's parameters by their names or their places, for error messages."""
+    names = group.get("param_names")
+    return [f"parameter {names[i]!r}" if names else f"parameter {i} of its group" for i in range(len(group["params"]))]
+
+
+def name_of(group: Mapping[str, Any], p: Tensor) -> str:
+    """One of them."""
+    return next(name for name, q in zip(names_of(group), group["params"], strict=True) if q is p)
+
+
+def check_policy(policy: Any) -> None:
+    """Raise a ``ValueError`` with the nearest choice unless ``policy`` is among ``POLICIES``."""
+    if policy not in POLICIES:
+        raise ValueError(f"unknown nonfinite {policy!r}; {nearest(str(policy), POLICIES)}")
+
+
+def dtype_name(dtype: Any) -> str | None:
+    """What a param group says of the dtype of averages; a ``ValueError`` with the choices for all else."""
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if name is not None and name not in STATE_DTYPES:
+        hint = "float16 cannot hold second moments. " if name == "float16" else ""
+        raise ValueError(f"unknown state_dtype {dtype!r}; {hint}{nearest(str(name), STATE_DTYPES)}")
+    return name
+
+
+def check_lr(lr: Any) -> None:
+    """Raise a ``ValueError`` unless ``lr`` is a number, or a tensor with one entry, that is finite and not negative."""
+    is_number = lr.numel() == 1 if isinstance(lr, Tensor) else isinstance(lr, Real) and not isinstance(lr, bool)
+    if not is_number or not 0 <= float(lr) < math.inf:
+        raise ValueError(f"lr must be a finite number that is not negative, got {lr!r}")
+
+
+def check_numbers(options: Mapping[str, Any], rule: Rule) -> None:
+    """Raise unless every number is in range and every option that the rule reads is there."""
+    check_lr(options["lr"])
+    check_policy(options["nonfinite"])
+    resolved = rule.resolve(options)
+    resolved.step_size.check_composes(resolved.norm)
+    check_keeping(options, resolved)
+
+
+def check_keeping(options: Mapping[str, Any], resolved: Rule) -> None:
+    """Raise unless state can be kept as the param group wants: in that dtype, and out of the host's sight."""
+    dtype_name(options["state_dtype"])
+    if options["capturable"] and resolved.decides_on_host:
+        culprit = next(part for part in resolved.parts() if part.decides_on_host)
+        raise ValueError(
+            f"capturable: {culprit} lets the host look at numbers or at the step's count, which a CUDA graph cannot; "
+            "leave capturable False, or give these parameters another rule"
+        )
+
+
+def check_known(names: Set[str], rule: Rule, spare: Set[str]) -> None:
+    """Raise a ``TypeError`` for param-group entries that nothing reads, save ``spare``."""
+    known = rule.options() | INGREDIENTS | {"lr", "maximize", "nonfinite", "capturable", "state_dtype"}
+    for name in names - known - GROUP_KEYS - spare:
+        raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {nearest(name, known)}")
+
+
+def check_distinct(params: Iterable[Any]) -> None:
+    """Raise a ``ValueError`` if a parameter comes twice; ``params`` may be (name, parameter) pairs."""
+    seen: dict[int, str] = {}
+    for i, item in enumerate(params):
+        name, p = item if isinstance(item, tuple) and len(item) == 2 else (f"number {i}", item)
+        if id(p) in seen:
+            raise ValueError(f"parameters {seen[id(p)]} and {name} of a param group are the same tensor; give it once")
+        seen[id(p)] = name
+
+
+def check_parameters(group: Mapping[str, Any], rule: Rule) -> None:
+    """Raise a ``ValueError`` for parameters that are not whole or not real, and for those that the rule is not for."""
+    given = group.get("param_names") or group["params"]
+    if len(given) != len(group["params"]) and not rule.elementwise:
+        raise ValueError(
+            f"the param group of parameter {given[0]!r} was given {len(given)} tensors and has {len(group['params'])}: "
+            f"a wrapper such as DeepSpeed's ZeRO has flattened or partitioned them, {WHOLE}"
+        )
+    for name, p in zip(names_of(group), group["params"], strict=True):
+        part = _part_of(p)
+        if part:
+            raise ValueError(f"{name} is {part}, {WHOLE}")
+        if not p.is_floating_point():
+            raise ValueError(f"{name} has dtype {p.dtype}; only real floating-point ones can be trained")
+        if p.dtype == torch.float16 and group["state_dtype"] == "parameter":
+            raise ValueError(f"{name} has dtype float16, which cannot hold second moments; give state_dtype 'bfloat16'")
+        rule.check_fits(name, tuple(p.shape))
+
+
+def _part_of(p: Tensor) -> str:
+    """What a parameter is if it is no whole tensor of a model, else nothing."""
+    if type(p).__name__ == "DTensor":
+        return "sharded (a DTensor)"
+    flat = type(p).__name__ == "FlatParameter" or hasattr(p, "_fqns")
+    if flat or getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+        return "flattened or sharded by FullyShardedDataParallel"
+    if hasattr(p, "ds_id") and tuple(getattr(p, "ds_shape", ())) != tuple(p.shape):
+        return "partitioned by DeepSpeed's ZeRO"
+    return ""
+
+
+def check_alone(groups: Iterable[Mapping[str, Any]], is_first: bool) -> None:
+    """Raise a ``ValueError`` if a momentum looks back, which takes a closure unless the first step moves nothing."""
+    for group in groups:
+        momentum = rule_of(group).momentum
+        if momentum.looks_back and not (is_first and group["lr"] == 0):
+            raise ValueError(
+                f"{momentum} compares the gradients of one sample at two points: give step a closure that "
+                "computes the loss and the gradients, optimizer.step(closure)"
+            )
+
+
+def check_gradients(group: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` for a gradient that is not a dense real tensor like its parameter."""
+    for p in group["params"]:
+        g = p.grad
+        if g is None:
+            continue
+        if g.layout != torch.strided or not g.is_floating_point():
+            kind = "complex" if g.is_complex() else "sparse" if g.layout != torch.strided else str(g.dtype)
+            raise ValueError(f"{name_of(group, p)} has a {kind} gradient; only dense real gradients can be used")
+        if g.shape != p.shape or g.device != p.device:
+            here, there = (f"shape {tuple(x.shape)} on {x.device}" for x in (g, p))
+            raise ValueError(f"{name_of(group, p)} has a gradient of {here}, but is of {there}; compute it anew")

@@ -1,0 +1,27 @@
+"""What an ingredient is: found by name, written as text and read back; what it sees of a step."""
+
+from normopt.ingredient.base import Ingredient, Option, option
+from normopt.ingredient.registry import choices, get, nearest, parse, read
+from normopt.ingredient.stage import Context, Stage, coarsest, substate
+from normopt.ingredient.validate import check_choice, check_count, check_positive, check_range
+from normopt.ingredient.view import View
+
+__all__ = [
+    "Context",
+    "Ingredient",
+    "Option",
+    "Stage",
+    "View",
+    "check_choice",
+    "check_count",
+    "check_positive",
+    "check_range",
+    "choices",
+    "coarsest",
+    "get",
+    "nearest",
+    "option",
+    "parse",
+    "read",
+    "substate",
+]

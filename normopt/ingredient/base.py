@@ -1,0 +1,124 @@
+"""What an ingredient is: a frozen dataclass that is looked up by name, written as text and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+T = TypeVar("T", bound="Ingredient")
+
+
+class Ingredient:
+    """A frozen dataclass without state of its own: a norm, a momentum, a direction, a step size, a constraint, a view.
+
+    Every subclass registers itself under its class name, so that :func:`get` finds it as ``"heavy-ball"`` and
+    :func:`parse` rebuilds it from its ``repr``. Classes that are no dataclasses or that set ``_abstract`` are abstract.
+    """
+
+    _classes: ClassVar[dict[str, type[Ingredient]]] = {}
+    _parsed: ClassVar[dict[str, Ingredient]] = {}
+    _place: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._place = f"{cls.__module__}.{cls.__qualname__}"
+        known = Ingredient._classes.get(cls.__name__)
+        if known is not None and known._place != cls._place:
+            raise TypeError(f"{known.__module__} has an ingredient named {cls.__name__} already; choose another name")
+        if "<locals>" in cls.__qualname__:
+            cls.__qualname__ = cls.__name__  # the repr begins with it, and must read back
+        Ingredient._classes[cls.__name__] = cls
+        Ingredient._parsed.clear()
+
+    def resolve(self: T, options: Mapping[str, Any]) -> T:
+        """The same ingredient with every :class:`Option` replaced by its value in ``options`` (a param group)."""
+        changes = {name: _resolve(value, options) for name, value in _fields(self) if _options(value)}
+        return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
+
+    def options(self) -> frozenset[str]:
+        """The names of the param-group options that this ingredient reads."""
+        return frozenset(option.name for _, value in _fields(self) for option in _options(value))
+
+    @property
+    def decides_on_host(self) -> bool:
+        """Whether the host looks at numbers to know what to do, so that a step cannot be captured as a CUDA graph."""
+        return any(part.decides_on_host for part in self.parts())
+
+    def parts(self) -> list[Ingredient]:
+        """The ingredients that this one is made of."""
+        return _parts(self)
+
+    def every_part(self) -> list[Ingredient]:
+        """Those, and what they are made of."""
+        return [each for part in self.parts() for each in (part, *part.every_part())]
+
+    def __str__(self) -> str:
+        """The repr without what is left at its default."""
+        shown = [
+            f"{f.name}={_text(value)}"
+            for f, (_, value) in zip(dataclasses.fields(self), _fields(self), strict=True)  # type: ignore[arg-type]
+            if value != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True)
+class Option(Ingredient):
+    """A number kept in the param group rather than in the ingredient, so that a scheduler or a group can change it.
+
+    ``EMA(beta=Option("betas", 0))`` reads ``group["betas"][0]`` at every step.
+    """
+
+    name: str
+    index: int | None = None
+
+    def value(self, options: Mapping[str, Any]) -> Any:
+        """What ``options`` (a param group) holds under this name; a missing name is a ``ValueError``."""
+        if self.name not in options:
+            raise ValueError(f"option {self.name!r} is missing from the param group")
+        found = options[self.name]
+        if self.index is not None and not (isinstance(found, (tuple, list)) and len(found) > self.index):
+            raise ValueError(f"{self.name} must be a tuple of at least {self.index + 1} numbers, got {found!r}")
+        return found if self.index is None else found[self.index]
+
+    def __str__(self) -> str:
+        return self.name if self.index is None else f"{self.name}[{self.index}]"
+
+
+def option(name: str, index: int | None = None) -> Any:
+    """An :class:`Option`, typed to stand where an ingredient wants a number."""
+    return Option(name, index)
+
+
+def _fields(ingredient: Ingredient) -> list[tuple[str, Any]]:
+    if not dataclasses.is_dataclass(ingredient):
+        return []
+    return [(field.name, getattr(ingredient, field.name)) for field in dataclasses.fields(ingredient)]
+
+
+def _parts(value: Any) -> list[Ingredient]:
+    if isinstance(value, tuple):
+        return [part for item in value for part in ([item] if isinstance(item, Ingredient) else _parts(item))]
+    return _parts(tuple(item for _, item in _fields(value))) if isinstance(value, Ingredient) else []
+
+
+def _options(value: Any) -> list[Option]:
+    if isinstance(value, Option):
+        return [value]
+    if isinstance(value, tuple):
+        return [option for item in value for option in _options(item)]
+    return [option for _, item in _fields(value) for option in _options(item)] if isinstance(value, Ingredient) else []
+
+
+def _resolve(value: Any, options: Mapping[str, Any]) -> Any:
+    if isinstance(value, Option):
+        return value.value(options)
+    if isinstance(value, tuple):
+        return tuple(_resolve(item, options) for item in value)
+    return value.resolve(options) if isinstance(value, Ingredient) else value
+
+
+def _text(value: Any) -> str:
+    return str(value) if isinstance(value, Ingredient) else repr(value)

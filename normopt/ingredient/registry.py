@@ -1,0 +1,96 @@
+"""Ingredients by their names, and from their text."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from normopt.ingredient.base import Ingredient, T
+
+
+def choices(kind: type[Ingredient]) -> dict[str, type[Ingredient]]:
+    """The concrete ingredients of a kind by their names, such as ``{"heavy-ball": HeavyBall, ...}``."""
+    return {
+        _dashed(name): cls
+        for name, cls in Ingredient._classes.items()
+        if issubclass(cls, kind) and "__dataclass_fields__" in vars(cls) and not vars(cls).get("_abstract", False)
+    }
+
+
+def get(kind: type[T], spec: str | T) -> T:
+    """An ingredient of ``kind`` from itself, its name (``"heavy-ball"``) or its repr (``"HeavyBall(beta=0.9)"``).
+
+    Raises:
+        ValueError: the name is not known; the message holds the nearest one.
+        TypeError: ``spec`` is neither a string nor of that kind.
+    """
+    found: Any = spec
+    if isinstance(spec, str):
+        found = parse(spec) if "(" in spec else _by_name(kind, spec)
+    if not isinstance(found, kind):
+        raise TypeError(f"expected a {kind.__name__} or the name of one, got {found!r}")
+    return found
+
+
+def _by_name(kind: type[T], name: str) -> T:
+    known = choices(kind)
+    cls = known.get(_dashed(name).replace("_", "-"))
+    if cls is None:
+        raise ValueError(f"unknown {kind.__name__.lower()} {name!r}; {nearest(name, known)}")
+    return cls()  # type: ignore[return-value]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an error message: the known name most like ``name``, and all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"Known: {', '.join(known)}"
+
+
+def _dashed(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
+
+
+def parse(text: str) -> Ingredient:
+    """Rebuild an ingredient from its ``repr``: calls of ingredient names on literals, nothing else is evaluated."""
+    if text not in Ingredient._parsed:
+        try:
+            found = _build(ast.parse(text, mode="eval").body)
+        except SyntaxError as error:
+            raise ValueError(f"cannot read the ingredient {text!r}: {error.msg}") from None
+        if not isinstance(found, Ingredient):
+            raise ValueError(f"cannot read the ingredient {text!r}: it is not the call of one")
+        Ingredient._parsed[text] = found
+    return Ingredient._parsed[text]
+
+
+def _build(node: ast.expr) -> Any:
+    match node:
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=words) if all(word.arg for word in words):
+            known = {cls.__name__: cls for cls in choices(Ingredient).values()}
+            if name not in known:
+                raise ValueError(f"unknown ingredient {name!r}; {nearest(name, known)}")
+            fields = {str(word.arg): _build(word.value) for word in words}
+            try:
+                return known[name](*map(_build, args), **fields)
+            except TypeError as error:  # written by a version with other fields
+                raise ValueError(f"cannot read the ingredient {ast.unparse(node)!r}: {error}") from None
+        case ast.Tuple():
+            return tuple(map(_build, node.elts))
+        case ast.Name(id="inf"):
+            return float("inf")
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Name(id="inf")):
+            return float("-inf")
+        case _:
+            return ast.literal_eval(node)
+
+
+def read(owner: Ingredient, name: str, kind: type[Ingredient]) -> None:
+    """Let the field ``name`` be given as :func:`get` takes it, ``Smoothed("max")``; its errors name ``owner`` too."""
+    try:
+        object.__setattr__(owner, name, get(kind, getattr(owner, name)))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{type(owner).__name__}: {name}: {error}") from None

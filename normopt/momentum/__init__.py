@@ -1,0 +1,17 @@
+"""Which gradient do we trust? The gradient of this step, or an average over steps."""
+
+from normopt.momentum.averages import EMA, HeavyBall, LionMomentum, Nesterov, TwoSpeed, WarmNesterov
+from normopt.momentum.base import Momentum, NoMomentum
+from normopt.momentum.recursive import Recursive
+
+__all__ = [
+    "EMA",
+    "HeavyBall",
+    "LionMomentum",
+    "Momentum",
+    "Nesterov",
+    "NoMomentum",
+    "Recursive",
+    "TwoSpeed",
+    "WarmNesterov",
+]

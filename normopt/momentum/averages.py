@@ -1,0 +1,221 @@
+"""Moving averages and heavy balls."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from normopt.ingredient.stage import Context
+from normopt.ingredient.validate import check_count, check_range
+from normopt.momentum.base import Momentum
+
+
+@dataclass(frozen=True)
+class EMA(Momentum):
+    """Exponential moving average: ``m <- beta m + (1 - beta) g``.
+
+    Returns ``m``; with ``nesterov``, ``beta m + (1 - beta) g`` of the new ``m`` (Muon's look-ahead); with
+    ``bias_correction``, divided by ``1 - beta^step`` (Adam, arXiv 1412.6980). Under a duality map, which ignores the
+    length, it equals the heavy ball of the same beta.
+
+    Args:
+        beta: weight of the past, in [0, 1).
+        nesterov: average the new average once more with the gradient.
+        bias_correction: undo the pull of the zero that the average starts from.
+    """
+
+    beta: float = 0.9
+    nesterov: bool = False
+    bias_correction: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self, "beta", self.beta, 0, 1)
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(x)}
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        m = state["momentum"].lerp_(x, 1 - self.beta)
+        if self.nesterov:
+            m = x.lerp(m, self.beta)
+        return m / (1 - self.beta**context.step) if self.bias_correction else m
+
+
+@dataclass(frozen=True)
+class Nesterov(EMA):
+    """The moving average with look-ahead, :class:`EMA` with ``nesterov=True`` and Muon's ``beta=0.95``."""
+
+    beta: float = 0.95
+    nesterov: bool = True
+
+
+@dataclass(frozen=True)
+class LionMomentum(Momentum):
+    """Lion's interpolation: returns ``beta1 m + (1 - beta1) g``, then ``m <- beta2 m + (1 - beta2) g`` (2302.06675).
+
+    Args:
+        beta1: weight of the past in what is returned, in [0, 1).
+        beta2: weight of the past in what is remembered, in [0, 1).
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+
+    def __post_init__(self) -> None:
+        check_range(self, "beta1", self.beta1, 0, 1)
+        check_range(self, "beta2", self.beta2, 0, 1)
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(x)}
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        m = state["momentum"]
+        ahead = m.lerp(x, 1 - self.beta1)
+        m.lerp_(x, 1 - self.beta2)
+        return ahead
+
+
+@dataclass(frozen=True)
+class HeavyBall(Momentum):
+    """Polyak's heavy ball as in torch.optim.SGD: ``b <- beta b + (1 - dampening) g``, and ``b = g`` at the first step.
+
+    Returns ``b``; with ``nesterov``, ``g + beta b``. The sum is ``1 / (1 - beta)`` times as long as the average.
+
+    Args:
+        beta: weight of the past, in [0, 1); 0 keeps no state.
+        dampening: how much of each later gradient is left out, in [0, 1].
+        nesterov: look ahead; needs ``beta > 0`` and no dampening.
+        damp_first: dampen the first gradient too.
+    """
+
+    beta: float = 0.9
+    dampening: float = 0.0
+    nesterov: bool = False
+    damp_first: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self, "beta", self.beta, 0, 1)
+        check_range(self, "dampening", self.dampening, 0, 1, closed=True)
+        if self.nesterov is True and not (self.beta and not self.dampening):
+            raise ValueError("HeavyBall: nesterov needs beta > 0 and dampening = 0")
+
+    @property
+    def decides_on_host(self) -> bool:
+        return bool(self.dampening) and not self.damp_first
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(x)} if self.beta else {}
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        if not self.beta:
+            return x
+        b = state["momentum"]
+        whole = self.decides_on_host and context.step == 1
+        b.mul_(self.beta).add_(x, alpha=1.0 if whole else 1 - self.dampening)
+        return x.add(b, alpha=self.beta) if self.nesterov else b
+
+
+@dataclass(frozen=True)
+class WarmNesterov(Momentum):
+    """NAdam's look-ahead, with a weight ``mu`` that grows from ``beta / 2`` to ``beta`` over the steps (Dozat 2016).
+
+    ``m <- beta m + (1 - beta) g``; with ``mu_t = beta (1 - 0.96^(t decay) / 2)`` and ``P_t = mu_1 ... mu_t`` it returns
+    ``(1 - mu_t) / (1 - P_t) g + mu_(t+1) / (1 - P_(t+1)) m``.
+
+    Args:
+        beta: weight of the past, in [0, 1).
+        decay: how fast ``mu`` grows, not negative.
+    """
+
+    decides_on_host: ClassVar[bool] = True
+    beta: float = 0.9
+    decay: float = 4e-3
+
+    def __post_init__(self) -> None:
+        check_range(self, "beta", self.beta, 0, 1)
+        check_range(self, "decay", self.decay, 0, float("inf"))
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(x)}
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        now, ahead, product = self._mu(context.step), self._mu(context.step + 1), self._product(context.step)
+        m = state["momentum"].lerp_(x, 1 - self.beta)
+        return (x * ((1 - now) / (1 - product))).add_(m, alpha=ahead / (1 - product * ahead))
+
+    def _mu(self, step: float) -> float:
+        return self.beta * (1 - 0.5 * 0.96 ** (step * self.decay))
+
+    def _product(self, step: float) -> float:
+        """``P_step``, or a number so small that ``1 - P`` is 1 in either case."""
+        product, i = 1.0, 0
+        while i < step and product > 1e-17:
+            i += 1
+            product *= self._mu(i)
+        return product
+
+
+@dataclass(frozen=True)
+class TwoSpeed(Momentum):
+    """AdEMAMix's fast and slow averages: returns ``m1 / (1 - beta^step) + alpha m2`` (arXiv 2409.03137).
+
+    ``m1 <- beta m1 + (1 - beta) g``, ``m2 <- slow m2 + (1 - slow) g``.
+
+    Args:
+        beta: weight of the past in the fast average, in [0, 1).
+        slow: that in the slow average, in [0, 1).
+        alpha: factor of the slow average, not negative.
+        slow_warmup: steps in which the slow average's half-life grows linearly from that of the fast one, or ``None``.
+        alpha_warmup: steps in which ``alpha`` grows linearly from 0, or ``None``.
+    """
+
+    beta: float = 0.9
+    slow: float = 0.9999
+    alpha: float = 2.0
+    slow_warmup: int | None = None
+    alpha_warmup: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "beta", self.beta, 0, 1)
+        check_range(self, "slow", self.slow, 0, 1)
+        check_range(self, "alpha", self.alpha, 0, float("inf"))
+        for name in ("slow_warmup", "alpha_warmup"):
+            if getattr(self, name) is not None:
+                check_count(self, name, getattr(self, name))
+
+    @property
+    def decides_on_host(self) -> bool:
+        return self.slow_warmup is not None or self.alpha_warmup is not None
+
+    @property
+    def averages(self) -> frozenset[str]:
+        return frozenset({"momentum", "slow_momentum"})
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(x), "slow_momentum": torch.zeros_like(x)}
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        fast = state["momentum"].lerp_(x, 1 - self.beta)
+        slow = state["slow_momentum"].lerp_(x, 1 - self._slow(context.step))
+        alpha = self.alpha * _progress(context.step, self.alpha_warmup)
+        return (fast / (1 - self.beta**context.step)).add_(slow, alpha=alpha)
+
+    def _slow(self, step: float) -> float:
+        done = _progress(step, self.slow_warmup)
+        if done == 1:
+            return self.slow
+        return 0.5 ** (1 / ((1 - done) * _half_life(self.beta) + done * _half_life(self.slow)))
+
+
+def _progress(step: float, warmup: int | None) -> float:
+    """How much of a warm-up is done, from 0 to 1."""
+    return 1.0 if warmup is None else min(step / warmup, 1.0)
+
+
+def _half_life(beta: float) -> float:
+    """After how many steps a gradient's weight in the average has halved; 1e-8 is for ``beta=0``."""
+    return math.log(0.5) / math.log(beta + 1e-8)

@@ -1,0 +1,132 @@
+"""The spectral norm, the largest singular value: its duality map is the polar factor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from normopt.ingredient.validate import check_choice, check_range
+from normopt.norms.schatten import UnitarilyInvariant
+from normopt.numerics.eigen import Eps, matrix_power
+from normopt.numerics.singular import map_singular_values, singular_values
+from normopt.polar.coefficients import PolarCoefficients
+from normopt.polar.decompositions import exact
+from normopt.polar.factor import METHODS, polar
+
+SIDES = ("both", "smaller")
+
+
+@dataclass(frozen=True)
+class Spectral(UnitarilyInvariant):
+    """The largest singular value: the l2 -> l2 operator norm (Bernstein & Newhouse, Prop. 5).
+
+    Dual norm: the nuclear norm. Duality map: the polar factor ``U V^T``, by the chosen method (see
+    :func:`normopt.polar.polar`; only ``"exact"`` satisfies the identities to rounding). Second moment:
+    ``(G G^T, G^T G)`` with ``whiten(M, (L, R)) = L^(-1/4) M R^(-1/4)`` (Shampoo, arXiv 1802.09568); a side of size 1 is
+    left out and the other then has power -1/2, so that vectors can be whitened too. ``norm``, ``dual_norm`` and
+    ``project`` use singular values; step sizes take ``<g, dualize(g)>`` for the dual norm, one more polar factor.
+    Scale ``"rms"``: sqrt(out/in), the RMS -> RMS norm.
+
+    Args:
+        scale: see :class:`~normopt.norms.Norm`.
+        method: ``"newton-schulz"``, ``"polar-express"``, ``"gram"``, ``"exact"``, ``"auto"`` (the fastest one for the
+            shape, dtype and device) or a :class:`~normopt.polar.PolarCoefficients`.
+        steps: iterations; ``None`` is the method's own number.
+        dtype: the name of the dtype of the iteration, such as ``"bfloat16"``, or a ``torch.dtype``; ``None`` is the
+            tensor's own.
+        sides: what ``second_moment`` keeps: ``"both"``, or only the ``"smaller"`` of the two, the right one of a square
+            matrix, with ``whiten(M, (L,)) = L^(-1/2) M`` or ``M R^(-1/2)`` (ASGO, arXiv 2503.20762).
+        exponent: the power of each inverse root in ``whiten``; ``None``: 1/4 for two sides, 1/2 for one.
+    """
+
+    matrix_memory: ClassVar[bool] = True
+    method: str | PolarCoefficients = "polar-express"
+    steps: int | None = None
+    dtype: str | torch.dtype | None = None
+    sides: str = "both"
+    exponent: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        if isinstance(self.method, str):
+            check_choice(self, "method", self.method, METHODS)
+        elif not isinstance(self.method, PolarCoefficients):
+            raise ValueError(f"Spectral: method must be a name or a PolarCoefficients, got {self.method!r}")
+        if self.steps is not None and (self.method == "exact" or self.steps != int(self.steps) or self.steps < 1):
+            raise ValueError(f"Spectral: steps must be positive (and None for method 'exact'), got {self.steps}")
+        check_choice(self, "sides", self.sides, SIDES)
+        if self.exponent is not None:
+            check_range(self, "exponent", self.exponent, 0, math.inf)
+
+    @property
+    def decides_on_host(self) -> bool:  # type: ignore[override]
+        return self.method == "exact"
+
+    @property
+    def remembers_vectors(self) -> bool:
+        """With both sides: Adagrad's full matrix."""
+        return self.sides == "both"
+
+    def unit_norm(self, w: Tensor) -> Tensor:
+        return singular_values(w).amax(dim=-1) if w.numel() else w.sum(dim=(-2, -1))
+
+    def unit_dual_norm(self, g: Tensor) -> Tensor:
+        return singular_values(g).sum(dim=-1)
+
+    def unit_dualize(self, g: Tensor) -> Tensor:
+        return polar(g, self.method, self.steps, getattr(torch, str(self.dtype)) if self.dtype else None)
+
+    def unit_project(self, w: Tensor, radius: float) -> Tensor:
+        return map_singular_values(w, lambda s: s.clamp(max=radius))
+
+    def unit_update_rms(self, m: int, n: int) -> float:
+        return 1.0 / math.sqrt(max(m, n, 1))
+
+    def second_moment(self, g: Tensor) -> tuple[Tensor, ...]:
+        """``(G G^T, G^T G)``, shapes ``(..., out, out)`` and ``(..., in, in)``, or only the smaller one."""
+        if self.sides == "both":
+            return g @ g.mT, g.mT @ g
+        return (g @ g.mT if g.shape[-2] < g.shape[-1] else g.mT @ g,)
+
+    def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps) -> tuple[Tensor, ...]:
+        """``(stats + eps) ** -exponent``, and 1 for a side of size 1 beside a larger one."""
+        stats = tuple(s.to(torch.promote_types(s.dtype, torch.float32)) for s in stats)
+        larger = [s.shape[-1] > 1 for s in stats]
+        taken = larger if any(larger) else [True] * len(stats)
+        exponent = 1 / (2 * sum(taken)) if self.exponent is None else self.exponent
+        roots = zip(stats, taken, strict=True)
+        return tuple(matrix_power(s, -exponent, eps) if is_taken else torch.ones_like(s) for s, is_taken in roots)
+
+    def unit_divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+        """``roots[0] @ m @ roots[1]``, or one of the two products."""
+        dtype = torch.promote_types(m.dtype, roots[0].dtype)
+        m, roots = m.to(dtype), tuple(root.to(dtype) for root in roots)
+        if self.sides == "both":
+            return roots[0] @ m @ roots[1]
+        return roots[0] @ m if m.shape[-2] < m.shape[-1] else m @ roots[0]
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """``<g, dualize(g)>``: the dual norm as exactly as the method gives the polar factor."""
+        return (g * self.dualize(g)).sum(dim=(-2, -1))
+
+    @torch.no_grad()
+    def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A random semi-orthogonal matrix times the scale's factor, by the exact method. Returns ``w``."""
+        noise = torch.empty_like(self._matrix(w), dtype=torch.promote_types(w.dtype, torch.float32))
+        return w.copy_(exact(noise.normal_(generator=generator)) * self.factor(w.shape))
+
+
+def _dtype_name(dtype: object) -> str | None:
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if name is None:
+        return None
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(name, str) or not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"Spectral: dtype must be the name of a torch dtype for floats like 'bfloat16', got {dtype!r}")
+    return name

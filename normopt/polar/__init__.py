@@ -1,0 +1,20 @@
+"""The polar factor U V^T of a matrix: coefficients, iterations, decompositions, and which is fastest where."""
+
+from normopt.polar.choice import Choice, choose, has_bfloat16
+from normopt.polar.coefficients import FOUR_STEPS, JORDAN, POLAR_EXPRESS, SCHEDULES, PolarCoefficients
+from normopt.polar.decompositions import exact
+from normopt.polar.factor import METHODS, polar
+
+__all__ = [
+    "FOUR_STEPS",
+    "JORDAN",
+    "METHODS",
+    "POLAR_EXPRESS",
+    "SCHEDULES",
+    "Choice",
+    "PolarCoefficients",
+    "choose",
+    "exact",
+    "has_bfloat16",
+    "polar",
+]

@@ -1,0 +1,8 @@
+"""Which tensor plays which role, how it is seen as a matrix, and which norm that role gets."""
+
+from normopt.roles.geometries import GEOMETRIES, width_scaled
+from normopt.roles.groups import param_groups
+from normopt.roles.infer import Role, infer_roles
+from normopt.roles.options import ROLES, Geometry
+
+__all__ = ["GEOMETRIES", "ROLES", "Geometry", "Role", "infer_roles", "param_groups", "width_scaled"]

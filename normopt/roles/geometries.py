@@ -1,0 +1,88 @@
+"""Geometries: tables from roles to norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from normopt.directions.smoothed import Smoothed
+from normopt.ingredient.registry import nearest
+from normopt.momentum.averages import EMA
+from normopt.norms.entrywise import Euclidean, Max
+from normopt.norms.rows_columns import Column, Row
+from normopt.norms.spectral import Spectral
+from normopt.roles.options import ROLES, Geometry, entry, merged
+
+#: Adam's ingredients as options of a param group.
+ADAM: Mapping[str, Any] = {"norm": Smoothed(Max(), beta=0.95), "momentum": EMA(0.9, bias_correction=True)}
+
+#: The geometries by name. ``adam``: the max norm everywhere. ``muon``: spectral for hidden matrices, max elsewhere
+#: (with Adam's memory when the optimizer is ``normopt.zoo.Muon``). ``scion``: arXiv 2502.07529, table 3, for one-hot
+#: input. ``modula``: arXiv 2410.21265, where the readout is a linear layer too. ``anthology``: the norms that arXiv
+#: 2409.20325, section 4, recommends, with the RMS -> linf norm for the readout.
+GEOMETRIES: dict[str, Geometry] = {
+    "adam": {"*": ADAM},
+    "muon": {"linear": Spectral(), "conv": Spectral(), "*": ADAM},
+    "scion": {
+        "embedding": Column(),
+        "linear": Spectral(),
+        "conv": Spectral(),
+        "unembedding": Max(scale="fan_in"),
+        "vector": Euclidean(),
+        "scalar": Euclidean(),
+        "*": Max(),
+    },
+    "modula": {
+        "embedding": Column(),
+        "linear": Spectral(),
+        "conv": Spectral(),
+        "unembedding": Spectral(),
+        "vector": Euclidean(),
+        "scalar": Euclidean(),
+        "*": Max(),
+    },
+    "anthology": {
+        "embedding": Column(),
+        "linear": Spectral(),
+        "conv": Spectral(),
+        "unembedding": Row(),
+        "vector": Euclidean(),
+        "scalar": Euclidean(),
+        "*": Max(),
+    },
+}
+
+
+def width_scaled(width: int, tuned_at: int, weight_decay: float) -> Geometry:
+    """A geometry that takes the learning rate and the decay of one width to another (Fan et al., arXiv 2510.15262).
+
+    Hidden matrices: ``lr * tuned_at / width`` and ``weight_decay * sqrt(width / tuned_at)``, which keeps the largest
+    singular value that AdamW settles at, ``sqrt(lr / weight_decay) width^(3/4)``, what it is. Everything else keeps
+    ``lr`` and is not decayed. ``AdamW(model, lr, geometry=width_scaled(1024, 256, 0.1))``.
+
+    Args:
+        width: the model's width.
+        tuned_at: the width that learning rate and decay were tuned at.
+        weight_decay: that of hidden matrices at that width.
+
+    Raises:
+        ValueError: a width that is not positive.
+    """
+    for name, value in {"width": width, "tuned_at": tuned_at}.items():
+        if value <= 0:
+            raise ValueError(f"width_scaled: {name} must be positive, got {value!r}")
+    hidden = {"lr_ratio": tuned_at / width, "weight_decay": weight_decay * math.sqrt(width / tuned_at)}
+    return {"linear": hidden, "conv": hidden, "*": {"weight_decay": 0.0}}
+
+
+def overlaid(own: Geometry, given: str | Geometry | None) -> Geometry:
+    """The user's geometry laid over the optimizer's own, role by role; its ``"*"`` is for all roles it does not name.
+
+    Raises:
+        ValueError: the name of no geometry.
+    """
+    if isinstance(given, str) and given not in GEOMETRIES:
+        raise ValueError(f"unknown geometry {given!r}; {nearest(given, GEOMETRIES)}")
+    table = GEOMETRIES[given] if isinstance(given, str) else given or {}
+    return {role: merged(entry(own, role), entry(table, role)) for role in dict.fromkeys(("*", *ROLES, *own, *table))}

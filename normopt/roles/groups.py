@@ -1,0 +1,61 @@
+"""Param groups of a whole model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from normopt.ingredient.registry import nearest
+from normopt.roles.geometries import GEOMETRIES
+from normopt.roles.infer import Role, infer_roles
+from normopt.roles.options import ROLES, Geometry, entry, merged
+
+
+def param_groups(
+    model: nn.Module, geometry: str | Geometry = "muon", overrides: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """One torch param group for each role of ``model`` (and each view and override), ready for ``SteepestDescent``.
+
+    Args:
+        model: any module; parameters that do not require a gradient are left out.
+        geometry: a name of ``GEOMETRIES`` or a table role -> norm, name of a norm or dict of param-group options;
+            ``"*"`` covers the roles that are not named.
+        overrides: see :func:`infer_roles`.
+
+    Returns:
+        Dicts with ``params`` (name, parameter), ``role``, ``view``, ``reasons`` and what the geometry says of the role.
+
+    Raises:
+        ValueError: an unknown geometry, a role that it does not cover or that no parameter plays (other than those of
+            ``ROLES``), or a pattern that matches nothing.
+    """
+    if isinstance(geometry, str) and geometry not in GEOMETRIES:
+        raise ValueError(f"unknown geometry {geometry!r}; {nearest(geometry, GEOMETRIES)}")
+    table = GEOMETRIES[geometry] if isinstance(geometry, str) else geometry
+    parameters = dict(model.named_parameters())
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    members: dict[tuple[Any, ...], list[tuple[str, Role]]] = defaultdict(list)
+    found = infer_roles(model, overrides)
+    played = {*ROLES, "*", *(role.name for role in found.values())}
+    for unknown in table.keys() - played:
+        raise ValueError(f"the geometry names the role {unknown!r}, which none plays; {nearest(unknown, played)}")
+    for name, role in found.items():
+        if role.name not in table and "*" not in table:
+            raise ValueError(f"the geometry says nothing of the role {role.name!r} (parameter {name!r}); add it or '*'")
+        options = merged(entry(table, role.name), role.options)
+        key = (role.name, role.view, repr(sorted(options.items(), key=lambda item: item[0])))
+        groups.setdefault(key, options)
+        members[key].append((name, role))
+    return [
+        {
+            "params": [(name, parameters[name]) for name, _ in members[key]],
+            "role": key[0],
+            "view": key[1],
+            "reasons": [role.reason for _, role in members[key]],
+            **options,
+        }
+        for key, options in groups.items()
+    ]

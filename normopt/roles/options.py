@@ -1,0 +1,55 @@
+"""Options of param groups by role: tables laid over each other, one entry over another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from normopt.momentum.base import Momentum
+
+#: The roles that are inferred. Users may name their own, in overrides as ``{"role": "expert"}``.
+ROLES = ("embedding", "linear", "unembedding", "conv", "vector", "scalar", "other")
+
+#: A geometry is a table role -> norm, or role -> dict of param-group options ("norm", "momentum", "constraint",
+#: numbers, and "lr_ratio", which multiplies the optimizer's learning rate). ``"*"`` stands for all roles that are not
+#: named, and ``{}`` for the optimizer's own ingredients.
+Geometry = Mapping[str, Any]
+
+
+def entry(table: Geometry, role: str) -> dict[str, Any]:
+    """The param-group options that a geometry gives to a role."""
+    return _options(table.get(role, table.get("*", {})))
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Param-group options laid over one another, the last on top.
+
+    ``lr`` and ``lr_ratio`` replace each other, a number for ``momentum`` becomes the beta of a momentum below it, and
+    bounds add up, save that ``()`` or ``None`` leaves none of those below.
+    """
+    options: dict[str, Any] = {}
+    for layer in layers:
+        below = options.get("momentum")
+        rates = {"lr", "lr_ratio"} if {"lr", "lr_ratio"} & layer.keys() else set()
+        before, options = options, {name: value for name, value in options.items() if name not in rates} | dict(layer)
+        if options.get("bounds"):
+            options["bounds"] = _several(before.get("bounds")) + _several(layer.get("bounds"))
+        if isinstance(below, Momentum) and isinstance(options["momentum"], (int, float)):
+            options["momentum"] = with_beta(below, options["momentum"])
+    return options
+
+
+def _several(bounds: Any) -> tuple[Any, ...]:
+    return () if bounds is None else tuple(bounds) if isinstance(bounds, (tuple, list)) else (bounds,)
+
+
+def with_beta(momentum: Momentum, beta: float) -> Momentum:
+    """The same momentum with another ``beta``; a ``ValueError`` where it has none."""
+    if not hasattr(momentum, "beta"):
+        raise ValueError(f"momentum={beta!r} has no meaning for {momentum}; give a momentum such as EMA({beta!r})")
+    return replace(momentum, beta=beta)  # type: ignore[type-var]
+
+
+def _options(spec: Any) -> dict[str, Any]:
+    return dict(spec) if isinstance(spec, Mapping) else {"norm": spec}
