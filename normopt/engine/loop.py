@@ -56,7 +56,7 @@ def steepest(batch: Batch, past: list[Tensor] | None, totals: Totals) -> Pending
     rule, state = batch.rule, batch.loaded()
     context = batch.context(totals.of(rule, batch.shared), past)  # gather
     trusted, memory, scale = rule.step_size.weigh(context.g, context, context.shared)
-    if memory is not context.g:
+    if memory is not context.g or isinstance(scale, Tensor) or scale != 1.0:
         context = replace(context, g=memory, scale=scale)
     averaged = rule.momentum(trusted, state, context)  # momentum
     direction = rule.norm(averaged, state, context)  # direction
