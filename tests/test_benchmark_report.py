@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.data import Corpus
-from benchmarks.ngram import ngram_loss
-from benchmarks.plots import MAX_LINES
-from benchmarks.records import Row
-from benchmarks.report import (
+from benchmarks.language.data import Corpus
+from benchmarks.language.ngram import ngram_loss
+from benchmarks.language.search import Search
+from benchmarks.output.comparison import (
     comparison_line,
     difference,
     grid_line,
@@ -23,8 +22,9 @@ from benchmarks.report import (
     write_norms,
     write_sweep,
 )
-from benchmarks.search import Search
-from benchmarks.targets import Reach, Target, mean_losses, reach
+from benchmarks.output.plots import MAX_LINES
+from benchmarks.output.records import Row
+from benchmarks.output.targets import Reach, Target, mean_losses, reach
 from tests.bench_runs import row
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from benchmarks.records import replacing
+from benchmarks.output.records import replacing
 
 Table = list[dict[str, str]]
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.data import Corpus, Tokens
-from benchmarks.targets import Target
+from benchmarks.language.data import Corpus, Tokens
+from benchmarks.output.targets import Target
 
 DELTA = 0.02  # added to every count
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks import shakespeare
+from benchmarks.language import shakespeare
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 GPT2_VOCAB = 50304  # GPT-2's 50,257 tokens, rounded up to a multiple of 128
@@ -96,7 +96,7 @@ def load(source: str) -> Corpus:
 
     Raises:
         DataError: if the source is missing, empty or corrupt.
-        benchmarks.shakespeare.FetchError: if Shakespeare is not cached and cannot be downloaded.
+        benchmarks.language.shakespeare.FetchError: if Shakespeare is not cached and cannot be downloaded.
     """
     if source == "shakespeare":
         return _shakespeare()

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contenders import Maker, installed
-from benchmarks.records import Row, append_row, source_hash
-from benchmarks.step_report import write_step
-from benchmarks.train import state_bytes
-from benchmarks.workers import ENVIRONMENT
+from benchmarks.cost.contenders import Maker, installed
+from benchmarks.cost.step_report import write_step
+from benchmarks.language.train import state_bytes
+from benchmarks.language.workers import ENVIRONMENT
+from benchmarks.output.records import Row, append_row, source_hash
 from normopt.nn import GPT
 
 #: Parameters of a GPT: vocabulary, width, layers, heads, width of the MLP. Nothing is ever fed to it.

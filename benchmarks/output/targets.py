@@ -4,7 +4,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from benchmarks.records import Row
+from benchmarks.output.records import Row
 
 
 @dataclass(frozen=True)

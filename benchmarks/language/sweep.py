@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.plan import Plan
-from benchmarks.presets import Preset, RunConfig
-from benchmarks.records import Row
-from benchmarks.report import write_sweep
-from benchmarks.search import Search, Trial
-from benchmarks.workers import Pool
+from benchmarks.language.plan import Plan
+from benchmarks.language.presets import Preset, RunConfig
+from benchmarks.language.search import Search, Trial
+from benchmarks.language.workers import Pool
+from benchmarks.output.comparison import write_sweep
+from benchmarks.output.records import Row
 
 FIRST_SEED = 1000  # far from the seeds of `compare`, so that rates are not chosen on the runs they are judged by
 FINALISTS, SEEDS = 2, 2

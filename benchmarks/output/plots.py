@@ -11,8 +11,8 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.records import Row, replacing
-from benchmarks.targets import Target
+from benchmarks.output.records import Row, replacing
+from benchmarks.output.targets import Target
 
 matplotlib.use("Agg")
 COLORS = cycler(color=["#4c566a", "#d1495b", "#00798c", "#edae49", "#6a4c93", "#3a7d44"])

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.presets import RunConfig
-from benchmarks.records import RESULTS, Row, WriteError, alone, append_row, partial_path, read_rows, source_hash
-from benchmarks.train import train
+from benchmarks.language.presets import RunConfig
+from benchmarks.language.train import train
+from benchmarks.output.records import RESULTS, Row, WriteError, alone, append_row, partial_path, read_rows, source_hash
 
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
 REPORT_SECONDS = 0.2

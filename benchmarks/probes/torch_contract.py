@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.probe_parts import Make, Probe, is_finite, parameters, same, set_gradients, take_steps, values
-from benchmarks.probes_of_state import (
+from benchmarks.probes.parts import Make, Probe, is_finite, parameters, same, set_gradients, take_steps, values
+from benchmarks.probes.state import (
     bf16_momentum,
     bf16_small_updates,
     compile_fullgraph,

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.plots import COLORS, STYLE, save
-from benchmarks.records import Row
-from benchmarks.tables import publish
+from benchmarks.output.plots import COLORS, STYLE, save
+from benchmarks.output.records import Row
+from benchmarks.output.tables import publish
 
 NOTES = (
     "Shapes are matrices x short x long sides, in float32; dtype is that of the products. Time is a ratio to "

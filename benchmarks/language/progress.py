@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.diagnose import Norms
+from benchmarks.language.diagnose import Norms
 
 
 @dataclass

@@ -17,10 +17,10 @@ from tabulate import tabulate
 from torch.optim import Optimizer
 
 import normopt
-from benchmarks.plan import PlanError
-from benchmarks.probe_parts import Make
-from benchmarks.probes import LIMITS, PROBES
-from benchmarks.records import Row, append_row, replacing, source_hash
+from benchmarks.language.plan import PlanError
+from benchmarks.output.records import Row, append_row, replacing, source_hash
+from benchmarks.probes.parts import Make
+from benchmarks.probes.torch_contract import LIMITS, PROBES
 
 #: One optimizer of each family.
 REPRESENTATIVES = ("sgd", "adamw", "lion", "adafactor", "adamp", "muon", "scion", "soap", "prodigy")

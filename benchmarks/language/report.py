@@ -4,12 +4,12 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.data import load_or_fall_back
-from benchmarks.ngram import counting
-from benchmarks.plan import PlanError
-from benchmarks.records import RESULTS, Row, read_rows, replacing
-from benchmarks.report import cell_of, check_corpus, group, mean_loss, steps_of, write_comparison
-from benchmarks.tables import Table, drawn
+from benchmarks.language.data import load_or_fall_back
+from benchmarks.language.ngram import counting
+from benchmarks.language.plan import PlanError
+from benchmarks.output.comparison import cell_of, check_corpus, group, mean_loss, steps_of, write_comparison
+from benchmarks.output.records import RESULTS, Row, read_rows, replacing
+from benchmarks.output.tables import Table, drawn
 
 #: Around what `--readme` replaces.
 BEGIN, END = "<!-- begin of the headline: python -m benchmarks report --readme -->", "<!-- end of the headline -->"

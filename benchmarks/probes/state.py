@@ -1,4 +1,4 @@
-"""Probes of compiled steps, of bfloat16 weights, of sharded ones, of saving and loading; see `benchmarks.probes`."""
+"""Probes of compiled steps, of weights in bfloat16, of sharded weights, of saving and loading; see `torch_contract`."""
 
 import contextlib
 import copy
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.probe_parts import Make, parameters, same, set_gradients, take_steps, values
-from benchmarks.sharding import sharded_and_whole_updates
+from benchmarks.probes.parts import Make, parameters, same, set_gradients, take_steps, values
+from benchmarks.probes.sharding import sharded_and_whole_updates
 
 SMALL = 1.25e-3  # the most that an entry moves by in a step; between 1 and 2, bfloat16 rounds away three times that
 SETTLED = 3  # steps after which a compiled step has seen every kind of step

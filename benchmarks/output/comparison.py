@@ -7,13 +7,13 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.plan import BASELINE
-from benchmarks.plots import plot_curves, plot_horizons, plot_norms, plot_rates
-from benchmarks.presets import cell_name
-from benchmarks.records import Row, replacing
-from benchmarks.search import Search
-from benchmarks.tables import Table, drawn, publish, write_table
-from benchmarks.targets import Target, mean_losses, reach, seconds_a_step
+from benchmarks.language.plan import BASELINE
+from benchmarks.language.presets import cell_name
+from benchmarks.language.search import Search
+from benchmarks.output.plots import plot_curves, plot_horizons, plot_norms, plot_rates
+from benchmarks.output.records import Row, replacing
+from benchmarks.output.tables import Table, drawn, publish, write_table
+from benchmarks.output.targets import Target, mean_losses, reach, seconds_a_step
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1 .. 9 degrees of freedom
 

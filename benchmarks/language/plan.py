@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 import normopt
-from benchmarks.data import Corpus, load_or_fall_back
-from benchmarks.presets import (
+from benchmarks.language.data import Corpus, load_or_fall_back
+from benchmarks.language.presets import (
     CONSTRAINED_MODELS,
     DECLARATIONS,
     PRESETS,
@@ -20,9 +20,9 @@ from benchmarks.presets import (
     tuned_options,
     variants,
 )
-from benchmarks.records import WriteError
-from benchmarks.room import check_room
-from benchmarks.workers import default_size
+from benchmarks.language.room import check_room
+from benchmarks.language.workers import default_size
+from benchmarks.output.records import WriteError
 
 BASELINE = "adamw"
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.plots import STYLE, save
-from benchmarks.records import Row
-from benchmarks.tables import publish
+from benchmarks.output.plots import STYLE, save
+from benchmarks.output.records import Row
+from benchmarks.output.tables import publish
 
 OURS = "normopt"
 NOTES = (

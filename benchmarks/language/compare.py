@@ -3,10 +3,10 @@
 from argparse import Namespace
 from dataclasses import replace
 
-from benchmarks.ngram import counting
-from benchmarks.plan import Plan
-from benchmarks.report import write_comparison
-from benchmarks.workers import Pool
+from benchmarks.language.ngram import counting
+from benchmarks.language.plan import Plan
+from benchmarks.language.workers import Pool
+from benchmarks.output.comparison import write_comparison
 
 
 def compare(arguments: Namespace) -> int:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import normopt
-from benchmarks.data import Corpus, load
-from benchmarks.diagnose import measure
-from benchmarks.presets import RunConfig
-from benchmarks.progress import Progress, clock
-from benchmarks.records import Row, WriteError, git_commit, replacing, source_hash
+from benchmarks.language.data import Corpus, load
+from benchmarks.language.diagnose import measure
+from benchmarks.language.presets import RunConfig
+from benchmarks.language.progress import Progress, clock
+from benchmarks.output.records import Row, WriteError, git_commit, replacing, source_hash
 from normopt.nn import GPT, anGPT, nGPT
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": GPT, "angpt": anGPT, "ngpt": nGPT}

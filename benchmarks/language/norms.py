@@ -2,9 +2,9 @@
 
 from argparse import Namespace
 
-from benchmarks.plan import Plan
-from benchmarks.report import write_norms
-from benchmarks.workers import Pool
+from benchmarks.language.plan import Plan
+from benchmarks.language.workers import Pool
+from benchmarks.output.comparison import write_norms
 
 
 def norms(arguments: Namespace) -> int:

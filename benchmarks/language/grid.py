@@ -8,10 +8,10 @@ from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.plan import Plan
-from benchmarks.records import read_rows
-from benchmarks.report import write_grid
-from benchmarks.workers import Pool
+from benchmarks.language.plan import Plan
+from benchmarks.language.workers import Pool
+from benchmarks.output.comparison import write_grid
+from benchmarks.output.records import read_rows
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)
 FIRST_SEED = 1000  # far from the seeds of `compare`, so that rates are not chosen on the runs they are judged by
