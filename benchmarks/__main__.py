@@ -40,11 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     from benchmarks.cost.polar import benchmark_polar
     from benchmarks.cost.step import benchmark_step
+    from benchmarks.harness import PlanError
     from benchmarks.language.compare import compare
     from benchmarks.language.data import DataError
     from benchmarks.language.grid import grid
     from benchmarks.language.norms import norms
-    from benchmarks.language.plan import PlanError
     from benchmarks.language.report import report
     from benchmarks.language.sweep import sweep
     from benchmarks.probes.command import probe_all

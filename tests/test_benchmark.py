@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.harness import state_bytes
 from benchmarks.language import presets
 from benchmarks.language import train as training
 from benchmarks.language.data import Corpus
 from benchmarks.language.presets import PRESETS, TUNED, Preset, RunConfig, tuned_options
-from benchmarks.language.train import Run, make_optimizer, state_bytes, train
+from benchmarks.language.train import Run, make_optimizer, train
 from benchmarks.output.records import RESULTS, append_row, read_rows, replacing
 from normopt.nn import GPT
 from tests.bench_runs import TINY, config, finish, tiny_corpus

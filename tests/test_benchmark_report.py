@@ -11,17 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.language.data import Corpus
+from benchmarks.language.grid import grid_line, write_grid
 from benchmarks.language.ngram import ngram_loss
+from benchmarks.language.norms import write_norms
 from benchmarks.language.search import Search
-from benchmarks.output.comparison import (
-    comparison_line,
-    difference,
-    grid_line,
-    write_comparison,
-    write_grid,
-    write_norms,
-    write_sweep,
-)
+from benchmarks.language.sweep import write_sweep
+from benchmarks.output.comparison import comparison_line, difference, write_comparison
 from benchmarks.output.plots import MAX_LINES
 from benchmarks.output.records import Row
 from benchmarks.output.targets import Reach, Target, mean_losses, reach

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import normopt
+from benchmarks.harness import imported
 
 #: How peers are made, from a model; those that are not installed raise ImportError.
 Maker = Callable[[nn.Module], "Optimizer | Several"]
@@ -59,8 +60,7 @@ def peer(package: str, name: str, **options: Any) -> Maker:
     """An optimizer of another package, for all parameters."""
 
     def make(model: nn.Module) -> Optimizer:
-        module = __import__(package, fromlist=[name])
-        return cast(Optimizer, getattr(module, name)(list(model.parameters()), **options))
+        return cast(Optimizer, imported(package, name)(list(model.parameters()), **options))
 
     return make
 
@@ -69,8 +69,7 @@ def matrices_and_adamw(package: str, name: str, **options: Any) -> Maker:
     """An optimizer of matrices for the hidden ones, torch's AdamW for the rest."""
 
     def make(model: nn.Module) -> Several:
-        module = __import__(package, fromlist=[name])
-        return Several(getattr(module, name)(hidden(model), **options), torch.optim.AdamW(rest(model), foreach=True))
+        return Several(imported(package, name)(hidden(model), **options), torch.optim.AdamW(rest(model), foreach=True))
 
     return make
 

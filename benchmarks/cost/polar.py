@@ -2,8 +2,6 @@
 
 import argparse
 import functools
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,8 +15,8 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cost.polar_report import write_polar
-from benchmarks.language.workers import ENVIRONMENT
-from benchmarks.output.records import Row, append_row, source_hash
+from benchmarks.harness import dtype_name, in_new_process, origin
+from benchmarks.output.records import Row, append_row
 from normopt.polar import FOUR_STEPS, METHODS, Schedule, choose, polar
 
 SIZES, RATIOS, COUNTS = (64, 128, 256, 512), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
@@ -46,9 +44,7 @@ def benchmark_polar(parsed: argparse.Namespace) -> int:
     """The command: measure all cases in a process of one thread, then write the table and the plots."""
     sizes = tuple(parsed.sizes or (SMOKE_SIZES if parsed.smoke else SIZES))
     repeats, counts = (2, SMOKE_COUNTS) if parsed.smoke else (parsed.repeats, COUNTS)
-    os.environ.update(ENVIRONMENT)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        rows = pool.apply(measure_all, (cases(sizes, counts), repeats, parsed.out))
+    rows = in_new_process(1, measure_all, cases(sizes, counts), repeats, parsed.out)
     write_polar(rows, parsed.out)
     return 0
 
@@ -101,8 +97,7 @@ def measure(shape: Case, repeats: int) -> list[Row]:
                 "product_rate": product / min(seconds[getattr(torch, contender.dtype)]),
                 **accuracy(contender, test_matrices),
                 "repeats": repeats,
-                "torch": torch.__version__,
-                "source": source_hash(),
+                **origin(),
             }
         )
     return rows
@@ -116,9 +111,9 @@ def contenders_for(shape: Case) -> list[Contender]:
         form = "gram" if name == "gram" else "direct"
         for dtype in DTYPES:
             run = lambda g, method=method, dtype=dtype: polar(g, method, dtype=dtype)  # noqa: E731
-            found.append(Contender(name, _short(dtype), form, run))
+            found.append(Contender(name, dtype_name(dtype), form, run))
     choice = choose(shape, torch.float32, "cpu")
-    found.append(Contender("auto", _short(choice.dtype), choice.form, lambda g: polar(g, "auto")))
+    found.append(Contender("auto", dtype_name(choice.dtype), choice.form, lambda g: polar(g, "auto")))
     return [*found, Contender("exact", "float32", "exact", lambda g: polar(g, "exact"))]
 
 
@@ -130,10 +125,6 @@ def _torchs(g: Tensor) -> Tensor:
 def _product(x: Tensor) -> Callable[[], Tensor]:
     square = x[..., : x.shape[-2]].contiguous()
     return lambda: torch.bmm(square, x)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def interleaved(timed: dict[Key, Callable[[], Tensor]], repeats: int) -> dict[Key, list[float]]:

@@ -1,8 +1,6 @@
 """`python -m benchmarks step`: what `optimizer.step()` costs, beside the peers, in turn in one process."""
 
 import argparse
-import multiprocessing
-import os
 import random
 import statistics
 import time
@@ -15,9 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cost.contenders import Maker, installed
 from benchmarks.cost.step_report import write_step
-from benchmarks.language.train import state_bytes
-from benchmarks.language.workers import ENVIRONMENT
-from benchmarks.output.records import Row, append_row, source_hash
+from benchmarks.harness import dtype_name, in_new_process, origin, state_bytes
+from benchmarks.output.records import Row, append_row
 from normopt.nn import GPT
 
 #: Parameters of a GPT: vocabulary, width, layers, heads, width of the MLP. Nothing is ever fed to it.
@@ -34,13 +31,11 @@ WARMUPS, GRADIENTS = 3, 3
 def benchmark_step(parsed: argparse.Namespace) -> int:
     """The command: time all contenders on every set in a process of its own, then write the table and the plot."""
     sets, rounds = (["smoke"], 3) if parsed.smoke else (parsed.sets, parsed.rounds)
-    os.environ.update(ENVIRONMENT | {"OMP_NUM_THREADS": str(parsed.threads)})
     parsed.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for name in sets:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            contenders = parsed.families, parsed.compile
-            rows += pool.apply(measure_set, (name, *contenders, rounds, parsed.threads, parsed.out))
+        arguments = (name, parsed.families, parsed.compile, rounds, parsed.threads, parsed.out)
+        rows += in_new_process(parsed.threads, measure_set, *arguments)
     write_step(rows, parsed.out)
     return 0
 
@@ -126,8 +121,7 @@ def row_of(set_name: str, entry: Entry, flops: int, rate: dict[str, float], thre
         "state_bytes_per_parameter": state_bytes(state) / parameters,
         "parameters": parameters,
         "threads": threads,
-        "torch": torch.__version__,
-        "source": source_hash(),
+        **origin(),
     }
 
 
@@ -141,5 +135,5 @@ def product_rate(width: int, seconds: float = 0.3) -> dict[str, float]:
             start = time.perf_counter()
             torch.mm(a, b)
             took.append(time.perf_counter() - start)
-        rates[str(dtype).removeprefix("torch.")] = 8 * width**3 / min(took)
+        rates[dtype_name(dtype)] = 8 * width**3 / min(took)
     return rates

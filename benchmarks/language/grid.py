@@ -4,17 +4,22 @@ Runs on file that differ in the rate alone are in the table too, so that `--rate
 """
 
 import json
+import math
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from benchmarks.language.plan import Plan
+from benchmarks.language.plan import TUNING_SEED, Plan
 from benchmarks.language.workers import Pool
-from benchmarks.output.comparison import write_grid
-from benchmarks.output.records import read_rows
+from benchmarks.output.plots import plot_rates
+from benchmarks.output.records import Row, read_rows
+from benchmarks.output.rows import cell_of, check_corpus, group, loss_cells, mean_loss, setting, unit
+from benchmarks.output.tables import publish
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)
-FIRST_SEED = 1000  # far from the seeds of `compare`, so that rates are not chosen on the runs they are judged by
+#: What a mark beside a learning rate means.
+EDGE = "* the best rate is the largest or the smallest that was tried: `--rates` extends the grid."
 
 
 def grid(arguments: Namespace) -> int:
@@ -23,7 +28,7 @@ def grid(arguments: Namespace) -> int:
     configs = []
     for cell in plan.cells:
         rates = arguments.rates or [factor * plan.options(cell)["lr"] for factor in FACTORS]
-        seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
+        seeds = range(TUNING_SEED, TUNING_SEED + arguments.seeds)
         configs += [plan.config(cell, seed, rate) for rate in rates for seed in seeds]
     pool = Pool(arguments.out, plan.workers)
     rows = pool.run(configs)
@@ -37,3 +42,43 @@ def grid(arguments: Namespace) -> int:
 def _but_the_rate(config: dict[str, Any]) -> str:
     """What two runs on file share if only their learning rates differ."""
     return json.dumps({**config, "lr": None}, sort_keys=True)
+
+
+def write_grid(rows: list[Row], out: Path) -> None:
+    """Print the table of a grid, the optimizer with the lowest loss first, and write `grid.md` and `grid.png`."""
+    if rows:
+        check_corpus(rows)
+        groups = group(rows, lambda row: (cell_of(row), float(row["config"]["lr"])))
+        names = sorted({name for name, _ in groups}, key=lambda name: (best_loss(rates_of(name, groups)), name))
+        ranked = {(name, lr): runs for name in names for lr, runs in rates_of(name, groups).items()}
+        plot_rates(ranked, out / "grid.png", unit(rows))
+        table = [grid_line(name, rates_of(name, groups)) for name in names]
+        publish(table, setting(rows), out / "grid.md", [EDGE, "![loss by learning rate](grid.png)"])
+
+
+def grid_line(name: str, rates: dict[float, list[Row]]) -> dict[str, str]:
+    """One line of the table of a grid: the best learning rate with its loss, and the losses of all."""
+    best, means = min(rates, key=lambda lr: mean_loss(rates[lr])), {lr: mean_loss(rows) for lr, rows in rates.items()}
+    edge = " *" if best in (min(rates), max(rates)) else ""
+    every = [row for rows in rates.values() for row in rows]
+    return {
+        "optimizer": name,
+        "best lr": f"{best:g}{edge}" if math.isfinite(means[best]) else "all diverged",
+        **loss_cells(rates[best]),
+        "loss by learning rate": ", ".join(
+            f"{lr:g}: " + (f"{loss:.3f}" if math.isfinite(loss) else "diverged") for lr, loss in means.items()
+        ),
+        "runs": str(len(every)),
+        "CPU s": f"{sum(row['cpu_seconds'] for row in every):,.0f}",
+        "state B/param": f"{every[0]['state_bytes_per_parameter']:.1f}",
+    }
+
+
+def rates_of(name: str, groups: dict[tuple[str, float], list[Row]]) -> dict[float, list[Row]]:
+    """The runs of one optimizer by learning rate, the smallest first."""
+    return {lr: rows for (other, lr), rows in sorted(groups.items()) if other == name}
+
+
+def best_loss(rates: dict[float, list[Row]]) -> float:
+    """The lowest mean loss of all learning rates."""
+    return min(map(mean_loss, rates.values()))

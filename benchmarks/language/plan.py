@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import normopt
+from benchmarks.harness import PlanError
 from benchmarks.language.data import Corpus, load_or_fall_back
 from benchmarks.language.presets import (
     CONSTRAINED_MODELS,
@@ -16,19 +17,16 @@ from benchmarks.language.presets import (
     TUNED,
     Preset,
     RunConfig,
-    cell_name,
     tuned_options,
     variants,
 )
 from benchmarks.language.room import check_room
 from benchmarks.language.workers import default_size
 from benchmarks.output.records import WriteError
+from benchmarks.output.rows import cell_name
 
-BASELINE = "adamw"
-
-
-class PlanError(ValueError):
-    """Arguments that do not make a benchmark."""
+#: The first seed of `grid` and `sweep`, far from those of `compare`: no rate is chosen on the runs it is judged by.
+TUNING_SEED = 1000
 
 
 class Plan:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.output.rows import cell_name
+
 TUNED = Path(__file__).with_name("tuned.json")
 #: Keys of its entries that are no options of an optimizer, see `tuned_options`.
 DECLARATIONS = ("then", "schedule", "model_options")
@@ -90,12 +92,6 @@ def tuned_options(preset: str, optimizer: str) -> tuple[dict[str, Any], bool]:
     if optimizer in tuned.get(preset, {}):
         return tuned[preset][optimizer], True
     return tuned["quick"].get(optimizer, UNTUNED), False
-
-
-def cell_name(optimizer: str, model: str, model_options: dict[str, Any] | None = None) -> str:
-    """What an optimizer on a model is called: `muon` on the GPT, `muon@angpt` elsewhere, and changes of the model."""
-    changes = "".join(f" {name}={value}" for name, value in (model_options or {}).items())
-    return optimizer + ("" if model == "gpt" else f"@{model}") + changes
 
 
 def variants() -> list[str]:

@@ -4,11 +4,12 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
+from benchmarks.harness import PlanError
 from benchmarks.language.data import load_or_fall_back
 from benchmarks.language.ngram import counting
-from benchmarks.language.plan import PlanError
-from benchmarks.output.comparison import cell_of, check_corpus, group, mean_loss, steps_of, write_comparison
+from benchmarks.output.comparison import write_comparison
 from benchmarks.output.records import RESULTS, Row, read_rows, replacing
+from benchmarks.output.rows import cell_of, check_corpus, group, mean_loss, steps_of
 from benchmarks.output.tables import Table, drawn
 
 #: Around what `--readme` replaces.

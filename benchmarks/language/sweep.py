@@ -6,21 +6,24 @@ another hyperparameter under "then", its values follow at the chosen rate, at fu
 """
 
 import itertools
+import json
 import math
 import statistics
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from benchmarks.language.plan import Plan
+from benchmarks.language.plan import TUNING_SEED, Plan
 from benchmarks.language.presets import Preset, RunConfig
 from benchmarks.language.search import Search, Trial
 from benchmarks.language.workers import Pool
-from benchmarks.output.comparison import write_sweep
-from benchmarks.output.records import Row
+from benchmarks.output.plots import plot_rates
+from benchmarks.output.records import Row, replacing
+from benchmarks.output.rows import cell_name, cell_of, check_corpus, group, setting, steps_of, unit
+from benchmarks.output.tables import publish
 
-FIRST_SEED = 1000  # far from the seeds of `compare`, so that rates are not chosen on the runs they are judged by
 FINALISTS, SEEDS = 2, 2
 
 
@@ -66,7 +69,7 @@ def screen(searches: list[Search], runner: Runner, short: Preset, trials: int) -
         asked = [(search, exponent) for search in searches for exponent in search.wanted()]
         if max(len(s.screened) for s in searches) >= max(12, 3 * trials):
             raise SystemExit("sweep: no end of better rates is in sight; look at the results so far")
-        configs = [runner.config(s.cell, FIRST_SEED, s.rate(exponent), short) for s, exponent in asked]
+        configs = [runner.config(s.cell, TUNING_SEED, s.rate(exponent), short) for s, exponent in asked]
         for (search, exponent), loss in zip(asked, runner.losses(configs), strict=False):
             search.screened[exponent] = loss
 
@@ -91,7 +94,7 @@ def run_declared(searches: list[Search], runner: Runner) -> None:
 
 def run_trials(asked: Iterable[tuple[Search, float, dict[str, Any]]], runner: Runner) -> None:
     """Every setting with every seed, at full length."""
-    asked, seeds = list(asked), range(FIRST_SEED, FIRST_SEED + SEEDS)
+    asked, seeds = list(asked), range(TUNING_SEED, TUNING_SEED + SEEDS)
     configs = [
         runner.config(s.cell, seed, lr, runner.plan.preset, **options) for s, lr, options in asked for seed in seeds
     ]
@@ -105,3 +108,49 @@ def usual_gap(searches: list[Search]) -> float:
     """The median difference between seeds, over all full-length trials that did not diverge; of two the smaller."""
     gaps = [trial.gap for search in searches for trial in search.finals if math.isfinite(trial.gap)]
     return statistics.median_low(gaps) if gaps else 0.0
+
+
+def write_sweep(
+    searches: list[Search], gap: float, rows: list[Row], steps: int, tuned: dict[str, dict[str, Any]], out: Path
+) -> None:
+    """Print what was chosen, and write `sweep.md`, `sweep.png` and `chosen.json`: `tuned` with what was chosen."""
+    check_corpus(rows)
+    of_cell = group(rows, lambda row: cell_name(row["config"]["optimizer"], row["config"]["model"]))
+    table = [sweep_line(search, gap, of_cell[search.cell]) for search in searches]
+    short = [row for row in rows if steps_of(row) == steps]
+    plot_rates(group(short, lambda row: (cell_of(row), float(row["config"]["lr"]))), out / "sweep.png", unit(rows))
+    seeds = sorted({row["config"]["seed"] for row in rows})
+    notes = [
+        f"Screened in runs of {steps} steps at one seed; finalists at full length, seeds {seeds}. "
+        f"Seeds usually differ by {gap:.4f}.",
+        "![loss by learning rate](sweep.png)",
+    ]
+    best = {search.cell: search.chosen(gap) for search in searches}
+    chosen = {cell: {**tuned[cell], "lr": trial.lr, **trial.options} for cell, trial in best.items()}
+    with replacing(out / "chosen.json") as partial:
+        partial.write_text(json.dumps(chosen, indent=2) + "\n")
+    full = [row for row in rows if steps_of(row) != steps]
+    publish(table, setting(full or rows), out / "sweep.md", notes)
+
+
+def sweep_line(search: Search, gap: float, rows: list[Row]) -> dict[str, str]:
+    """One line of the table of a sweep: how much was tried, what was chosen, and the losses of all finalists."""
+    best = search.chosen(gap)
+    finals = [
+        f"{trial.lr:g}{_settings(trial.options)}: {' '.join(f'{loss:.4f}' for loss in trial.losses)}"
+        + (" unstable" if trial.is_unstable(gap) else "")
+        for trial in search.finals
+    ]
+    return {
+        "optimizer": search.cell,
+        "trials": f"{len(search.screened)} short, {sum(len(trial.losses) for trial in search.finals)} full",
+        "CPU s": f"{sum(row['cpu_seconds'] for row in rows):,.0f}",
+        "lr": f"{best.lr:g}{_settings(best.options)}",
+        f"val {unit(rows)}": f"{best.mean:.4f}",
+        "rates screened": f"{search.rate(min(search.screened)):g} .. {search.rate(max(search.screened)):g}",
+        "finalists": "; ".join(finals),
+    }
+
+
+def _settings(options: dict[str, Any]) -> str:
+    return "".join(f" {name}={value}" for name, value in options.items())

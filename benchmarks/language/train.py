@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import normopt
+from benchmarks.harness import state_bytes
 from benchmarks.language.data import Corpus, load
 from benchmarks.language.diagnose import measure
 from benchmarks.language.presets import RunConfig
@@ -198,11 +199,6 @@ def result_row(run: Run, final: float) -> Row:
         "commit": git_commit(),
         "source": source_hash(),
     }
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state."""
-    return sum(value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
 
 
 def tensor_hash(tensors: dict[str, Tensor]) -> str:

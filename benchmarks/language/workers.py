@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.harness import limit_threads
 from benchmarks.language.presets import RunConfig
 from benchmarks.language.train import train
 from benchmarks.output.records import RESULTS, Row, WriteError, alone, append_row, partial_path, read_rows, source_hash
 
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
 REPORT_SECONDS = 0.2
 
 
@@ -59,7 +59,7 @@ class Pool:
         for config in configs:
             if config.key in done:
                 self._forget(config)
-        os.environ.update(ENVIRONMENT)
+        limit_threads(1)
         try:
             while waiting or self.workers:
                 while waiting and len(self.workers) < self.size:

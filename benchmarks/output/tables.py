@@ -20,11 +20,15 @@ def drawn(table: Table, style: str) -> str:
 def publish(table: Table, setting: str, path: Path, notes: list[str]) -> None:
     """Print a table, and write it with the command, the setting and notes to a Markdown file."""
     print("\n" + drawn(table, "simple_outline"))
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     with replacing(path) as partial:
-        text = "\n\n".join([f"`{command}`", setting, drawn(table, "github"), *notes])
+        text = "\n\n".join([f"`{command_line()}`", setting, drawn(table, "github"), *notes])
         partial.write_text(text + "\n", encoding="utf-8")
     print(f"Written to {path.parent}: {path.name}, all rows as JSON lines, and the plots")
+
+
+def command_line() -> str:
+    """The command that is running, as a user would type it."""
+    return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
 
 
 def write_table(table: Table, path: Path) -> None:

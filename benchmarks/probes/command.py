@@ -4,8 +4,6 @@ import argparse
 import contextlib
 import math
 import re
-import shlex
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,8 +15,9 @@ from tabulate import tabulate
 from torch.optim import Optimizer
 
 import normopt
-from benchmarks.language.plan import PlanError
-from benchmarks.output.records import Row, append_row, replacing, source_hash
+from benchmarks.harness import PlanError, imported, origin
+from benchmarks.output.records import Row, append_row, replacing
+from benchmarks.output.tables import command_line
 from benchmarks.probes.parts import Make
 from benchmarks.probes.torch_contract import LIMITS, PROBES
 
@@ -34,11 +33,7 @@ NOTES = (
 
 
 def _peer(package: str, name: str) -> Callable[[], Make]:
-    def load() -> Make:
-        cls = getattr(__import__(package, fromlist=[name]), name)
-        return partial(_training, cls)
-
-    return load
+    return lambda: partial(_training, imported(package, name))
 
 
 def _training(cls: Callable[..., Any], params: Any, **options: Any) -> Optimizer:
@@ -82,13 +77,13 @@ def probe_all(parsed: argparse.Namespace) -> int:
     names = parsed.optimizers or [*(normopt.list_optimizers() if parsed.all else REPRESENTATIVES), *PEERS]
     makes = dict(contenders(SMOKE if parsed.smoke else names))
     probes = [name for name in PROBES if not (parsed.smoke and name in SLOW)]
-    origin = {"torch": torch.__version__, "source": source_hash()}
+    measured_with = origin()
     (parsed.out / "probes.jsonl").unlink(missing_ok=True)
     rows = []
     for name, make in makes.items():
         print(name, flush=True)
         for probe in probes:
-            rows.append(ask(name, make, probe) | origin)
+            rows.append(ask(name, make, probe) | measured_with)
             append_row(parsed.out / "probes.jsonl", rows[-1])
     write_probes(rows, parsed.out)
     return 0
@@ -127,10 +122,15 @@ def write_probes(rows: list[Row], out: Path) -> None:
     ours, theirs = [r for r in rows if r["optimizer"] not in PEERS], [r for r in rows if r["optimizer"] in PEERS]
     tables = [table(part, title) for part, title in ((ours, "normopt"), (theirs, "other libraries")) if part]
     print("\n" + "\n\n".join(tables))
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     meaning = "\n".join(f"* `{probe}`: {PROBES[probe].__doc__}" for probe in dict.fromkeys(r["probe"] for r in rows))
     failures = "\n".join(f"* `{row['key']}`: {row['detail']}" for row in rows if "detail" in row)
-    parts = [f"`{command}`", f"torch {rows[0]['torch']}. {NOTES}", meaning, *tables, f"Exceptions:\n\n{failures}"]
+    parts = [
+        f"`{command_line()}`",
+        f"torch {rows[0]['torch']}. {NOTES}",
+        meaning,
+        *tables,
+        f"Exceptions:\n\n{failures}",
+    ]
     with replacing(out / "probes.md") as unfinished:
         unfinished.write_text("\n\n".join(parts) + "\n")
     print(f"Written to {out}: probes.md and probes.jsonl")
