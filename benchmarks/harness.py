@@ -1,4 +1,4 @@
-"""What all benchmarks need: processes with a fixed number of threads, other libraries, and errors in arguments."""
+"""What all benchmarks share: processes with a fixed number of threads, imports of peers, columns, and `PlanError`."""
 
 import importlib
 import multiprocessing
@@ -18,7 +18,7 @@ class PlanError(ValueError):
 
 
 def limit_threads(count: int) -> None:
-    """Processes started after this call have `count` threads, which sleep while they wait."""
+    """Processes started after this call have `count` threads, which sleep while idle."""
     os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(count)})
 
 

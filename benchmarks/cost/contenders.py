@@ -1,4 +1,4 @@
-"""The optimizers whose steps are timed: normopt's and, where they are installed, those of other libraries."""
+"""The optimizers whose steps are timed: those of normopt, and those of other libraries that are installed."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -10,32 +10,32 @@ from torch.optim import Optimizer
 import normopt
 from benchmarks.harness import imported
 
-#: How peers are made, from a model; those that are not installed raise ImportError.
+#: Makes an optimizer from a model; raises ImportError if its library is not installed.
 Maker = Callable[[nn.Module], "Optimizer | Several"]
 
 REFRESH = 10  # steps between two refreshes of SOAP's bases and Shampoo's roots
-LARGEST = 4096  # longer sides have no basis in SOAP, so that a vocabulary has none
+LARGEST = 4096  # longer sides have no basis in SOAP, so the vocabulary side of an embedding has none
 
 
 class Several:
-    """Optimizers that step one after the other, as those of matrices and of the rest."""
+    """Several optimizers that step one after the other, like Muon for matrices and AdamW for the other parameters."""
 
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers = optimizers
 
     def step(self) -> None:
-        """Step all."""
+        """Step every optimizer."""
         for optimizer in self.optimizers:
             optimizer.step()
 
     @property
     def state(self) -> dict[Tensor, Any]:
-        """The states of all."""
+        """The states of all optimizers."""
         return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
 
 
 def hidden(model: nn.Module) -> list[Tensor]:
-    """The matrices of hidden layers, which Muon and its kin move."""
+    """The matrices of hidden layers, which Muon and similar optimizers update."""
     roles = normopt.roles(model)
     return [p for name, p in model.named_parameters() if roles[name].name == "linear"]
 
@@ -66,7 +66,7 @@ def peer(package: str, name: str, **options: Any) -> Maker:
 
 
 def matrices_and_adamw(package: str, name: str, **options: Any) -> Maker:
-    """An optimizer of matrices for the hidden ones, torch's AdamW for the rest."""
+    """An optimizer of matrices for the hidden matrices, torch's AdamW for all other parameters."""
 
     def make(model: nn.Module) -> Several:
         return Several(imported(package, name)(hidden(model), **options), torch.optim.AdamW(rest(model), foreach=True))
@@ -88,7 +88,7 @@ def _shampoo_of_pytorch_optimizer(model: nn.Module) -> Several:
     return Several(own, torch.optim.AdamW(rest(model), foreach=True))
 
 
-#: By family, the first of each family normopt's; rows are compared with the fastest peer of their family.
+#: Contenders by family, normopt's first; each row is compared with the fastest peer of its family.
 FAMILIES: dict[str, dict[str, Maker]] = {
     "adamw": {
         "normopt AdamW": ours("adamw"),
@@ -138,12 +138,12 @@ FAMILIES: dict[str, dict[str, Maker]] = {
 }
 
 
-#: By family, what is timed besides on demand: it takes minutes to compile.
+#: Compiled optimizers by family, timed only on demand: compilation takes minutes.
 COMPILED = {name: ours(name, compile=True) for name in ("muon", "prodigy", "lion", "adamp", "adafactor")}
 
 
 def installed(families: list[str], compiled: bool = False) -> Iterator[tuple[str, str, Maker]]:
-    """Family, name and maker of those contenders whose library is there."""
+    """Family, name and maker of every contender whose library is installed."""
     probe = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     for family in families:
         for name, maker in FAMILIES[family].items():

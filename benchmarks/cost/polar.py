@@ -23,7 +23,7 @@ SIZES, RATIOS, COUNTS = (64, 128, 256, 512), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
 SMOKE_SIZES, SMOKE_COUNTS = (8, 16), (1, 2)
 DTYPES = (torch.float32, torch.bfloat16)
 BASELINE = "torch.optim.Muon"
-#: Directions whose singular value is at least this part of the largest count for the range of the result's.
+#: `low` and `high` are over directions whose singular value is at least this fraction of the largest one.
 KEPT = 1e-2
 
 Case = tuple[int, int, int]
@@ -32,7 +32,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to compute polar factors: what it is called, the dtype of its products, and how it is done."""
+    """A method for polar factors: name, dtype of the matrix products, form, and the function that runs the method."""
 
     name: str
     dtype: str
@@ -41,7 +41,7 @@ class Contender:
 
 
 def benchmark_polar(parsed: argparse.Namespace) -> int:
-    """The command: measure all cases in a process of one thread, then write the table and the plots."""
+    """The command: measure all cases in a new process with one thread, then write the table and the plots."""
     sizes = tuple(parsed.sizes or (SMOKE_SIZES if parsed.smoke else SIZES))
     repeats, counts = (2, SMOKE_COUNTS) if parsed.smoke else (parsed.repeats, COUNTS)
     rows = in_new_process(1, measure_all, cases(sizes, counts), repeats, parsed.out)
@@ -57,7 +57,7 @@ def cases(sizes: tuple[int, ...], counts: tuple[int, ...]) -> list[Case]:
 
 
 def measure_all(shapes: list[Case], repeats: int, out: Path) -> list[Row]:
-    """Body of the process: the rows of all cases, each also appended to `polar.jsonl` as it comes."""
+    """Body of the process: the rows of all cases, each appended to `polar.jsonl` as soon as it is measured."""
     torch.set_num_threads(1)
     rows = []
     with torch.no_grad():
@@ -104,7 +104,7 @@ def measure(shape: Case, repeats: int) -> list[Row]:
 
 
 def contenders_for(shape: Case) -> list[Contender]:
-    """torch's loop over single matrices, then every method in every dtype of products that it has."""
+    """torch's loop over single matrices, then every method in every dtype that its matrix products can have."""
     found = [Contender(BASELINE, "bfloat16", "direct", _torchs)]
     methods: dict[str, str | Schedule] = {name: name for name in METHODS if name not in ("exact", "auto")}
     for name, method in {**methods, "four steps": FOUR_STEPS}.items():
@@ -128,7 +128,7 @@ def _product(x: Tensor) -> Callable[[], Tensor]:
 
 
 def interleaved(timed: dict[Key, Callable[[], Tensor]], repeats: int) -> dict[Key, list[float]]:
-    """Seconds of each call, all of them once a round, after one round that is not counted."""
+    """Seconds of each call; a round times every call once, and the first round is not counted."""
     seconds: dict[Key, list[float]] = {key: [] for key in timed}
     for counted in range(repeats + 1):
         for key, call in timed.items():
@@ -157,10 +157,10 @@ def spectra(m: int, n: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
 
 
 def accuracy(contender: Contender, matrices: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[str, float]:
-    """The worst over the spectra.
+    """How close the results are to polar factors, the worst case over the spectra.
 
-    `low` and `high`: the result's singular values over the kept directions; `ascent`: <g, d> over the nuclear norm,
-    the least; `distance`: to the exact factor over its length, for the Gaussian matrix.
+    `low` and `high`: the result's extreme singular values over the kept directions; `ascent`: the least
+    <g, d> / nuclear norm of g; `distance`: relative distance to the exact factor, for the Gaussian matrix.
     """
     lows, highs, ascents, distances = [], [], [], []
     for g, u, s, vh in matrices:

@@ -36,7 +36,7 @@ def write_polar(rows: list[Row], out: Path) -> None:
 
 
 def line(row: Row, rate: float) -> dict[str, str]:
-    """One line of the table; ``rate`` is that of matrix products, in FLOP/s."""
+    """One line of the table; `rate` is the best rate of matrix products, in FLOP/s."""
     return {
         "shape": " x ".join(map(str, row["shape"])),
         "method": row["method"],
@@ -99,7 +99,7 @@ def _growth(rows: list[Row], x: Callable[[Row], int], label: str, path: Path) ->
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         axes = figure.subplots()
         methods = list(dict.fromkeys(row["method"] for row in rows))
-        # A line of "auto" changes its dtype on the way, so it is one line whatever the dtype.
+        # The dtype of "auto" depends on the shape, so its line is drawn through all dtypes.
         names = dict.fromkeys((row["method"], row["dtype"] if row["method"] != "auto" else "") for row in rows)
         for method, dtype in names:
             of_line = [row for row in rows if row["method"] == method and dtype in ("", row["dtype"])]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks step`: what `optimizer.step()` costs, beside the peers, in turn in one process."""
+"""`python -m benchmarks step`: the time of `optimizer.step()`, normopt's and the peers' in turn in one process."""
 
 import argparse
 import random
@@ -17,7 +17,7 @@ from benchmarks.harness import dtype_name, in_new_process, origin, state_bytes
 from benchmarks.output.records import Row, append_row
 from normopt.nn import GPT
 
-#: Parameters of a GPT: vocabulary, width, layers, heads, width of the MLP. Nothing is ever fed to it.
+#: Parameters of a GPT: vocabulary, width, layers, heads, width of the MLP. The model never runs.
 SETS: dict[str, tuple[int, int, int, int, int]] = {
     "smoke": (16, 8, 2, 2, 32),
     "quick": (256, 96, 4, 3, 384),
@@ -29,7 +29,7 @@ WARMUPS, GRADIENTS = 3, 3
 
 
 def benchmark_step(parsed: argparse.Namespace) -> int:
-    """The command: time all contenders on every set in a process of its own, then write the table and the plot."""
+    """The command: time all contenders, in a new process for each set, then write the table and the plot."""
     sets, rounds = (["smoke"], 3) if parsed.smoke else (parsed.sets, parsed.rounds)
     parsed.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
@@ -41,7 +41,7 @@ def benchmark_step(parsed: argparse.Namespace) -> int:
 
 
 class Entry:
-    """A contender with a model of its own, and how long its steps took."""
+    """A contender with a model of its own, and the seconds of its steps."""
 
     def __init__(self, family: str, name: str, maker: Maker, sizes: tuple[int, ...]) -> None:
         torch.manual_seed(0)
@@ -58,7 +58,7 @@ class Entry:
         return time.perf_counter() - start
 
     def flops(self, gradients: list[Tensor]) -> int:
-        """Operations of the matrix products of one step; 0 if it is compiled, for what is compiled is not counted."""
+        """Operations of the matrix products of one step; 0 for compiled steps, which torch cannot count."""
         if getattr(self.optimizer, "compiles", False):
             return 0
         with FlopCounterMode(display=False) as counter:
@@ -73,15 +73,15 @@ def make_parameters(sizes: tuple[int, ...]) -> nn.Module:
 
 
 def settle_allocator() -> None:
-    """Free a large tensor, as every backward pass does: from then on glibc keeps what is freed for the next tensors.
+    """Free a large tensor, as every backward pass does: from then on glibc reuses freed memory for the next tensors.
 
-    Before, each temporary tensor of more than 128 kB is asked from the system and its pages are cleared one by one.
+    Before that, glibc maps new pages for each temporary tensor of more than 128 kB, and the system clears every page.
     """
     torch.ones(7 << 20)
 
 
 def measure_set(name: str, families: list[str], compiled: bool, rounds: int, threads: int, out: Path) -> list[Row]:
-    """Body of the process: one row for each contender, a round of all of them in random order at a time."""
+    """Body of the process: one row for each contender, timed in rounds of one step each, in random order."""
     torch.set_num_threads(threads)
     settle_allocator()
     entries = [Entry(*contender, SETS[name]) for contender in installed(families, compiled)]

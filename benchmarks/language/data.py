@@ -164,7 +164,7 @@ def _shards(pattern: str) -> Corpus:
 
 
 def _shard(path: Path) -> Tokens:
-    """The tokens of one shard, memory-mapped, after its header has been checked."""
+    """The tokens of one shard, memory-mapped, after a check of the header."""
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
     if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise DataError(f"{path}: corrupt: not a version {SHARD_VERSION} token shard (magic {SHARD_MAGIC})")

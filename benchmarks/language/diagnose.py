@@ -1,4 +1,4 @@
-"""What constrained and plain transformers do to norms inside: the residual stream, the rows of matrices, and alpha."""
+"""Norms inside a transformer: lengths of the residual stream, of the rows of matrices, and alpha."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ def measure(model: nn.Module, tokens: Tensor) -> Norms:
     """The norms of a transformer of `normopt.nn` on a batch of tokens (batch, time).
 
     `residual`: mean length of the residual stream at the embedding and after each layer. `rows`: for each kind of
-    matrix, the mean length of its rows by layer (of its columns, where it is kept on a sphere of columns). `alpha`:
-    for each kind of residual connection that has one, the mean of |alpha| by layer.
+    matrix, the mean length of the rows by layer (of the columns, where the constraint is on columns). `alpha`:
+    for each kind of residual connection that has an alpha, the mean of |alpha| by layer.
     """
     streams: list[float] = []
     with _recorded(model, streams):
@@ -37,7 +37,7 @@ def measure(model: nn.Module, tokens: Tensor) -> Norms:
 
 @contextmanager
 def _recorded(model: nn.Module, streams: list[float]) -> Iterator[None]:
-    """Collect the mean length of what the embedding and every layer return, while the block runs."""
+    """Collect the mean lengths of the outputs of the embedding and of every layer, while the block runs."""
 
     def record(module: nn.Module, inputs: Any, h: Tensor) -> None:
         streams.append(h.float().norm(dim=-1).mean().item())

@@ -1,6 +1,6 @@
 """`python -m benchmarks grid`: the final loss of each optimizer over a fixed grid of learning rates.
 
-Runs on file that differ in the rate alone are in the table too, so that `--rates` extends a grid.
+The table includes runs on file that differ in nothing but the rate, so that `--rates` extends a grid.
 """
 
 import json
@@ -18,7 +18,7 @@ from benchmarks.output.rows import cell_of, check_corpus, group, loss_cells, mea
 from benchmarks.output.tables import publish
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)
-#: What a mark beside a learning rate means.
+#: Explains the mark beside a learning rate.
 EDGE = "* the best rate is the largest or the smallest that was tried: `--rates` extends the grid."
 
 
@@ -40,7 +40,7 @@ def grid(arguments: Namespace) -> int:
 
 
 def _but_the_rate(config: dict[str, Any]) -> str:
-    """What two runs on file share if only their learning rates differ."""
+    """The configuration as text without the learning rate: equal for runs that differ in nothing else."""
     return json.dumps({**config, "lr": None}, sort_keys=True)
 
 

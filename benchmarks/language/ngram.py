@@ -1,4 +1,4 @@
-"""What counting does: the loss of an n-gram model, a target that every network should pass."""
+"""The loss of an n-gram model of the training text: a target that every network should pass."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks norms`: what training does to the norms inside the models."""
+"""`python -m benchmarks norms`: norms inside the models over the course of training."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -12,7 +12,7 @@ from benchmarks.output.tables import publish
 
 
 def norms(arguments: Namespace) -> int:
-    """Train every model with every optimizer, look inside, and report; returns the exit code, 1 when a run failed."""
+    """Train every model with every optimizer, measure norms, and report; returns the exit code, 1 when a run failed."""
     plan = Plan(arguments)
     rates = plan.rates(arguments.lr)
     configs = [
@@ -27,7 +27,7 @@ def norms(arguments: Namespace) -> int:
 
 
 def write_norms(rows: list[Row], out: Path) -> None:
-    """Print what the norms are at the end, and write `norms.md` and a plot of each, of the first run of each cell."""
+    """Print the norms after the last step, and write `norms.md` and plots of the first run of each cell."""
     rows = [row for row in rows if row["status"] == "finished"]
     if rows:
         check_corpus(rows)
@@ -38,7 +38,7 @@ def write_norms(rows: list[Row], out: Path) -> None:
 
 
 def norms_line(name: str, rows: list[Row]) -> dict[str, str]:
-    """One line of the table of norms: those of the last evaluation, ranges over layers."""
+    """One line of the table of norms: ranges over layers at the last evaluation."""
     first, last = rows[0]["norms"][0][1], rows[0]["norms"][-1][1]
     return {
         "optimizer": name,

@@ -25,12 +25,12 @@ from benchmarks.language.workers import default_size
 from benchmarks.output.records import WriteError
 from benchmarks.output.rows import cell_name
 
-#: The first seed of `grid` and `sweep`, far from those of `compare`: no rate is chosen on the runs it is judged by.
+#: The first seed of `grid` and `sweep`, far from the seeds of `compare`, on which the chosen rates are judged.
 TUNING_SEED = 1000
 
 
 class Plan:
-    """What every run of one command shares, and the configurations made from it.
+    """The settings that all runs of one command share, and the configurations made from these settings.
 
     `cells` are the combinations of model and optimizer, each with the name that `cell_name` gives it.
     """
@@ -74,7 +74,7 @@ class Plan:
         )
 
     def _schedule(self, model: str, tuned: dict[str, Any]) -> Preset:
-        """The preset with the tuned schedule where the command line leaves it open; no warm-up where none is due."""
+        """The preset with the tuned schedule where the command line sets none; no warm-up for constrained models."""
         if unknown := sorted(tuned.keys() - {"warmup", "decay"}):
             raise PlanError(f"{TUNED.name}: a schedule has warmup and decay, not {', '.join(unknown)}")
         schedule = tuned | ({"warmup": 0} if model in CONSTRAINED_MODELS else {})
@@ -82,7 +82,7 @@ class Plan:
         return replace(self.preset, **free)
 
     def entry(self, cell: str) -> dict[str, Any]:
-        """What is tuned of a cell, declarations included; of the optimizer on the GPT where the cell has no entry."""
+        """The entry of a cell in `tuned.json`, declarations included; else the optimizer's entry on the GPT."""
         entry, tuned = tuned_options(self.preset.name, cell)
         return entry if tuned else tuned_options(self.preset.name, self.cells[cell][0])[0]
 
@@ -93,12 +93,12 @@ class Plan:
         return {name: undecayed.get(name, value) for name, value in entry.items() if name not in DECLARATIONS}
 
     def declared(self, cell: str) -> dict[str, list[Any]]:
-        """What the tuned options declare under "then": one more hyperparameter and its values, for `sweep`."""
+        """The hyperparameter and values that the entry declares under "then", for `sweep`."""
         found: dict[str, list[Any]] = self.entry(cell).get("then", {})
         return found
 
     def rates(self, given: dict[str, float]) -> dict[str, float]:
-        """The learning rates of the command line, by cell; a `PlanError` for those of no cell."""
+        """The learning rates of the command line, by cell; raises `PlanError` for a rate of no cell."""
         unknown = sorted(set(given) - set(self.cells))
         if unknown:
             raise PlanError(f"--lr names {', '.join(unknown)}, which is none of {', '.join(self.cells)}")
@@ -132,7 +132,7 @@ def resolve_device(name: str) -> str:
 
 
 def choose_preset(arguments: Namespace) -> Preset:
-    """The preset of the command line, with what else it says of the size of the runs."""
+    """The preset of the command line, with the sizes and schedule that the command line sets besides."""
     preset = PRESETS["smoke" if arguments.smoke else arguments.preset]
     names = ("steps", "evaluations", "batch", "warmup", "decay")
     given: dict[str, int | float | None] = {name: getattr(arguments, name) for name in names}

@@ -1,4 +1,4 @@
-"""Sizes and schedules of the benchmark runs, the tuned options of the optimizers, and what makes up a run."""
+"""Sizes and schedules of the benchmark runs, the tuned options of the optimizers, and the configuration of a run."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.output.rows import cell_name
 
 TUNED = Path(__file__).with_name("tuned.json")
-#: Keys of its entries that are no options of an optimizer, see `tuned_options`.
+#: Keys in the entries of `tuned.json` that are not options of an optimizer, see `tuned_options`.
 DECLARATIONS = ("then", "schedule", "model_options")
 UNTUNED: dict[str, Any] = {"lr": 1e-3}
 
@@ -75,18 +75,18 @@ PRESETS = {
 }
 
 
-#: Models that are trained without warm-up and without weight decay: their constraints stand in for both.
+#: Models that are trained without warm-up and without weight decay: their constraints replace both.
 CONSTRAINED_MODELS = ("angpt", "ngpt")
 
 
 def tuned_options(preset: str, optimizer: str) -> tuple[dict[str, Any], bool]:
     """The options for an optimizer, learning rate included, and whether they were tuned at this preset.
 
-    Without an entry for the preset those of "quick" are taken, and without any, a learning rate of 1e-3. An entry with
-    the key "optimizer" is a variant of that optimizer under a name of its own, one called `muon@angpt` is for a model.
-    Some keys are no options of the optimizer (`DECLARATIONS`): "then" declares one more hyperparameter and its values,
-    for `sweep` to try, like `{"momentum": [0.9, 0.98]}`; "schedule" sets "warmup" and "decay" where the command line
-    does not, "model_options" arguments of the model.
+    An optimizer without an entry for the preset has the options of "quick", and without any entry a learning rate of
+    1e-3. An entry with the key "optimizer" is a variant of that optimizer under a name of its own; an entry called
+    `muon@angpt` is for a model. Some keys are not options of the optimizer (`DECLARATIONS`): "then" declares one more
+    hyperparameter and its values, for `sweep` to try, like `{"momentum": [0.9, 0.98]}`; "schedule" sets "warmup" and
+    "decay" where the command line does not, "model_options" arguments of the model.
     """
     tuned = json.loads(TUNED.read_text())
     if optimizer in tuned.get(preset, {}):
@@ -95,7 +95,7 @@ def tuned_options(preset: str, optimizer: str) -> tuple[dict[str, Any], bool]:
 
 
 def variants() -> list[str]:
-    """The names of `tuned.json` that are no optimizers of normopt but variants of one."""
+    """The names in `tuned.json` that are not optimizers of normopt but variants of an optimizer."""
     tuned = json.loads(TUNED.read_text())
     return [name for entries in tuned.values() for name, options in entries.items() if "optimizer" in options]
 
@@ -104,7 +104,7 @@ def variants() -> list[str]:
 class RunConfig:
     """Everything that determines a run; `key` identifies it in the results.
 
-    `diagnose`: look at the norms inside the model whenever the curve gets a point.
+    `diagnose`: measure the norms inside the model whenever the loss curve gets a point.
     """
 
     optimizer: str
@@ -121,7 +121,7 @@ class RunConfig:
 
     @property
     def key(self) -> str:
-        """Hash of the configuration; the corpus counts by its content, not by its path, and nothing that is not set."""
+        """Hash of the configuration; of the corpus its content counts, not its path, and unset options do not count."""
         content = {name: value for name, value in asdict(self).items() if name != "source"}
         for name in ("model_options", "diagnose"):
             if not content[name]:

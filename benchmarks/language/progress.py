@@ -1,4 +1,4 @@
-"""How far a run is, and the clocks that time it."""
+"""The progress of a run, and the clock that times the run."""
 
 import time
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from benchmarks.language.diagnose import Norms
 
 @dataclass
 class Progress:
-    """What a run has done so far, all of it kept in its checkpoints.
+    """Steps, seconds and measurements of a run so far; checkpoints hold all of them.
 
     Seconds of gradients (forward and backward pass) and of the optimizer are measured with `clock`; `cpu` and `wall`
     cover the whole run with its evaluations. `curve` holds (step, seconds of training so far, validation loss), `norms`
-    (step, what `diagnose.measure` found).
+    (step, the result of `diagnose.measure`).
     """
 
     step: int = 0
@@ -43,7 +43,7 @@ class Progress:
 
 
 def clock(device: str) -> float:
-    """CPU seconds of this single-threaded process, which other load does not disturb; on a GPU, wall seconds."""
+    """CPU seconds of this single-threaded process, independent of other load; on a GPU, wall seconds."""
     if device == "cpu":
         return time.process_time()
     torch.accelerator.synchronize()

@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: tables and plots of runs on file, whatever commands made them, and README's table."""
+"""`python -m benchmarks report`: tables and plots of runs on file, whichever command made them, and README's table."""
 
 import os
 from argparse import Namespace
@@ -12,7 +12,7 @@ from benchmarks.output.records import RESULTS, Row, read_rows, replacing
 from benchmarks.output.rows import cell_of, check_corpus, group, mean_loss, steps_of
 from benchmarks.output.tables import Table, drawn
 
-#: Around what `--readme` replaces.
+#: The marks around the text that `--readme` replaces.
 BEGIN, END = "<!-- begin of the headline: python -m benchmarks report --readme -->", "<!-- end of the headline -->"
 #: Columns of the comparison that the headline leaves out.
 LEFT_OUT = ("bits/byte", "tok/s", "fwd+bwd ms", "opt ms")
@@ -48,14 +48,14 @@ def best_first(rows: list[Row]) -> list[Row]:
 
 
 def headline(table: Table, several: bool, out: Path, readme: Path) -> str:
-    """The table without the columns `LEFT_OUT`, and a plot: of runs of one length their curves, else `horizons.png`."""
+    """The table without the columns `LEFT_OUT`, and a plot: loss curves, or for `several` lengths `horizons.png`."""
     short = [{name: cell for name, cell in line.items() if name not in LEFT_OUT} for line in table]
     plot = os.path.relpath(out / ("horizons.png" if several else "loss_steps.png"), readme.parent)
     return f"{drawn(short, 'github')}\n\n![Validation loss]({plot})"
 
 
 def split(readme: Path) -> tuple[str, str]:
-    """What stands before and after the headline, marks included."""
+    """The text before and the text after the headline, marks included."""
     try:
         before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     except OSError as error:

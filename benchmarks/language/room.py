@@ -1,4 +1,4 @@
-"""The folder of the results: whether it can be written to and has room, looked at before anything is trained."""
+"""Whether the folder of the results is writable and its disk has enough free space, checked before any training."""
 
 import shutil
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from benchmarks.language.presets import Preset
 from benchmarks.output.records import RESULTS, WriteError, replacing, writing
 
-#: Bytes a parameter takes in a checkpoint: 4, and up to three times as much for what the optimizer keeps.
+#: Bytes of a parameter in a checkpoint: 4 for the weight, and up to 12 for the optimizer's state.
 CHECKPOINT_BYTES = 16
-CHECKPOINTS = 2  # of each worker: the old one stays until the new one is complete
+CHECKPOINTS = 2  # of each worker: the old checkpoint stays until the new one is complete
 RESULTS_BYTES = 16 * 2**20  # rows, tables and plots
 
 
 def check_room(out: Path, preset: Preset, vocab_size: int, workers: int) -> None:
-    """Make the folder, write a small file where rows and checkpoints will be, and open the rows there are.
+    """Make the folder, write a small file beside rows and checkpoints, and open the file of rows if there is one.
 
     Raises:
-        benchmarks.output.records.WriteError: if that fails, or if the disk has less room than `room_needed`.
+        benchmarks.output.records.WriteError: if that fails, or if less than `room_needed` is free on the disk.
     """
     for folder in (out, out / "checkpoints"):
         probe = folder / ".probe"
@@ -34,8 +34,9 @@ def check_room(out: Path, preset: Preset, vocab_size: int, workers: int) -> None
 
 
 def room_needed(preset: Preset, vocab_size: int, workers: int) -> int:
-    """Bytes for the results and for two checkpoints of every worker, of a model with about this many parameters:
-    2 V d for embedding and head, and 4 d^2 + 3 d d_ff for each layer.
+    """Bytes for the results and for two checkpoints of every worker.
+
+    The number of parameters is estimated: 2 V d for embedding and head, and 4 d^2 + 3 d d_ff for each layer.
     """
     d = preset.d_model
     parameters = 2 * vocab_size * d + preset.n_layers * (4 * d**2 + 3 * d * (preset.d_ff or 4 * d))

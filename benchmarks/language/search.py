@@ -1,4 +1,4 @@
-"""The search for one learning rate: which to try next, and which of the full-length trials to take."""
+"""The search for a learning rate: the next rate to try, and the choice among the full-length trials."""
 
 import math
 import statistics
@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 START = (-1, 0, 1)  # exponents of two around the tuned rate
-#: Seeds that differ by more than this many times what they usually do, and by more than this loss, say "unstable".
+#: A trial is unstable if its seeds differ by more than this multiple of the usual gap, and by more than this loss.
 UNSTABLE_RATIO, UNSTABLE_GAP = 4.0, 0.02
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting at full length: its rate, what else was set, and the losses of its seeds (infinite: diverged)."""
+    """A setting at full length: the learning rate, other options, and the losses of all seeds (infinite: diverged)."""
 
     lr: float
     options: dict[str, Any]
@@ -29,13 +29,13 @@ class Trial:
         return max(self.losses) - min(self.losses) if math.isfinite(self.mean) else math.inf
 
     def is_unstable(self, usual_gap: float) -> bool:
-        """Whether the seeds disagree far more than seeds usually do."""
+        """Whether the seeds differ far more than the usual gap."""
         return self.gap > max(UNSTABLE_RATIO * usual_gap, UNSTABLE_GAP)
 
 
 @dataclass
 class Search:
-    """The search of one cell: the losses of its short runs by exponent of two, and its full-length trials."""
+    """The search of one cell: losses of short runs by exponent of two, and full-length trials."""
 
     cell: str
     centre: float
@@ -53,11 +53,11 @@ class Search:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best rate is the smallest or the largest one tried."""
+        """Whether the best rate is the smallest or the largest rate tried."""
         return self.ranked[0] in (min(self.screened), max(self.screened))
 
     def wanted(self) -> tuple[int, ...]:
-        """What to try next: the exponents to start with, then the nearest to the best, on the better side first."""
+        """The exponents to try next: `START`, then the untried one nearest to the best, on the better side first."""
         if not self.screened:
             return START
         best = self.ranked[0]
@@ -70,6 +70,6 @@ class Search:
         return (min(untried, key=preference),)
 
     def chosen(self, usual_gap: float) -> Trial:
-        """The full-length trial with the lowest mean, of those whose seeds agree as seeds usually do, if there are."""
+        """The full-length trial with the lowest mean loss; unstable trials count only if all are unstable."""
         stable = [trial for trial in self.finals if not trial.is_unstable(usual_gap)]
         return min(stable or self.finals, key=lambda trial: trial.mean)

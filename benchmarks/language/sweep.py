@@ -1,8 +1,9 @@
 """`python -m benchmarks sweep`: tune every optimizer by one protocol, with the same number of trials.
 
-Learning rates lie on a grid of factors of two. Each is tried in one short annealed run; the grid follows the best one
-until that is not at its edge. The two best are run again at full length with two seeds. If `tuned.json` declares
-another hyperparameter under "then", its values follow at the chosen rate, at full length and with the same seeds.
+Learning rates lie on a grid of factors of two. Each rate is tried in one short annealed run; the grid grows until
+the best rate is not at an edge. The two best rates are run again at full length with two seeds. If `tuned.json`
+declares another hyperparameter under "then", the declared values follow at the chosen rate, at full length and with
+the same seeds.
 """
 
 import itertools
@@ -113,7 +114,7 @@ def usual_gap(searches: list[Search]) -> float:
 def write_sweep(
     searches: list[Search], gap: float, rows: list[Row], steps: int, tuned: dict[str, dict[str, Any]], out: Path
 ) -> None:
-    """Print what was chosen, and write `sweep.md`, `sweep.png` and `chosen.json`: `tuned` with what was chosen."""
+    """Print the choices, and write `sweep.md`, `sweep.png` and `chosen.json`: `tuned` with the chosen options."""
     check_corpus(rows)
     of_cell = group(rows, lambda row: cell_name(row["config"]["optimizer"], row["config"]["model"]))
     table = [sweep_line(search, gap, of_cell[search.cell]) for search in searches]
@@ -134,7 +135,7 @@ def write_sweep(
 
 
 def sweep_line(search: Search, gap: float, rows: list[Row]) -> dict[str, str]:
-    """One line of the table of a sweep: how much was tried, what was chosen, and the losses of all finalists."""
+    """One line of the table of a sweep: the number of trials, the chosen options, and the losses of all finalists."""
     best = search.chosen(gap)
     finals = [
         f"{trial.lr:g}{_settings(trial.options)}: {' '.join(f'{loss:.4f}' for loss in trial.losses)}"

@@ -46,14 +46,14 @@ class Run:
         self.progress = Progress()
 
     def train_step(self) -> float:
-        """One update; returns the training loss. If it or the gradient is not finite, the run has diverged."""
+        """One update; returns the training loss. The run has diverged if the loss or the gradient is not finite."""
         tokens = self.corpus.batch(self.order[self.progress.step], self.preset.context).to(self.config.device)
         start = clock(self.config.device)
         loss, norm = self._gradient(tokens)
         middle = clock(self.config.device)
         self.progress.diverged = not math.isfinite(loss + norm)
         if not self.progress.diverged:
-            known = iter([loss])  # at these weights the gradient is there; some optimizers ask for that at others
+            known = iter([loss])  # the gradient at these weights is set; some optimizers evaluate the closure at others
             self.optimizer.step(lambda: next(known, None) or self._gradient(tokens)[0])
             self.scheduler.step()
         self.progress.optimizer_seconds += clock(self.config.device) - middle
@@ -84,13 +84,13 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, tokens: int) -> float:
-        """Mean validation loss in nats per token over about `tokens` tokens, the same ones every time."""
+        """Mean validation loss in nats per token over about `tokens` tokens, the same tokens every time."""
         windows = self.corpus.validation_windows(tokens, self.preset.context)
         chunks = torch.split(windows, self.preset.micro_batch)
         return sum(self._loss(chunk.to(self.config.device)).item() * len(chunk) for chunk in chunks) / len(windows)
 
     def record_curve(self) -> None:
-        """Add a point to the loss curve if one is due at this step."""
+        """Add a point to the loss curve if this step is one of the evaluations."""
         step, every = self.progress.step, max(1, self.preset.steps // self.preset.evaluations)
         if step % every == 0 or step == self.preset.steps:
             self.progress.curve.append((step, self.progress.seconds, self.evaluate(self.preset.curve_tokens)))
@@ -100,13 +100,13 @@ class Run:
                 self.progress.norms.append((step, measure(self.model, inputs)))
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint atomically; raises `WriteError` when that fails, and keeps the one before."""
+        """Write a checkpoint atomically; raises `WriteError` when that fails, and keeps the previous checkpoint."""
         states = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
         random = (torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
         try:
             with replacing(path) as partial, partial.open("wb") as file:
                 torch.save({**states, "random": random, "progress": asdict(self.progress)}, file)
-        except RuntimeError as error:  # torch's own words for a failed write do not say why
+        except RuntimeError as error:  # torch's message for a failed write does not give the cause
             raise WriteError(f"cannot write {path}: {error.__context__ or error}") from error
 
     def restore(self, path: Path) -> None:
@@ -169,7 +169,7 @@ def _restore(run: Run, checkpoint: Path) -> None:
 
 
 def result_row(run: Run, final: float) -> Row:
-    """The results of a finished run; one whose loss is not finite counts as diverged."""
+    """The results of a finished run; a run whose final loss is not finite counts as diverged."""
     progress, per_token, finite = run.progress, run.corpus.bytes_per_token, math.isfinite(final)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     return {

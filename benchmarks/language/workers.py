@@ -27,7 +27,7 @@ REPORT_SECONDS = 0.2
 
 @dataclass
 class Worker:
-    """A running process, what it works on, the pipe it reports through, and its bar."""
+    """A running process with its configuration, its pipe for messages, and its progress bar."""
 
     config: RunConfig
     process: BaseProcess
@@ -36,7 +36,7 @@ class Worker:
 
 
 class Pool:
-    """Works through configurations; finished rows go to `out/results.jsonl` as they come."""
+    """Runs configurations in worker processes, and appends the row of each finished run to `out/results.jsonl`."""
 
     def __init__(self, out: Path, size: int) -> None:
         self.out, self.size = out, size
@@ -44,7 +44,7 @@ class Pool:
         self.failures: list[str] = []
 
     def run(self, configs: list[RunConfig]) -> list[Row]:
-        """The rows of the configurations, in order, without those that failed; those on file are not run again.
+        """The rows of the configurations, in order, without failed runs; a configuration on file is not run again.
 
         Raises `WriteError`, and ends all workers, when a row or a checkpoint cannot be written; `BusyError` when
         another command is at work in the same folder.
@@ -92,7 +92,7 @@ class Pool:
         self.workers[slot] = Worker(config, process, ours, bar)
 
     def _listen(self, slot: int) -> None:
-        """Handle one message of a worker: progress, its row, an error; or its end without any."""
+        """Handle one message of a worker: progress, a row, an error; or the end of the process without a message."""
         worker = self.workers[slot]
         try:
             kind, content = worker.pipe.recv()
@@ -122,12 +122,12 @@ class Pool:
             tqdm.write(f"{worker.config.label}: {summary(row)}")
 
     def _forget(self, config: RunConfig) -> None:
-        """Delete the checkpoint of a run whose row is on file, and what a killed process left of it."""
+        """Delete the checkpoint of a run whose row is on file, and any partial file of a killed process."""
         self._checkpoint(config).unlink(missing_ok=True)
         partial_path(self._checkpoint(config)).unlink(missing_ok=True)
 
     def _stop(self) -> None:
-        """End the workers that still run; their checkpoints stay."""
+        """End all workers that still run; the checkpoints stay."""
         for worker in self.workers.values():
             worker.process.terminate()
             worker.process.join()
@@ -150,7 +150,7 @@ def default_size(device: str) -> int:
 
 
 def _death(exitcode: int | None) -> str:
-    """What to say of a process that ended without a row and without an error."""
+    """The message for a process that ended without a row and without an error."""
     how = "died"
     if exitcode is not None and exitcode < 0:
         how = f"was killed by signal {-exitcode}, perhaps for want of memory"
@@ -168,7 +168,7 @@ def _announce(reused: list[Row], total: int, path: Path) -> None:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Processes started in this block leave Ctrl-C to their parent, which ends them."""
+    """Processes started in this block ignore Ctrl-C; the parent process ends them."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The table of a comparison: final losses, differences to tuned AdamW, and how long it takes to target losses."""
+"""Tables of a comparison: final losses, differences to tuned AdamW, and steps, tokens and seconds to target losses."""
 
 import math
 import statistics
@@ -21,7 +21,7 @@ from benchmarks.output.rows import (
 from benchmarks.output.tables import Table, drawn, publish, write_table
 from benchmarks.output.targets import Target, mean_losses, reach, seconds_a_step
 
-#: The optimizer that all others are compared with.
+#: The optimizer that all other optimizers are compared with.
 BASELINE = "adamw"
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1 .. 9 degrees of freedom
 
@@ -29,9 +29,9 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Stud
 def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ()) -> Table:
     """Print the table of a comparison and write it as `compare.md`, `.csv` and `.tex`, with plots of the loss.
 
-    Runs of the full length count there. Where there are shorter ones too, a second table (`targets.csv`, `targets.tex`)
-    says how long it takes to each target, tuned AdamW's final loss before those given, and `horizons.png` shows why.
-    Returns the first table.
+    That table is of runs of the full length. If there are shorter runs too, a second table (`targets.csv`,
+    `targets.tex`) has the steps, tokens and seconds to each target: tuned AdamW's final loss, then `targets`;
+    `horizons.png` plots the losses behind these numbers. Returns the first table.
     """
     if not rows:
         return []
@@ -63,13 +63,13 @@ def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ())
 
 
 def time_to(tuned: Target, rows: list[Row]) -> dict[str, str]:
-    """The columns of a comparison that say how long one optimizer takes to tuned AdamW's loss."""
+    """The columns of a comparison with one optimizer's steps and seconds to tuned AdamW's loss."""
     found = target_line("", rows, tuned)
     return {f"{unit} to {BASELINE}'s": cell for unit, cell in found.items() if unit in ("steps", "CPU s", "s")}
 
 
 def target_line(name: str, rows: list[Row], target: Target) -> dict[str, str]:
-    """How long one optimizer takes to a target."""
+    """One line of the second table: steps, tokens and seconds of one optimizer to a target."""
     preset = rows[0]["config"]["preset"]
     found = reach(mean_losses(rows), target.loss)
     return {
@@ -99,9 +99,9 @@ def comparison_line(name: str, groups: dict[str, list[Row]]) -> dict[str, str]:
 
 
 def difference(rows: list[Row], baseline: list[Row]) -> str:
-    """Mean difference of the final losses to the baseline's of the same seeds, with its 95% confidence interval.
+    """Mean difference to the baseline's final losses over the same seeds, with a 95% confidence interval.
 
-    "not resolved" where the interval holds 0.
+    "not resolved" where the interval contains 0.
     """
     by_seed = {row["config"]["seed"]: row["final_loss"] for row in baseline if row["final_loss"] is not None}
     pairs = [(row["final_loss"], by_seed.get(row["config"]["seed"])) for row in rows if row["final_loss"] is not None]

@@ -41,12 +41,12 @@ def plot_curves(groups: dict[str, list[Row]], out: Path, unit: str) -> None:
             save(figure, out / name)
 
 
-#: The most lines whose names fit into the frame, and the most that can easily be told from each other.
+#: The most lines whose names fit into the axes, and the most lines that a reader can tell apart.
 MANY, MAX_LINES = 6, 12
 
 
 def plot_rates(groups: dict[tuple[str, float], list[Row]], path: Path, unit: str) -> None:
-    """Final loss against the learning rate, one line per optimizer, one dot per run; a panel each if they are many."""
+    """Final loss against the learning rate, a line per optimizer, a dot per run; if there are many lines, in panels."""
     names = list(dict.fromkeys(name for name, _ in groups))
     with matplotlib.rc_context(STYLE):
         if len(names) > MAX_LINES:
@@ -62,14 +62,14 @@ def plot_rates(groups: dict[tuple[str, float], list[Row]], path: Path, unit: str
 
 
 def _plot_panels(groups: dict[tuple[str, float], list[Row]], names: list[str], path: Path, unit: str) -> None:
-    """A panel for each optimizer, in the order given; losses far above its best are out of its frame."""
+    """A panel for each optimizer, in the order given; losses far above the optimizer's best are not shown."""
     columns = 6
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(2.2 * columns, 1.7 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, name in zip(panels, names, strict=False):
         rates, means = _draw_rates(axes, groups, name)
-        axes.set_xlim(0.9 * rates[0], 1.1 * rates[-1])  # told, since runs that all diverge leave none
+        axes.set_xlim(0.9 * rates[0], 1.1 * rates[-1])  # also if every run diverged and there is no line
         axes.set_xscale("log", base=2)
         axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
         if np.isfinite(means).any():
@@ -84,7 +84,7 @@ def _plot_panels(groups: dict[tuple[str, float], list[Row]], names: list[str], p
 
 
 def _draw_rates(axes: Axes, groups: dict[tuple[str, float], list[Row]], name: str) -> tuple[list[float], list[float]]:
-    """One optimizer's line and dots; returns its rates and their mean losses, NaN where every run diverged."""
+    """One optimizer's line and dots; returns the rates and the mean losses, NaN where every run diverged."""
     rates = sorted(lr for other, lr in groups if other == name)
     runs = {lr: [row["final_loss"] for row in groups[name, lr] if row["final_loss"]] for lr in rates}
     means = [float(np.mean(runs[lr])) if runs[lr] else np.nan for lr in rates]
@@ -95,8 +95,9 @@ def _draw_rates(axes: Axes, groups: dict[tuple[str, float], list[Row]], name: st
 
 
 def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target], out: Path, unit: str) -> None:
-    """Final loss of annealed runs against their length, of those that have runs of several lengths, with the targets
-    drawn in (`horizons.png`).
+    """Final loss of annealed runs against the length of the runs, with lines at the targets (`horizons.png`).
+
+    Only optimizers with runs of several lengths are drawn.
     """
     with matplotlib.rc_context(STYLE):
         several = {name: by_length for name, by_length in losses.items() if len(by_length) > 1}
@@ -115,9 +116,10 @@ def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target]
 
 
 def plot_norms(rows: dict[str, Row], out: Path) -> list[str]:
-    """Norms inside the models, a panel for each run: the residual stream by depth (`norms_residual.png`), a line for
-    each evaluation; mean row norms (`norms_rows.png`) and alpha (`norms_alpha.png`, of models that have one) over
-    training, a line for each layer and kind. Returns the names of the files.
+    """Norms inside the models, a panel for each run; returns the names of the files.
+
+    The residual stream by depth (`norms_residual.png`), a line for each evaluation; mean row norms (`norms_rows.png`)
+    and alpha (`norms_alpha.png`, of models that have an alpha) over training, a line for each layer and kind.
     """
     written = []
     panels = {
@@ -162,7 +164,7 @@ def _residual_lines(row: Row) -> list[Line]:
 
 
 def _lines_over_steps(row: Row, what: str) -> list[Line]:
-    """One line for each kind and layer; the first layer's carries the kind's name."""
+    """One line for each kind and layer; the legend names the kind once, at the line of the first layer."""
     steps = [step for step, _ in row["norms"]]
     cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
     lines = []
@@ -195,7 +197,7 @@ def _label(axes: Axes, x: str, title: str, unit: str) -> None:
 
 
 def _size(lines: int) -> tuple[float, float]:
-    """Inches of a figure with that many lines: wider where their names stand beside them."""
+    """Inches of a figure with that many lines: wider if the names of the lines are beside the axes."""
     return (7.2, 4.6) if lines <= MANY else (10, 5)
 
 

@@ -1,4 +1,4 @@
-"""Files of results: append-only JSONL rows, atomic writes, and where a row comes from."""
+"""Files of results: append-only JSONL rows, atomic writes, and the version of the code."""
 
 import contextlib
 import hashlib
@@ -29,10 +29,10 @@ class BusyError(RuntimeError):
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """A block in which no other command works in `folder`: they would do the same runs twice.
+    """A block in which no other command works in `folder`: two commands would do the same runs twice.
 
     Raises:
-        BusyError: if one already does.
+        BusyError: if another command already works there.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -47,7 +47,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A block that writes `path`, whose folder is made; an error of the system in it becomes a `WriteError`."""
+    """A block that writes `path`; makes its folder, and turns any `OSError` in the block into a `WriteError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -56,7 +56,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add one line to a JSONL file and flush it to disk; a line cut short by a crash stays a line of its own."""
+    """Add one line to a JSONL file and flush the file to disk; a line cut short by a crash stays a separate line."""
     with writing(path), path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -69,7 +69,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """The rows of a JSONL file by their key; the last one counts, and incomplete lines are skipped."""
+    """The rows of a JSONL file by key; of equal keys the last row counts, and incomplete lines are skipped."""
     rows: dict[str, Row] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
@@ -91,7 +91,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def partial_path(path: Path) -> Path:
-    """Where `replacing` writes; a process that is killed leaves it behind."""
+    """The temporary path of `replacing`; a killed process leaves this file behind."""
     return path.with_name(f".{path.name}.partial")
 
 

@@ -1,4 +1,4 @@
-"""What rows of runs say: which optimizer and model, how long, with what loss; the words that all tables share."""
+"""Reading rows of training runs: the cell, the length, the losses, and the columns that several tables share."""
 
 import math
 import statistics
@@ -11,13 +11,13 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def cell_name(optimizer: str, model: str, model_options: dict[str, Any] | None = None) -> str:
-    """What an optimizer on a model is called: `muon` on the GPT, `muon@angpt` elsewhere, and changes of the model."""
+    """The name of an optimizer on a model, with changes of the model: `muon` on the GPT, `muon@angpt` on another."""
     changes = "".join(f" {name}={value}" for name, value in (model_options or {}).items())
     return optimizer + ("" if model == "gpt" else f"@{model}") + changes
 
 
 def cell_of(row: Row) -> str:
-    """The optimizer of a row, and its model if that is not the plain GPT."""
+    """The name of a row's optimizer and model, see `cell_name`."""
     config = row["config"]
     return cell_name(config["optimizer"], config["model"], config.get("model_options"))
 
@@ -59,7 +59,7 @@ def mean_loss(rows: list[Row]) -> float:
 
 
 def loss_cells(rows: list[Row]) -> dict[str, str]:
-    """The final validation loss in nats per token and in bits per byte, with its standard deviation over seeds."""
+    """The final validation loss in nats per token and in bits per byte, with the standard deviation over seeds."""
     loss = f"val {unit(rows)}"
     diverged = sum(row["status"] == "diverged" for row in rows)
     if diverged:
@@ -70,12 +70,12 @@ def loss_cells(rows: list[Row]) -> dict[str, str]:
 
 
 def unit(rows: list[Row]) -> str:
-    """What the loss is measured in."""
+    """The unit of the loss."""
     return "nats/byte" if rows[0]["bytes_per_token"] == 1 else "nats/token"
 
 
 def setting(rows: list[Row]) -> str:
-    """One sentence that says what was run."""
+    """The models, steps, text, seeds and hardware of the runs, as a sentence."""
     row, config = rows[0], rows[0]["config"]
     preset, seeds = config["preset"], sorted({row["config"]["seed"] for row in rows})
     models = ", ".join(

@@ -1,4 +1,4 @@
-"""Tables: on the terminal, as Markdown with the command that made them, as CSV and as LaTeX."""
+"""Tables: on the terminal, as Markdown with the command that made the table, as CSV and as LaTeX."""
 
 import csv
 import shlex
@@ -13,7 +13,7 @@ Table = list[dict[str, str]]
 
 
 def drawn(table: Table, style: str) -> str:
-    """The table in a style of tabulate; numbers stay as they are written."""
+    """The table in a style of tabulate; numbers are not reformatted."""
     return str(tabulate(table, "keys", tablefmt=style, disable_numparse=True, stralign="right"))
 
 

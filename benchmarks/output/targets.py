@@ -1,4 +1,4 @@
-"""How long it takes to a target loss, from annealed runs of several lengths; never read in the middle of a schedule."""
+"""Steps to a target loss, from annealed runs of several lengths; losses in the middle of a schedule do not count."""
 
 import itertools
 import math
@@ -23,12 +23,12 @@ class Reach:
     bound: str = ""
 
     def of(self, unit: float) -> str:
-        """The same in another unit, `unit` of it a step."""
+        """The steps in another unit, of which a step takes `unit`."""
         return f"{self.bound}{self.steps * unit:,.0f}"
 
 
 def mean_losses(rows: list[Row]) -> dict[int, float]:
-    """The mean final loss by length; a run that diverged makes its length's infinite."""
+    """The mean final loss by length of the runs; infinite if one of them diverged."""
     losses: dict[int, list[float]] = {}
     for row in rows:
         loss = math.inf if row["final_loss"] is None else float(row["final_loss"])

@@ -39,7 +39,7 @@ def _peer(package: str, name: str) -> Callable[[], Make]:
 def _training(cls: Callable[..., Any], params: Any, **options: Any) -> Optimizer:
     optimizer: Any = cls(params, **options)
     if hasattr(optimizer, "train"):
-        optimizer.train()  # what schedule-free ones ask for before a step
+        optimizer.train()  # schedule-free optimizers require this call before a step
     return cast(Optimizer, optimizer)
 
 
@@ -53,7 +53,7 @@ def _muon_of_pytorch_optimizer() -> Make:
     return make
 
 
-#: By column; each loads what it needs, and raises ImportError where that is not installed.
+#: Loaders of peers by name of the column; a loader raises ImportError if its library is not installed.
 PEERS: dict[str, Callable[[], Make]] = {
     "torch.AdamW": _peer("torch.optim", "AdamW"),
     "torch.Muon": _peer("torch.optim", "Muon"),
@@ -72,7 +72,7 @@ PEERS: dict[str, Callable[[], Make]] = {
 
 
 def probe_all(parsed: argparse.Namespace) -> int:
-    """The command: ask everything of everyone, write a row for each answer, then the tables."""
+    """The command: run every probe on every optimizer, write a row for each answer, then the tables."""
     torch.set_num_threads(1)
     names = parsed.optimizers or [*(normopt.list_optimizers() if parsed.all else REPRESENTATIVES), *PEERS]
     makes = dict(contenders(SMOKE if parsed.smoke else names))
@@ -90,7 +90,7 @@ def probe_all(parsed: argparse.Namespace) -> int:
 
 
 def contenders(names: Iterable[str]) -> Iterable[tuple[str, Make]]:
-    """Name and maker of those optimizers whose library is there; `PlanError` for a name that nobody has."""
+    """Name and maker of every optimizer whose library is installed; raises `PlanError` for an unknown name."""
     ours = normopt.list_optimizers()
     for name in names:
         if name in PEERS:
@@ -118,7 +118,7 @@ def ask(name: str, make: Make, probe: str) -> Row:
 
 
 def write_probes(rows: list[Row], out: Path) -> None:
-    """Print the tables of normopt's and of the others, and write them to `probes.md`."""
+    """Print a table of normopt's optimizers and one of the peers, and write both to `probes.md`."""
     ours, theirs = [r for r in rows if r["optimizer"] not in PEERS], [r for r in rows if r["optimizer"] in PEERS]
     tables = [table(part, title) for part, title in ((ours, "normopt"), (theirs, "other libraries")) if part]
     print("\n" + "\n\n".join(tables))
@@ -137,7 +137,7 @@ def write_probes(rows: list[Row], out: Path) -> None:
 
 
 def table(rows: list[Row], title: str) -> str:
-    """Probes by optimizers, and how many each has passed."""
+    """A row for each probe, a column for each optimizer, and the number of probes passed."""
     names, probes = list(dict.fromkeys(r["optimizer"] for r in rows)), list(dict.fromkeys(r["probe"] for r in rows))
     cells = {(row["probe"], row["optimizer"]): row for row in rows}
     lines = [[probe, *(cell(cells[probe, name]) for name in names)] for probe in probes]
@@ -148,6 +148,6 @@ def table(rows: list[Row], title: str) -> str:
 
 
 def cell(row: Row) -> str:
-    """A mark, with the number that was measured."""
+    """A mark, with the measured number if there is one."""
     mark = "✓" if row["passed"] else "✗"
     return f"{mark} {row['value']:.2g}" if row["probe"] in LIMITS and row["value"] is not None else mark

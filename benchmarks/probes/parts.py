@@ -27,7 +27,7 @@ def set_gradients(params: Sequence[Tensor], seed: int, dtype: torch.dtype = torc
 
 
 def take_steps(optimizer: Optimizer, params: Sequence[Tensor], count: int, first: int = 0) -> None:
-    """Take steps with fixed gradients, those of the steps from `first` on."""
+    """Take steps with fixed gradients, which depend on the number of the step, from `first` on."""
     for i in range(first, first + count):
         set_gradients(params, i)
         optimizer.step()
@@ -39,7 +39,7 @@ def values(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all entries are."""
+    """Whether all entries are finite."""
     return all(bool(x.isfinite().all()) for x in tensors)
 
 

@@ -1,4 +1,4 @@
-"""One step on a sharded tensor and on the whole one, in two processes of this machine."""
+"""Steps on a sharded tensor in two processes of this machine, beside steps on the whole tensor."""
 
 import multiprocessing
 import tempfile
@@ -17,12 +17,12 @@ TIMEOUT = timedelta(seconds=30)
 
 
 def sharded_and_whole_updates(make: Callable[..., Optimizer], weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What two steps add to `weight` if its rows are shared out to two processes, and if one has them all.
+    """The change of `weight` in two steps with its rows sharded over two processes, and in one process.
 
     Raises:
-        RuntimeError: an error in the processes, with its type and text.
+        RuntimeError: with the type and text of an error in the processes.
     """
-    import torch.distributed.tensor  # here, and not in each process anew
+    import torch.distributed.tensor  # once here, before the fork, and not in each process
 
     whole = nn.Parameter(weight.clone())
     _steps(make([whole]), whole, lambda gradient: gradient)
@@ -52,7 +52,7 @@ def _work(rank: int, meeting: Path, make: Callable[..., Optimizer], weight: Tens
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=WORLD, timeout=TIMEOUT)
     answer: Any
     try:
-        answer = _sharded(make, weight).tolist()  # a tensor would be sent as memory of this process
+        answer = _sharded(make, weight).tolist()  # a tensor would be sent as a handle to this process's memory
     except Exception as error:
         answer = RuntimeError(f"{type(error).__name__}: {error}")
     if rank == 0:

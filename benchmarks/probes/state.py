@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from benchmarks.probes.parts import Make, parameters, same, set_gradients, take_steps, values
 from benchmarks.probes.sharding import sharded_and_whole_updates
 
-SMALL = 1.25e-3  # the most that an entry moves by in a step; between 1 and 2, bfloat16 rounds away three times that
+#: The largest change of an entry in a step; between 1 and 2, bfloat16 rounds away changes three times as large.
+SMALL = 1.25e-3
 SETTLED = 3  # steps after which a compiled step has seen every kind of step
 
 
@@ -51,7 +52,7 @@ def compile_fullgraph(make: Make) -> bool:
 
 @contextlib.contextmanager
 def _compiler() -> Iterator[None]:
-    """A compiler without memory of other optimizers, that does not log its graph breaks."""
+    """torch.compile without caches of other optimizers and without logs of graph breaks, while the block runs."""
     import torch._dynamo
     from torch._dynamo.utils import counters
 
@@ -69,11 +70,11 @@ def _compiler() -> Iterator[None]:
 
 
 def bf16_small_updates(make: Make) -> float:
-    """Weights in bfloat16 stall at small learning rates; the number is the part of float64's way that they cover."""
+    """Weights in bfloat16 stall at small learning rates; the number is their progress as a fraction of float64's."""
     lr = 1e-4
     lr *= SMALL / max(_fastest(_path(make, lr, torch.float64)), 1e-12)
     path = _path(make, lr, torch.float64)
-    while not _fastest(path) <= 2 * SMALL:  # those that find their own rate do not go as far as lr says, or overflow
+    while not _fastest(path) <= 2 * SMALL:  # if an optimizer sets its own rate, lengths do not follow lr, or overflow
         lr /= 4
         path = _path(make, lr, torch.float64)
     whole, half = path[-1] - path[0], _path(make, lr, torch.bfloat16)
@@ -92,7 +93,7 @@ def _path(make: Make, lr: float, dtype: torch.dtype) -> Tensor:
 
 
 def _fastest(path: Tensor) -> float:
-    """The most that an entry has moved by in a step."""
+    """The largest change of an entry in one step."""
     return float(path.diff(dim=0).abs().max())
 
 

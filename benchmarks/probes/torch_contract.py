@@ -1,7 +1,7 @@
-"""What a user takes for granted in any optimizer, in 24 questions: `python -m benchmarks probes` asks peers, too.
+"""What users expect of every torch optimizer, as 24 probes; `python -m benchmarks probes` runs them on peers, too.
 
-Each probe takes `make(params, **options)`, which returns an optimizer, and answers with true, false or a number. What
-it raises counts as a failure.
+Each probe takes `make(params, **options)`, which returns an optimizer, and answers with true, false or a number. An
+exception counts as a failure.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from benchmarks.probes.state import (
 
 
 def scheduler_stops(make: Make) -> bool:
-    """A scheduler that brings the learning rate to 0 has to stop the weights, or warm-up and annealing are not ones."""
+    """A scheduler that brings the learning rate to 0 must stop the weights, or warm-up and annealing have no effect."""
     params = parameters()
     optimizer = make(params)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: float(i < 3))
@@ -207,7 +207,7 @@ def bad_weight_decay(make: Make) -> bool:
 
 
 def bad_momentum(make: Make) -> bool:
-    """An average with a weight above 1 grows without bound; what has no momentum has nothing to refuse."""
+    """An average with a weight above 1 grows without bound; an optimizer without momentum has nothing to refuse."""
     choices: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"momentum": 0.9}, {"momentum": 1.5}),
         ({"betas": (0.9, 0.99)}, {"betas": (1.5, 0.99)}),
@@ -222,7 +222,7 @@ def typo(make: Make) -> bool:
 
 
 def _refuses(make: Make, **options: Any) -> bool:
-    """Whether an optimizer with these options cannot be had, or does not step."""
+    """Whether an optimizer with these options cannot be made, or raises in its first step and moves no weight."""
     params = parameters()
     try:
         take_steps(make(params, **options), params, 1)
@@ -231,7 +231,7 @@ def _refuses(make: Make, **options: Any) -> bool:
     return False
 
 
-#: By name, in the order of the report.
+#: All probes by name, in the order of the report.
 PROBES: dict[str, Probe] = {
     probe.__name__: probe
     for probe in (
@@ -262,7 +262,7 @@ PROBES: dict[str, Probe] = {
     )
 }
 
-#: What counts as passed where the answer is a number.
+#: Conditions for passing the probes whose answer is a number.
 LIMITS: dict[str, Callable[[float], bool]] = {
     "compile_recompilations": lambda count: count == 0,
     "bf16_small_updates": lambda part: part > 0.5,
