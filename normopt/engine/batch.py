@@ -37,7 +37,7 @@ class Batch:
         state: what ``optimizer.state`` is.
         shared: the numbers of the whole optimizer that the group holds.
         in_tensors: for a compiler, which makes a new graph for each number that is no tensor.
-        joined: the state as one tensor for each piece, where ``optimizer.state`` has it so, see ``Plan.joined``.
+        joined: each parameter's entries by name, where they are parts of one tensor, see ``Plan.joined``.
 
     Raises:
         ValueError: a number out of range, or state of another shape; nothing has changed yet.
@@ -51,7 +51,7 @@ class Batch:
         state: State,
         shared: Shared,
         in_tensors: bool = False,
-        joined: dict[str, Tensor] | None = None,
+        joined: dict[str, list[Tensor]] | None = None,
     ) -> None:
         self.plan, self.group, self.rule, self.shared = plan, group, rule, shared
         self.params = plan.params(group)
@@ -69,46 +69,63 @@ class Batch:
         self._gathered: Tensor | None = None
         self._before: list[Tensor] = []
         self._in_tensors = in_tensors and not rule.decides_on_host
-        self._held = [state.get(p, {}) for p in self.params]
-        self.is_new = joined is None
-        joined = self._laid_out(state) if joined is None else joined
-        self.steps, self.state = joined.pop("step"), joined
+        self._entries = joined
+        self._state: dict[str, Tensor] | None = None
+        if joined is None:
+            self._state = self._laid_out(state)
+            self.steps = self._state.pop("step")
+        else:
+            self.steps = plan.entries["step"].whole(joined["step"])
         self._read_numbers()
 
     # State ------------------------------------------------------------------------------------------------------------
 
     def _laid_out(self, state: State) -> dict[str, Tensor]:
         """Fresh state in a new layout; ``adopt`` copies into it what there is."""
-        self._check_shapes()
+        self._check_shapes(state)
         taken = age(state, self.params[0])
         counted = torch.full((len(self.params),), taken, dtype=torch.float32, device=self.plan.home)
         fresh = self.rule.init_state(self.gather(self.gradients), self.low_precision_weights)
         return {"step": counted, **fresh, **{name: fresh[name].to(self.plan.kept) for name in self.plan.rounded}}
 
-    def _check_shapes(self) -> None:
+    def _check_shapes(self, state: State) -> None:
         for name, wanted in self.plan.entries.items():
-            for shape, held in zip(wanted.shapes, self._held, strict=True):
+            for shape, held in zip(wanted.shapes, (state.get(p, {}) for p in self.params), strict=True):
                 if isinstance(held.get(name), Tensor) and held[name].shape != shape:
                     shapes = f"{tuple(held[name].shape)} where its parameter needs {tuple(shape)}"
                     raise ValueError(f"the state {name!r} has shape {shapes}: it is the state of another parameter")
 
+    @property
+    def is_new(self) -> bool:
+        """Whether the state has been laid out anew and ``optimizer.state`` does not know yet."""
+        return self._entries is None
+
     def adopt(self, state: State) -> None:
         """Copy what ``optimizer.state`` has into a new layout, of which it holds views from now on."""
-        if not self.is_new:
-            return
-        self._held = [state[p] for p in self.params]
-        for name, whole in {"step": self.steps, **self.state}.items():
-            parts = self.steps.unbind() if name == "step" else self.plan.parts(whole, self.params)
-            for held, part in zip(self._held, parts, strict=True):
-                if isinstance(held.get(name), Tensor):
-                    part.copy_(held[name])
-                held[name] = part
+        self._entries = {name: self.entries(name) for name in self.plan.entries}
+        for name, parts in self._entries.items():
+            for p, part in zip(self.params, parts, strict=True):
+                known = state[p].get(name)
+                if isinstance(known, Tensor):
+                    part.copy_(known)
+                state[p][name] = part
 
     def entries(self, name: str) -> list[Tensor]:
         """Each parameter's part of one piece of state."""
-        if self.is_new:  # ``optimizer.state`` may not have it yet
-            return [*self.plan.parts(self.state[name], self.params)]
-        return [held[name] for held in self._held]
+        if self._entries is not None:
+            return self._entries[name]
+        if name == "step":
+            return [*self.steps.unbind()]
+        return [*self.plan.parts(self.state[name], self.params)]
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Each piece of state save ``step`` as one tensor for all parameters."""
+        if self._state is None:
+            assert self._entries is not None
+            wanted = self.plan.entries
+            self._state = {n: wanted[n].whole(parts) for n, parts in self._entries.items() if n != "step"}
+        return self._state
 
     def loaded(self) -> dict[str, Tensor]:
         """The state for this step: copies of what is kept in fewer bits."""
@@ -270,7 +287,7 @@ class Batch:
         chunk = copy.copy(self)
         chunk.params = [self.params[0].detach().view(-1)[part]]
         chunk.gradients = [self.gradients[0].view(-1)[part]]
-        chunk.state = {name: x[part] for name, x in self.state.items()}
+        chunk._state = {name: x[part] for name, x in self.state.items()}
         chunk.first, chunk._gathered = part.start, None
         return chunk
 

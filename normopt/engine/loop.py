@@ -112,7 +112,7 @@ def store(batch: Batch, context: Context, new: Tensor) -> None:
 
 def run_kernel(batch: Batch, kernel: AdamKernel) -> None:
     """The whole step in one pass over memory, and what bounds say of the new weights, at which alone they look."""
-    entries = {name: batch.entries(name) for name in batch.state}
+    entries = {name: batch.entries(name) for name in batch.plan.entries}
     kernel(batch.params, batch.gradients, entries, batch.number, batch.rate, batch.group["maximize"])
     if batch.moves and batch.rule.acting("weight"):
         nothing = torch.empty(0)

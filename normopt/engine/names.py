@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 #: What a param group has for each of its parameters, in their order.
@@ -14,7 +16,7 @@ class Names:
     """What each parameter was called when it came; keeps no parameter alive."""
 
     def __init__(self) -> None:
-        self._known = WeakTensorKeyDictionary()
+        self._known: MutableMapping[Tensor, list[Any]] = WeakTensorKeyDictionary()
 
     def learn(self, group: dict[str, Any]) -> None:
         """Remember the names of a new group's parameters, and the reasons for their roles."""
@@ -37,7 +39,7 @@ class Names:
         if not grown and not all(p in self._known for p in params):
             return
         added = [[f"added.{i}", "added to its param group by hand"] for i in range(len(params))]
-        known = [self._known[p] if p in self._known else other for p, other in zip(params, added, strict=True)]
+        known = [self._known.get(p, other) for p, other in zip(params, added, strict=True)]
         for i, key in enumerate(keys):
             group[key] = [each[i] for each in known]
         self.learn(group)

@@ -34,6 +34,7 @@ class Entries(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    bytes: int
     shapes: list[torch.Size]
     strides: list[tuple[int, ...]]
     #: In bytes, for the parts that are not empty: their places among the parameters, and where they begin.
@@ -43,36 +44,34 @@ class Entries(NamedTuple):
     @classmethod
     def of(cls, whole: Tensor, parts: Iterable[Tensor], device: torch.device) -> Entries:
         """From tensors without numbers (of the device ``meta``), laid out as the state will be on ``device``."""
-        views = [*parts]
+        views, size = [*parts], whole.element_size()
         filled = [i for i, view in enumerate(views) if view.numel()]
-        offsets = [int(views[i].storage_offset()) * whole.element_size() for i in filled]
+        offsets = [int(views[i].storage_offset()) * size for i in filled]
         shapes, strides = [view.shape for view in views], [view.stride() for view in views]
-        return cls(whole.shape, whole.dtype, device, shapes, strides, filled, offsets)
+        return cls(whole.shape, whole.dtype, device, whole.numel() * size, shapes, strides, filled, offsets)
 
-    def fits(self, entry: Any, i: int) -> bool:
-        """Whether ``entry`` is a tensor as this piece of state of the i-th parameter has to be."""
+    def are_parts(self, entries: Sequence[Any], places: Sequence[int]) -> bool:
+        """Whether ``entries``, one for each parameter, at these addresses, are parts of one tensor as described."""
+        fit = all(map(self._fits, entries, self.shapes, self.strides))
+        begins = [places[i] for i in self.filled] if fit else []
+        return fit and begins == [begins[0] + offset for offset in self.offsets]
+
+    def _fits(self, entry: Any, shape: torch.Size, strides: tuple[int, ...]) -> bool:
         return (
             isinstance(entry, Tensor)
-            and entry.dtype == self.dtype
-            and entry.device == self.device
-            and entry.shape == self.shapes[i]
-            and entry.stride() == self.strides[i]
+            and (entry.dtype, entry.device) == (self.dtype, self.device)
+            and (entry.shape, entry.stride()) == (shape, strides)
         )
 
-    def are_joined(self, entries: Sequence[Tensor]) -> bool:
-        """Whether tensors that fit lie one after the other in memory that is theirs alone."""
-        parts = entries if len(self.filled) == len(entries) else [entries[i] for i in self.filled]
-        if not parts:
-            return True
-        places = _addresses(parts)
-        return places == [places[0] + offset for offset in self.offsets] and (
-            parts[0].untyped_storage().nbytes() == self.shape.numel() * self.dtype.itemsize
-        )
+    def own_their_memory(self, entries: Sequence[Tensor]) -> bool:
+        """Whether the memory that parts lie in is theirs alone, and all of it is there."""
+        return not self.filled or entries[self.filled[0]].untyped_storage().nbytes() == self.bytes
 
     def whole(self, entries: Sequence[Tensor]) -> Tensor:
         """The tensor that all of them are parts of."""
         part = entries[self.filled[0] if self.filled else 0]
-        return part.as_strided(self.shape, _contiguous(self.shape), 0)
+        strides = [math.prod(max(size, 1) for size in self.shape[i + 1 :]) for i in range(len(self.shape))]
+        return part.as_strided(self.shape, strides, 0)
 
 
 class Plan:
@@ -112,7 +111,9 @@ class Plan:
         self.entries = {"step": Entries.of(steps, steps.unbind(), self.home)}
         for name, whole in state.items():
             self.entries[name] = Entries.of(whole, self.parts(whole, params), device)
-        self._seen: dict[str, list[int]] = {}
+        # Which tensors the entries were, and where, when they were last looked at.
+        self._seen: list[int] = []
+        self._places: list[int] = []
 
     def params(self, group: Mapping[str, Any]) -> list[Tensor]:
         """The parameters themselves."""
@@ -136,32 +137,32 @@ class Plan:
             self.rule, self.kernel, self.squares = rule, kernels.find(rule), rule.squares
         return True
 
-    def joined(self, held: Sequence[Mapping[str, Any]]) -> dict[str, Tensor] | None:
-        """Each piece of state as one tensor for all parameters; ``None`` if it is not laid out so, or ages differ.
+    def joined(self, held: Sequence[Mapping[str, Any]]) -> dict[str, list[Tensor]] | None:
+        """Each parameter's entries by name, if they are parts of one tensor for each name and all ages are equal.
+
+        ``None`` if they are not: the state is new, or somebody has replaced, moved, cast or deleted some of it.
 
         Args:
             held: what ``optimizer.state`` has for each parameter, at this moment.
         """
-        found: dict[str, Tensor] = {}
-        for name, wanted in self.entries.items():
-            entries: list[Any] = [each.get(name) for each in held]
-            if not self._are_joined(name, wanted, entries):
+        found: dict[str, list[Any]] = {name: [each.get(name) for each in held] for name in self.entries}
+        every = [entry for entries in found.values() for entry in entries]
+        now = [*map(id, every)]
+        if now != self._seen:
+            if not all(isinstance(entry, Tensor) for entry in every):
                 return None
-            found[name] = wanted.whole(entries)
-        if len(self.members) > 1 and not self.captured and len({*found["step"].tolist()}) > 1:
-            return None  # somebody has set the steps of some
+            self._places = []
+        places = _addresses(every)
+        if places != self._places:
+            each = zip(self.entries.values(), found.values(), _split(places, len(held)), strict=True)
+            if not all(wanted.are_parts(entries, begins) for wanted, entries, begins in each):
+                return None
+        if not all(map(Entries.own_their_memory, self.entries.values(), found.values())):
+            return None
+        if len(held) > 1 and not self.captured and len({*self.entries["step"].whole(found["step"]).tolist()}) > 1:
+            return None
+        self._seen, self._places = now, places
         return found
-
-    def _are_joined(self, name: str, wanted: Entries, entries: list[Any]) -> bool:
-        now = [*map(id, entries)]
-        if not wanted.fits(entries[0], 0):
-            return False
-        if self._seen.get(name) != now and not all(map(wanted.fits, entries[1:], range(1, len(entries)))):
-            return False
-        if not wanted.are_joined(entries):
-            return False
-        self._seen[name] = now
-        return True
 
     def parts(self, whole: Tensor, params: Sequence[Tensor]) -> Iterator[Tensor]:
         """Each parameter's part of a state tensor, in the parameter's own shape where the state has one."""
@@ -232,6 +233,5 @@ def _addresses(entries: Sequence[Tensor]) -> list[int]:
     return [x.untyped_storage()._cdata + x.storage_offset() * x.element_size() for x in entries]
 
 
-def _contiguous(shape: Sequence[int]) -> list[int]:
-    """The strides of a contiguous tensor."""
-    return [math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape))]
+def _split(places: list[int], size: int) -> Iterator[list[int]]:
+    return (places[i : i + size] for i in range(0, len(places), size))

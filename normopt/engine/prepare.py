@@ -73,7 +73,7 @@ def _as_planned(
     ]
 
 
-def _joined(plan: Plan, group: Mapping[str, Any], state: State) -> dict[str, Tensor] | None:
+def _joined(plan: Plan, group: Mapping[str, Any], state: State) -> dict[str, list[Tensor]] | None:
     return plan.joined([state.get(p, {}) for p in plan.params(group)])
 
 
@@ -82,7 +82,8 @@ def adopt(found: list[list[Batch]], plans: Plans, state: State) -> None:
     plans.clear()
     plans.update({place: [batch.plan for batch in batches] for place, batches in enumerate(found)})
     every = [batch for batches in found for batch in batches]
-    for batch in every:
+    fresh = [batch for batch in every if batch.is_new]
+    for batch in fresh:
         batch.adopt(state)
-    if any(batch.is_new for batch in every):
+    if fresh:
         separate(state, (p for batch in every for p in batch.params))
