@@ -86,7 +86,9 @@ class Batch:
         taken = age(state, self.params[0])
         counted = torch.full((len(self.params),), taken, dtype=torch.float32, device=self.plan.home)
         fresh = self.rule.init_state(self.gather(self.gradients), self.low_precision_weights)
-        return {"step": counted, **fresh, **{name: fresh[name].to(self.plan.kept) for name in self.plan.rounded}}
+        laid_out = {"step": counted, **fresh, **{name: fresh[name].to(self.plan.kept) for name in self.plan.rounded}}
+        self.plan.learn(laid_out, self.params)
+        return laid_out
 
     def _check_shapes(self, state: State) -> None:
         for name, wanted in self.plan.entries.items():

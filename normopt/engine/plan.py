@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ class Entries(NamedTuple):
     """One piece of state of a plan's parameters: the tensor that holds it all, and where each parameter's part is."""
 
     shape: torch.Size
+    stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     bytes: int
@@ -43,12 +43,13 @@ class Entries(NamedTuple):
 
     @classmethod
     def of(cls, whole: Tensor, parts: Iterable[Tensor], device: torch.device) -> Entries:
-        """From tensors without numbers (of the device ``meta``), laid out as the state will be on ``device``."""
+        """From a tensor with memory of its own on ``device``, or one of the same layout on the device ``meta``."""
         views, size = [*parts], whole.element_size()
         filled = [i for i, view in enumerate(views) if view.numel()]
         offsets = [int(views[i].storage_offset()) * size for i in filled]
         shapes, strides = [view.shape for view in views], [view.stride() for view in views]
-        return cls(whole.shape, whole.dtype, device, whole.numel() * size, shapes, strides, filled, offsets)
+        layout = whole.shape, whole.stride(), whole.dtype, device, whole.numel() * size
+        return cls(*layout, shapes, strides, filled, offsets)
 
     def are_parts(self, entries: Sequence[Any], places: Sequence[int]) -> bool:
         """Whether ``entries``, one for each parameter, at these addresses, are parts of one tensor as described."""
@@ -69,9 +70,7 @@ class Entries(NamedTuple):
 
     def whole(self, entries: Sequence[Tensor]) -> Tensor:
         """The tensor that all of them are parts of."""
-        part = entries[self.filled[0] if self.filled else 0]
-        strides = [math.prod(max(size, 1) for size in self.shape[i + 1 :]) for i in range(len(self.shape))]
-        return part.as_strided(self.shape, strides, 0)
+        return entries[self.filled[0] if self.filled else 0].as_strided(self.shape, self.stride, 0)
 
 
 class Plan:
@@ -104,16 +103,20 @@ class Plan:
         #: The names of state that is kept in fewer bits than it is computed with.
         self.rounded = rule.averages(state) if self.kept != self.working else []
         state |= {name: state[name].to(self.kept) for name in self.rounded}
-        device = params[0].device
         steps = torch.empty(len(params), dtype=torch.float32, device="meta")
         #: Where steps are counted.
-        self.home = device if self.captured else torch.device("cpu")
-        self.entries = {"step": Entries.of(steps, steps.unbind(), self.home)}
-        for name, whole in state.items():
-            self.entries[name] = Entries.of(whole, self.parts(whole, params), device)
+        self.home = params[0].device if self.captured else torch.device("cpu")
+        self.entries: dict[str, Entries] = {}
+        self.learn({"step": steps, **state}, params)
         # Which tensors the entries were, and where, when they were last looked at.
         self._seen: list[int] = []
         self._places: list[int] = []
+
+    def learn(self, state: Mapping[str, Tensor], params: Sequence[Tensor]) -> None:
+        """Remember how state is laid out: on a device its strides may follow those of gradients."""
+        for name, whole in state.items():
+            parts = whole.unbind() if name == "step" else self.parts(whole, params)
+            self.entries[name] = Entries.of(whole, parts, self.home if name == "step" else params[0].device)
 
     def params(self, group: Mapping[str, Any]) -> list[Tensor]:
         """The parameters themselves."""
