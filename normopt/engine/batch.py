@@ -76,6 +76,8 @@ class Batch:
             self.steps = self._state.pop("step")
         else:
             self.steps = plan.entries["step"].whole(joined["step"])
+        if self._in_tensors:  # so that the compiled part sees tensors, not how they are found
+            self._state = self.state
         self._read_numbers()
 
     # State ------------------------------------------------------------------------------------------------------------
