@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -331,10 +331,12 @@ class SteepestDescent(Optimizer):
         share(self.param_groups, concluded, found_inf)
 
 
-def _without_autocast() -> ExitStack:
+def _without_autocast() -> AbstractContextManager[Any]:
     """Products and state in the working dtype, also where ``step`` is called under autocast; closures keep theirs."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
     stack = ExitStack()
-    for kind in ("cpu", "cuda", "mps", "xpu") if torch._C._is_any_autocast_enabled() else ():
+    for kind in ("cpu", "cuda", "mps", "xpu"):
         if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
     return stack

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import reduce
 from operator import mul
 from typing import Any
@@ -239,33 +240,33 @@ class Batch:
             past: the gradients at the weights before the last step, for momenta that look back.
         """
         numbers = self.readable(shared)
+        at_previous = None if past is None else lambda: self._gradient_at_previous(past, numbers)
+        return self._context(self.gradient(), self.weights, numbers, at_previous)
 
-        def seen(raw: Tensor, weights: Any, before: Any = None) -> Context:
-            def context(g: Tensor) -> Context:
-                return Context(
-                    g,
-                    raw,
-                    self.number,
-                    self.rate,
-                    self.rule.norm,
-                    weights,
-                    shared=numbers,
-                    shrink=self.shrink,
-                    is_vector=self.is_vector,
-                    past=before,
-                    dtype=self.params[0].dtype,
-                    first=self.first,
-                )
+    def _context(
+        self, raw: Tensor, weights: Callable[[], Tensor], shared: Numbers, past: Callable[[], Tensor] | None = None
+    ) -> Context:
+        context = Context(
+            raw,
+            raw,
+            self.number,
+            self.rate,
+            self.rule.norm,
+            weights,
+            shared=shared,
+            shrink=self.shrink,
+            is_vector=self.is_vector,
+            past=past,
+            dtype=self.params[0].dtype,
+            first=self.first,
+        )
+        for constraint in self.rule.acting("gradient"):
+            context = replace(context, g=constraint.gradient(context.g, context))
+        return context
 
-            found = context(raw)
-            for constraint in self.rule.acting("gradient"):
-                found = context(constraint.gradient(found.g, found))
-            return found
-
-        def at_previous() -> Tensor:
-            return seen(self.gradient(past), lambda: self.state["previous"]).g
-
-        return seen(self.gradient(), self.weights, at_previous if past is not None else None)
+    def _gradient_at_previous(self, gradients: list[Tensor], shared: Numbers) -> Tensor:
+        """The gradient at the weights before the last step, with what constraints add to it there."""
+        return self._context(self.gradient(gradients), lambda: self.state["previous"], shared).g
 
     # Parts, and steps that are taken back -----------------------------------------------------------------------------
 

@@ -152,6 +152,9 @@ class FiniteGuard:
 
     def settle(self, groups: Groups, state: State) -> None:
         """Find out whether the device took the last step; if not, take back its count, and keep the error if any."""
+        self.is_large = self.is_small = False
+        if not self._flags:
+            return
         if capturing():
             self._flags, self._counted = [], []
         culprits = [p for flags in self._flags for p in flags.culprits()]
@@ -164,7 +167,6 @@ class FiniteGuard:
             names = dict.fromkeys(name_of(group, p) for group, p in refusing if id(p) in ids)
             self._refused = message([*names], "that step was left out") if names else ""
         self._flags, self._counted = [], []
-        self.is_large = self.is_small = False
 
     def raise_late(self) -> None:
         """Raise the error of the last step, once."""

@@ -31,11 +31,11 @@ class Names:
         Tensors that nobody has seen in place of those that were given stay without names of their own: a wrapper has
         flattened or partitioned them.
         """
-        keys = [key for key in ALONGSIDE if group.get(key) is not None]
-        params = group["params"]
-        if not keys or len(group[keys[0]]) == len(params):
+        names, params = group.get("param_names"), group["params"]
+        if names is None or len(names) == len(params):
             return
-        grown = len(params) > len(group[keys[0]])
+        keys = [key for key in ALONGSIDE if group.get(key) is not None]
+        grown = len(params) > len(names)
         if not grown and not all(p in self._known for p in params):
             return
         added = [[f"added.{i}", "added to its param group by hand"] for i in range(len(params))]
