@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from normopt.constraints.base import Constraint
 from normopt.engine import loop
@@ -22,13 +23,14 @@ from normopt.engine.checks import (
     check_lr,
     check_numbers,
     check_parameters,
+    check_policy,
     dtype_name,
 )
-from normopt.engine.finite import FiniteGuard, check_capture, watched
-from normopt.engine.kernels import AdamKernel
+from normopt.engine.finite import FiniteGuard, check_capture
 from normopt.engine.look_back import look_back
-from normopt.engine.names import Names
-from normopt.engine.prepare import Plans, adopt, prepared
+from normopt.engine.names import follow_names, learn_names
+from normopt.engine.plan import Plan
+from normopt.engine.prepare import adopt, prepared
 from normopt.engine.schedulers import first_weight
 from normopt.engine.totals import share
 from normopt.ingredient import Stage, nearest
@@ -144,7 +146,7 @@ class SteepestDescent(Optimizer):
         elif geometry is not None or overrides is not None:
             raise ValueError("geometry and overrides need a whole model: pass the module instead of its parameters")
         self.compiles = compile
-        self._names = Names()
+        self._names: MutableMapping[Tensor, list[Any]] = WeakTensorKeyDictionary()
         self._forget_steps()
         fixed = {"lr": lr, "maximize": maximize, "nonfinite": nonfinite, "capturable": capturable, "rule": repr(rule)}
         super().__init__(params, {**fixed, "state_dtype": dtype_name(state_dtype), **numbers})
@@ -154,7 +156,7 @@ class SteepestDescent(Optimizer):
             self.defaults |= {} if weight is None else {"momentum": weight}  # for schedulers that cycle it
 
     def _forget_steps(self) -> None:
-        self._plans: Plans = {}
+        self._plans: dict[int, list[Plan]] = {}
         self._guard = FiniteGuard()
         self._compiled = torch.compile(loop.advance) if self.compiles else loop.advance
 
@@ -162,10 +164,10 @@ class SteepestDescent(Optimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's, which groups that are added later would get
         self.defaults = {**ADDED, **self.defaults}
-        self._names = Names()
+        self._names = WeakTensorKeyDictionary()
         self._forget_steps()
         for group in self.param_groups:
-            self._names.learn(group)
+            learn_names(self._names, group)
             for name, value in {**ADDED, "state_version": VERSION}.items():
                 group.setdefault(name, value)
 
@@ -189,7 +191,7 @@ class SteepestDescent(Optimizer):
         except Exception:
             del self.param_groups[-1]
             raise
-        self._names.learn(group)
+        learn_names(self._names, group)
         for name, value in rule.step_size.init_shared().items():
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             fresh = torch.full((), value, dtype=double(device), device=device)
@@ -239,7 +241,7 @@ class SteepestDescent(Optimizer):
         """Param groups and state as in torch.optim: tensors, numbers, strings, lists and dicts."""
         self._guard.settle(self.param_groups, self.state)
         for group in self.param_groups:
-            self._names.follow(group)
+            follow_names(self._names, group)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -295,38 +297,38 @@ class SteepestDescent(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._names.follow(group)
+            follow_names(self._names, group)
+            check_policy(group["nonfinite"])
             check_gradients(group)
         with _without_autocast():
             found = prepared(self.param_groups, self._plans, self.state, self.defaults, self.compiles)
-            batches = [(batch, loop.kernel_for(batch)) for each in found for batch in each]
-        if not self._guard.may_go([*watched(self.param_groups)], [(b, kernel is not None) for b, kernel in batches]):
+        batches = [batch for each in found for batch in each]
+        if not self._guard.may_go(batches):
             return loss
         adopt(found, self._plans, self.state)
-        past = look_back([batch for batch, _ in batches], self.param_groups, closure)
-        if past and not self._guard.may_go([(b.group, b.params, g) for b, g in past.items() if b.is_watched]):
+        if look_back(batches, self.param_groups, closure) and not self._guard.may_go(batches, again=True):
             return loss
         with _without_autocast():
-            self._move(batches, past)
+            self._move(batches)
         return loss
 
-    def _move(self, batches: list[tuple[Batch, AdamKernel | None]], past: dict[Batch, list[Tensor]]) -> None:
+    def _move(self, batches: list[Batch]) -> None:
         """Run the step. On accelerators it is masked out on the device if a gradient was not finite."""
         found_inf, guard = self._guard.found_inf(), self._guard
-        going: list[loop.Part] = []
-        for batch, kernel in batches:
+        going: list[Batch] = []
+        for batch in batches:
             batch.found_inf = found_inf
             batch.clamps &= not guard.is_small
             guard.note_count(batch)
             if batch.look():
                 continue
             batch.count()
-            if kernel is not None and found_inf is None and not guard.is_large:
-                loop.run_kernel(batch, kernel)
+            if batch.kernel is not None and found_inf is None and not guard.is_large:
+                loop.run_kernel(batch, batch.kernel)
             else:
-                going.append((batch, past.get(batch)))
+                going.append(batch)
         # Where all have kernels nothing is left to compile, and the compiler would skip the function ever after.
-        traced = self.compiles and going and not any(batch.rule.decides_on_host for batch, _ in going)
+        traced = self.compiles and going and not any(batch.rule.decides_on_host for batch in going)
         concluded = (self._compiled if traced else loop.advance)(going)
         share(self.param_groups, concluded, found_inf)
 
