@@ -1,4 +1,4 @@
-"""`python -m benchmarks probes`: every optimizer of the registry passes, and every probe can fail."""
+"""`python -m benchmarks probes`: an optimizer of each family passes (slow: every one), and every probe can fail."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ MISSING = {
     "sharded_step": "sharded parameters are refused by name",
     "compile_fullgraph": "the host reads whether gradients are finite, and the step counter",
 }
+#: One of each file of the zoo, of whom everything is asked. The slow tests ask the others, as `probes --all` does.
+FAMILIES = ("sgd", "lion", "adamw", "lars", "muon", "normuon", "scion", "soap", "scale")
+FAMILIES += ("normalizedsgd", "adamh", "adamp", "prodigy")
 #: Of whom slow questions are asked.
 COMPILED = ("sgd", "adamw", "muon")
 NAMES = [name for name in normopt.list_optimizers() if name not in LEFT_OUT]
@@ -39,12 +42,14 @@ def passes(make: Make, probe: str) -> bool:
 
 
 def questions() -> Iterator[Any]:
-    """Everyone and every probe; those that we fail of one optimizer of each family, those that are slow of three."""
+    """Everyone and every probe; those that we fail of a few optimizers, those that are slow of three."""
     for name in NAMES:
         for probe in PROBES:
             marks = [pytest.mark.xfail(strict=True, reason=MISSING[probe])] if probe in MISSING else []
             if probe in SLOW:
                 marks += [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of the compiler
+            elif name not in FAMILIES and probe not in MISSING:
+                marks += [pytest.mark.slow]
             asked = COMPILED if probe in SLOW else REPRESENTATIVES if probe in MISSING else NAMES
             if name in asked:
                 yield pytest.param(name, probe, marks=marks, id=f"{name}-{probe}")
@@ -53,6 +58,11 @@ def questions() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "probe"), questions())
 def test_ours_pass(name: str, probe: str) -> None:
     assert passes(partial(normopt.create, name), probe)
+
+
+def test_every_family_is_asked() -> None:
+    homes = {name: SteepestDescent.registry[name].__module__ for name in NAMES}
+    assert {homes[name] for name in FAMILIES} == set(homes.values())
 
 
 def test_the_others_say_what_they_need() -> None:
