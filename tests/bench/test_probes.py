@@ -161,7 +161,7 @@ def test_a_sound_optimizer_passes_and_one_fault_is_found(probe: str) -> None:
     assert found
 
 
-#: Prodigy is not among them: at this rate its first steps, 1e-7 of a weight, are lost in float32 too (see test_bounds).
+#: Prodigy is not among them: at this rate its first steps, 1e-7 of a weight, are lost in float32 too (see test_kahan).
 @pytest.mark.parametrize("name", [name for name in REPRESENTATIVES if name != "prodigy"])
 def test_small_updates_survive_with_kahan_summation(name: str) -> None:
     def make(params: Any, **options: Any) -> SteepestDescent:

@@ -19,7 +19,6 @@ from tests.support.written import rms
 
 # torch.optim ---------------------------------------------------------------------------------------------------------
 
-
 TORCH = [
     case("Adam", lr=0.02),
     case("Adam", lr=0.02, weight_decay=0.1),
@@ -52,7 +51,6 @@ def test_torch_optim(ours: Make, reference: Make) -> None:
 
 
 # AdEMAMix ------------------------------------------------------------------------------------------------------------
-
 
 ADEMAMIX = [
     {},

@@ -18,7 +18,6 @@ from tests.support.written import rms
 
 # LARS ----------------------------------------------------------------------------------------------------------------
 
-
 LARS = [
     {"lr": 1.0},
     {"lr": 1.0, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1, "trust_coefficient": 0.02},
@@ -99,7 +98,6 @@ def test_lars_trust_coefficient_of_0_stops_all_but_zeros() -> None:
 
 # LAMB ----------------------------------------------------------------------------------------------------------------
 
-
 LAMB: list[dict[str, Any]] = [
     {},
     {"max_grad_norm": 0.1},
@@ -170,7 +168,6 @@ def test_lamb_is_not_pytorch_optimizers_on_purpose() -> None:
 
 # NovoGrad ------------------------------------------------------------------------------------------------------------
 
-
 NOVOGRAD = [
     {},
     {"betas": (0.8, 0.9), "weight_decay": 0.1},
@@ -193,7 +190,6 @@ def test_novograd_is_pytorch_optimizers(options: dict[str, Any]) -> None:
 
 
 # Without memory ------------------------------------------------------------------------------------------------------
-
 
 NOTHING: dict[str, Any] = {"betas": (0.0, 0.0), "eps": 0.0}
 LIMITS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {

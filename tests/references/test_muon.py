@@ -16,7 +16,6 @@ from tests.support.streams import gradients
 
 # Muon ----------------------------------------------------------------------------------------------------------------
 
-
 MUON = [
     {"lr": 0.02},
     {"lr": 0.02, "nesterov": False, "momentum": 0.8, "weight_decay": 0.5},

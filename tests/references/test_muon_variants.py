@@ -18,7 +18,6 @@ from tests.support.written import EXACT, FLOAT32, State, Written, average, gauss
 
 # NorMuon -------------------------------------------------------------------------------------------------------------
 
-
 NORMUON = [{}, {"momentum": 0.8, "beta2": 0.7, "weight_decay": 0.1}, {"nesterov": False, "ns_steps": 4}]
 
 
@@ -50,7 +49,6 @@ def test_normuon_keeps_the_polar_factors_length_and_evens_out_its_rows(m: int, n
 
 
 # AdaMuon -------------------------------------------------------------------------------------------------------------
-
 
 ADAMUON = [{}, {"momentum": 0.8, "weight_decay": 0.1, "eps": 0.1}, {"nesterov": False, "ns_steps": 4}]
 
@@ -186,7 +184,6 @@ def test_polargrad_is_steepest_descent(m: int, n: int) -> None:
 
 # Dion ----------------------------------------------------------------------------------------------------------------
 
-
 DION = [{}, {"rank_fraction": 0.5}, {"rank_fraction": 0.3, "mu": 0.7, "weight_decay": 0.1}, {"mu": 0.0}]
 
 
@@ -289,7 +286,6 @@ def test_dion_keeps_less_than_adam() -> None:
 
 
 # AuON ----------------------------------------------------------------------------------------------------------------
-
 
 AUON = [{}, {"momentum": 0.8, "weight_decay": 0.1, "gamma": 4.0}]
 

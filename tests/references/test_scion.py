@@ -16,7 +16,6 @@ from tests.support.paths import MATRICES, assert_same_path
 
 # References ----------------------------------------------------------------------------------------------------------
 
-
 SCION = [("column", "COL", {}), ("row", "ROW", {}), ("euclidean", "BIAS", {}), ("Max(scale='fan_in')", "SIGN", {})]
 
 

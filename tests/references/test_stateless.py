@@ -174,7 +174,6 @@ def test_sinkhorn_is_no_duality_map() -> None:
 
 # ARO -----------------------------------------------------------------------------------------------------------------
 
-
 INNER: dict[str, Callable[[Tensor], Tensor]] = {
     "sinkhorn": lambda x: sinkhorn(x, 5),
     "max": torch.sign,

@@ -10,7 +10,6 @@ from normopt.ingredient import Context
 
 WIDE, TALL, SQUARE, VECTOR = (6, 10), (10, 6), (8, 8), (7,)
 
-
 NAMES = ("asgo", "dasgo", "klshampoo", "shampoo", "soap")
 LOOKING = ("klshampoo", "soap")
 

@@ -216,7 +216,6 @@ def test_complement_has_its_dual_norm() -> None:
 
 # Bad arguments -------------------------------------------------------------------------------------------------------
 
-
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a rotation that changes nothing": (lambda: Aligned(Spectral()), "the same in every basis"),
     "memory": (lambda: Aligned(Smoothed(Max())), "no memory"),
