@@ -405,7 +405,9 @@ def test_batches_are_independent_matrices(norm: Norm, scale: Scale, g: Tensor) -
     for name, method in methods(norm).items():
         alone = torch.stack([method(matrix) for matrix in flat])
         together = method(g)
-        assert_close(together, alone.reshape(together.shape), TOL if name == "dualize" else 1e-11)
+        # A projection subtracts what is outside of the ball, of matrices up to a million times as large.
+        tolerance = {"dualize": TOL, "project": 1e-9}.get(name, 1e-11)
+        assert_close(together, alone.reshape(together.shape), tolerance)
 
 
 @each

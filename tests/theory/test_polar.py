@@ -168,9 +168,10 @@ def test_iterations_map_the_singular_values(
 def test_shape_transpose_and_batch(method: str, g: Tensor) -> None:
     p = polar(g, method)
     assert p.shape == g.shape and p.dtype == g.dtype
-    assert_close(polar(g.mT, method), p.mT, 1e-11)
+    # Rounding in the null space grows by the slope at 0: 1828 for Polar Express.
+    assert_close(polar(g.mT, method), p.mT, 1e-10)
     flat = g.reshape(-1, *g.shape[-2:])
-    assert_close(torch.stack([polar(matrix, method) for matrix in flat]).reshape(g.shape), p, 1e-11)
+    assert_close(torch.stack([polar(matrix, method) for matrix in flat]).reshape(g.shape), p, 1e-10)
     # No eps: a power of two is divided out without any rounding.
     assert torch.equal(polar(2.0**-60 * g, method), p)
 
