@@ -6,17 +6,19 @@ import fnmatch
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from normopt.constraints import L2, Constraint, WeightDecay
 from normopt.directions import Smoothed
-from normopt.ingredient import nearest
+from normopt.ingredient import nearest, option
 from normopt.momentum import EMA, Momentum
 from normopt.norms import Column, Euclidean, Max, Row, Spectral
+from normopt.stepsize import Constant, LearningRateFree, StepSize
 from normopt.view import View
 
 #: The roles that are inferred. Users may name their own, in overrides as ``{"role": "expert"}``.
@@ -235,11 +237,23 @@ def _fused(module: nn.Module, key: str, kind: str) -> Role | None:
 #: named, and ``{}`` for the optimizer's own ingredients.
 Geometry = Mapping[str, Any]
 
+
+def adam_ingredients(beta1: float, beta2: float, eps: float = 1e-8) -> dict[str, Any]:
+    """Adam's norm and momentum, for these numbers or options."""
+    return {"norm": Smoothed(Max(), beta2, eps), "momentum": EMA(beta1, bias_correction=True)}
+
+
+def adam_options(betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8) -> dict[str, Any]:
+    """Adam as the options of a param group, its numbers among them."""
+    ingredients = adam_ingredients(option("betas", 0), option("betas", 1), option("eps"))
+    return {**ingredients, "betas": betas, "eps": eps}
+
+
 #: The geometries by name. ``adam``: the max norm everywhere. ``muon``: spectral for hidden matrices, max elsewhere
 #: (with Adam's memory when the optimizer is ``normopt.zoo.Muon``). ``scion``: arXiv 2502.07529, table 3, for one-hot
 #: input. ``modula``: arXiv 2410.21265, where the readout is a linear layer too. ``anthology``: the norms that arXiv
 #: 2409.20325, section 4, recommends, with the RMS -> linf norm for the readout.
-ADAM: Mapping[str, Any] = {"norm": Smoothed(Max(), beta=0.95), "momentum": EMA(0.9, bias_correction=True)}
+ADAM = adam_ingredients(0.9, 0.95)
 GEOMETRIES: dict[str, Geometry] = {
     "adam": {"*": ADAM},
     "muon": {"linear": Spectral(), "conv": Spectral(), "*": ADAM},
@@ -340,6 +354,28 @@ def param_groups(
         }
         for key, options in groups.items()
     ]
+
+
+def vectors_by_adam(
+    groups: Iterable[dict[str, Any]], step_size: StepSize, constraint: tuple[Constraint, ...]
+) -> Iterator[dict[str, Any]]:
+    """A model's param groups, for an optimizer whose direction takes matrices only.
+
+    Vectors and scalars whose group names no norm move by Adam, ``lr`` far or, where the optimizer finds the learning
+    rate, as far as it says. Of the optimizer's constraints they keep weight decay.
+    """
+    decay = tuple(each for each in constraint if isinstance(each, (WeightDecay, L2)))
+    adam = {
+        **adam_options(),
+        "step_size": step_size if isinstance(step_size, LearningRateFree) else Constant(),
+        "constraint": decay,
+    }
+    for group in groups:
+        is_small = [p.ndim < 2 for _, p in group["params"]]
+        for small in [None] if "norm" in group else sorted(set(is_small)):
+            kept = [i for i, each in enumerate(is_small) if small is None or each == small]
+            part = {**group, **{name: [group[name][i] for i in kept] for name in ("params", "reasons")}}
+            yield merged(adam, part) if small else part
 
 
 def entry(table: Geometry, role: str) -> dict[str, Any]:
