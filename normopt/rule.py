@@ -130,7 +130,7 @@ class Rule(Ingredient):
             raise ValueError(
                 f"{name} has shape {shape}, but {self.norm}, which its role {role!r} has been given, is a norm of "
                 f"matrices. Give the role a norm of vectors, geometry={{{role!r}: 'max'}}, or the parameter, "
-                "overrides={name: 'max'}."
+                "overrides={name: {'norm': 'max'}}."
             )
         if len(shape) < 2 and not self.norm.takes_vectors:
             raise ValueError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from normopt.checks import rule_of
 from normopt.constraints import FrankWolfe
-from normopt.ingredient import nearest, option, parse
+from normopt.ingredient import nearest, option
 from normopt.momentum import EMA
 from normopt.norms import Norm, Spectral
 from normopt.polar import Schedule
@@ -100,7 +100,7 @@ class Scion(DeclaredOptimizer):
         """
         if self.state:
             raise RuntimeError("Scion.initialize: weights are drawn before the first step")
-        rules = [cast(Rule, parse(group["rule"])).resolve(group) for group in self.param_groups]
+        rules = [rule_of(group).resolve(group) for group in self.param_groups]
         for rule in rules:
             if not isinstance(rule.norm, Norm) or not hasattr(rule.step_size, "radius"):
                 raise ValueError(f"Scion.initialize: {rule} has no ball to put weights on")
@@ -114,7 +114,7 @@ def _named(name: str, table: Mapping[str, float], role: str) -> dict[str, float]
 
 
 def _initialize(p: Tensor, rule: Rule, generator: torch.Generator | None) -> None:
-    norm, radius = rule.norm, rule.step_size.radius  # type: ignore[attr-defined]
+    norm, radius = rule.norm, getattr(rule.step_size, "radius", 1.0)
     assert isinstance(norm, Norm)
     dtype = torch.promote_types(p.dtype, torch.float32)
     if p.ndim > 1:

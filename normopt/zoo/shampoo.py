@@ -112,13 +112,10 @@ class SOAP(DeclaredOptimizer):
 
     def rule(self) -> Rule:
         check_range(self, "shampoo_beta", self.shampoo_beta, -float("inf"), 1)
-        beta, unbiased = (
-            option("shampoo_beta") if self.shampoo_beta >= 0 else option("betas", 1),
-            option("correct_bias"),
-        )
-        adam = Smoothed(Max(), option("betas", 1), option("eps"), unbiased, eps_at="raw")
-        basis = Eigenbasis(beta, option("precondition_frequency"), self.max_precond_dim, self.precondition_1d)
-        soap = Rotated(adam, basis)
+        beta2, unbiased, often = option("betas", 1), option("correct_bias"), option("precondition_frequency")
+        beta = option("shampoo_beta") if self.shampoo_beta >= 0 else beta2
+        adam = Smoothed(Max(), beta2, option("eps"), unbiased, eps_at="raw")
+        soap = Rotated(adam, Eigenbasis(beta, often, self.max_precond_dim, self.precondition_1d))
         direction = Chain(soap, Euclidean()) if self.normalize_grads else soap
         decay = WeightDecay(option("weight_decay"), after=True)
         return Rule(direction, EMA(option("betas", 0), bias_correction=unbiased), constraint=(decay,))
