@@ -9,6 +9,7 @@ import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -334,6 +335,42 @@ def test_calls_that_do_not_fit_name_the_class() -> None:
 
         class Disordered(DeclaredOptimizer):
             late: int
+
+
+CALLS = """
+from torch import nn
+from normopt import Rule
+from normopt.zoo import Adam, Muon, Prodigy
+from normopt.zoo.base import arg
+from normopt.zoo.matrices import MatrixOptimizer
+
+class Mine(MatrixOptimizer):
+    momentum: float = 0.95
+    quiet: bool = arg(default=False, kw_only=True)
+
+    def rule(self) -> Rule:
+        return Rule()
+
+model = nn.Linear(2, 2)
+Adam(model, 1e-3, (0.9, 0.99), step_size="prodigy", compile=True)
+Muon(model, 1e-3, cautious=True, aux_lr=0.1)
+Mine(model, 0.1, 0.9, quiet=True, overrides={})
+Adam(model, lr="fast")  # wrong
+Prodigy(model, step_size="dual")  # wrong
+Mine(model, momentun=0.5)  # wrong
+Mine(model, 0.1, 0.9, True)  # wrong
+Muon()  # wrong
+"""
+
+
+@pytest.mark.slow
+def test_type_checkers_know_the_constructors(tmp_path: Path) -> None:
+    api = pytest.importorskip("mypy.api")
+    file, root = tmp_path / "calls.py", Path(__file__).parent.parent
+    file.write_text(CALLS)
+    found, _, _ = api.run(["--config-file", str(root / "pyproject.toml"), "--cache-dir", str(tmp_path), str(file)])
+    wrong = {int(line) for line in re.findall(r"calls\.py:(\d+): error", found)}
+    assert wrong == {i for i, line in enumerate(CALLS.splitlines(), 1) if line.endswith("# wrong")}, found
 
 
 def test_they_are_copied_and_pickled() -> None:

@@ -52,8 +52,8 @@ def arg(*, default: Any = P.empty, doc: str = "", kw_only: bool = False) -> Any:
     return Arg(default, doc, kw_only)
 
 
-#: What an argument means in every optimizer that says nothing else of it; the first line of arguments that
-#: ``SteepestDescent`` has too is written in its docstring, and nowhere else.
+#: What an argument means in every optimizer that says nothing else of it. What ``SteepestDescent`` takes too is
+#: documented there, and read from its docstring.
 ARGUMENTS: dict[str, str] = {
     "params": "parameters, param groups or a whole model.",
     "lr": "learning rate.",
@@ -111,8 +111,8 @@ class Declared(SteepestDescent):
     ``rule()``, ``table()`` and ``rest()`` find them on ``self``, and may change them, ``self.beta3 = ...``. Numbers
     that the rule reads by ``option("name")`` go to the param groups, where schedulers can change them. After that no
     argument is kept: param groups are all that there is. Attributes that are no arguments are annotated as ``ClassVar``
-    or not at all, or begin with ``_``. The docstring gets a section on the arguments, and what that of ``table`` says.
-    A class without a rule is abstract, and an ``__init__`` that is written by hand is left as it is.
+    or not at all, or begin with ``_``. To the class's docstring are added the docstring of ``table`` and a section on
+    the arguments. A class without a rule is abstract, and an ``__init__`` that is written by hand is left as it is.
     """
 
     _abstract: ClassVar[bool] = True
