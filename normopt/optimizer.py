@@ -37,7 +37,7 @@ from normopt.ingredient import Stage, nearest
 from normopt.ingredient.view import View
 from normopt.momentum.base import Momentum, NoMomentum
 from normopt.roles.geometries import overlaid
-from normopt.roles.groups import param_groups
+from normopt.roles.groups import param_groups, vectors_by_adam
 from normopt.roles.options import Geometry, entry, with_beta
 from normopt.rule import INGREDIENTS, Rule, rule_of
 from normopt.stepsize.base import StepSize, double
@@ -53,7 +53,8 @@ class SteepestDescent(Optimizer):
 
     Args:
         params: parameters, named parameters or param groups as in torch.optim, or a whole model. Of a model, every
-            parameter gets the ingredients that ``geometry`` gives to its role; of a param group, those that it names
+            parameter gets the ingredients that ``geometry`` gives to its role; vectors and scalars that ``norm`` cannot
+            take, and for which no other is named, move by Adam. Param groups name their own ingredients
             (``{"params": ..., "norm": "max", "lr": 1e-3}``).
         lr: learning rate, a number or a tensor with one entry.
         norm: a norm or another direction, such as ``"spectral"``, ``Column(scale="unit")``, ``Smoothed(Max())``.
@@ -79,8 +80,8 @@ class SteepestDescent(Optimizer):
             rounded up or down at random, so that nothing is lost on average; the same run rounds alike. What must be
             exact stays in float32: bases, matrices of second moments, sums over the whole run. Every group can have
             its own.
-        foreach: taken for torch's sake; tensors are always batched.
-        fused: likewise.
+        foreach: accepted for compatibility with torch.optim; has no effect: tensors are always batched.
+        fused: accepted for compatibility with torch.optim; has no effect.
         capturable: keep step counters on the parameters' device and look at no number, so that ``step`` can be captured
             in a CUDA graph, after a first step outside of it; with ``lr`` as a tensor the schedule is captured too.
             Every param group can have its own, all must have it to be captured. Bad gradients are left out of replayed
@@ -97,8 +98,8 @@ class SteepestDescent(Optimizer):
         TypeError: a param group with an entry that none of its ingredients reads.
     """
 
-    #: What each role of a whole model gets; ``{}`` is the optimizer's own rule.
-    geometry: ClassVar[Geometry] = {"*": {}}
+    #: What ``table`` and ``rest`` said when the optimizer was made.
+    own_table: Geometry
     #: Whether updates run through ``torch.compile``.
     compiles: bool = False
     #: Every subclass by its lower-case name, for :func:`normopt.create`; of two with one name the first.
@@ -106,11 +107,29 @@ class SteepestDescent(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if vars(cls).get("_abstract", False):
+        if cls._is_abstract():
             return
         known = SteepestDescent.registry.setdefault(cls.__name__.lower(), cls)
         if (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__):
             SteepestDescent.registry[cls.__name__.lower()] = cls  # defined anew, as in a notebook
+
+    @classmethod
+    def _is_abstract(cls) -> bool:
+        return bool(vars(cls).get("_abstract", False))
+
+    def table(self) -> Geometry:
+        """What a whole model's roles get, role -> norm or dict of param-group options; ``{}`` is the own rule.
+
+        Roles that it does not name, neither by themselves nor by ``"*"``, get what ``rest`` says.
+        """
+        return {}
+
+    def rest(self) -> dict[str, Any]:
+        """The param-group options of roles that ``table`` does not name; by default the optimizer's own rule.
+
+        Vectors and scalars that the own rule's direction cannot take, and for which no other is named, move by Adam.
+        """
+        return {}
 
     def __init__(
         self,
@@ -141,8 +160,12 @@ class SteepestDescent(Optimizer):
         numbers = {**({"momentum": momentum} if isinstance(momentum, (int, float)) else {}), **(options or {})}
         for name in numbers.keys() - rule.options():
             raise TypeError(f"options: no ingredient of {rule} reads {name!r}; {nearest(name, rule.options())}")
+        self.own_table = {"*": self.rest(), **self.table()}
         if isinstance(params, nn.Module):
-            params = param_groups(params, overlaid(self.geometry, geometry), overrides)
+            params = param_groups(params, overlaid(self.own_table, geometry), overrides)
+            params = (
+                params if rule.norm.takes_vectors else list(vectors_by_adam(params, rule.step_size, rule.constraint))
+            )
         elif geometry is not None or overrides is not None:
             raise ValueError("geometry and overrides need a whole model: pass the module instead of its parameters")
         self.compiles = compile
@@ -173,7 +196,7 @@ class SteepestDescent(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._guard.settle(self.param_groups, self.state)
-        return {**super().__getstate__(), "geometry": self.geometry, "compiles": self.compiles}
+        return {**super().__getstate__(), "own_table": self.own_table, "compiles": self.compiles}
 
     # Param groups ---------------------------------------------------------------------------------------------
 
@@ -207,15 +230,15 @@ class SteepestDescent(Optimizer):
         if "lr_ratio" in group:
             check_lr(self.defaults["lr"])
             group["lr"] = self.defaults["lr"] * group.pop("lr_ratio")
-        own = {name for role in self.geometry for name in entry(self.geometry, role)} if "role" in group else set()
+        own = {name for role in self.own_table for name in entry(self.own_table, role)} if "role" in group else set()
         check_known(group.keys(), rule, self.defaults.keys() | own)
         check_numbers({**self.defaults, **group}, rule)
         return rule
 
     def _check_geometry(self) -> None:
         """Check what the optimizer's own table says of roles that no parameter plays, too."""
-        for role in self.geometry:
-            self._check_group({"role": role, **entry(self.geometry, role)})
+        for role in self.own_table:
+            self._check_group({"role": role, **entry(self.own_table, role)})
 
     def _rule_of(self, group: dict[str, Any]) -> Rule:
         """The optimizer's own rule with the ingredients and bounds that the group names, which are taken out of it."""

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from normopt.ingredient import Ingredient
+from normopt.zoo.base import DeclaredOptimizer, FixedStepOptimizer
+from normopt.zoo.matrices import FixedStepMatrixOptimizer, MatrixOptimizer
 
 ROOT = Path(__file__).parents[2]
 LISTING = Path(__file__).with_name("public_api.txt")
@@ -26,13 +28,16 @@ COMMAND = "PYTHONPATH=. python tests/docs/test_public_api.py > tests/docs/public
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 #: What users import from. A name that several of these have is listed under the first.
-MODULES = ["normopt", "normopt.norms", "normopt.zoo", "normopt.nn"]
+MODULES = ["normopt", "normopt.norms", "normopt.zoo", "normopt.zoo.base", "normopt.zoo.matrices", "normopt.nn"]
 MODULES += ["normopt.integrations", "normopt.polar", "normopt.ingredient"]
 
 #: Modules that a process may load which has nothing but torch and numpy with what these two require.
 RUNTIME = {"normopt", "torch", "torchgen", "functorch", "numpy"}
 RUNTIME |= {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy"}
 RUNTIME |= {"typing_extensions"}
+
+#: What declared optimizers have their common arguments from.
+BASES = (FixedStepOptimizer, DeclaredOptimizer, FixedStepMatrixOptimizer, MatrixOptimizer)
 
 
 # The listing --------------------------------------------------------------------------------------------------------
@@ -49,9 +54,15 @@ def public(module: ModuleType) -> list[str]:
 
 
 def signature(x: Any) -> str:
-    """Arguments and their defaults, without types."""
+    """Arguments and their defaults, without types; those that a declared optimizer only inherits by its base's name."""
     found = inspect.signature(x)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values()]
+    base = next((base for base in x.__mro__[1:] if base in BASES), None) if inspect.isclass(x) else None
+    if base is not None and x not in BASES:
+        inherited = inspect.signature(base).parameters.values()
+        common = {(p.name, p.default) for p in inherited if p.kind is p.KEYWORD_ONLY}
+        bare = [p for p in bare if (p.name, p.default) not in common]
+        bare.append(inspect.Parameter(base.__name__, inspect.Parameter.VAR_KEYWORD))
     return str(found.replace(parameters=bare, return_annotation=inspect.Signature.empty))
 
 
