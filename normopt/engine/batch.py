@@ -95,10 +95,8 @@ class Batch:
         self._check_shapes(state)
         taken = age(state, self.params[0])
         counted = torch.full((len(self.params),), taken, dtype=torch.float32, device=self.plan.home)
-        fresh = self.rule.init_state(self.gather(self.gradients), self.low_precision_weights)
-        laid_out = {"step": counted, **fresh, **{name: fresh[name].to(self.plan.kept) for name in self.plan.rounded}}
-        self.plan.learn(laid_out, self.params)
-        return laid_out
+        fresh = self.rule.init_state(self.plan.gather(self.gradients), self.low_precision_weights)
+        return {"step": counted, **fresh, **{name: fresh[name].to(self.plan.kept) for name in self.plan.rounded}}
 
     def _check_shapes(self, state: State) -> None:
         for name, wanted in self.plan.layouts.items():
@@ -199,17 +197,8 @@ class Batch:
 
     # Gather and scatter -----------------------------------------------------------------------------------------------
 
-    def gather(self, tensors: Iterable[Tensor]) -> Tensor:
-        """One tensor from one like each parameter; it may share memory with them, so it must not be modified."""
-        if self.flat:
-            parts = [tensor.reshape(-1) for tensor in tensors]
-        else:
-            parts = [self.rule.view.apply(tensor) for tensor in tensors]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.to(self.working)
-
     def scatter(self, x: Tensor) -> list[Tensor]:
-        """The inverse of ``gather``: views of ``x`` (or of a copy), one like each parameter."""
+        """The inverse of ``Plan.gather``: views of ``x`` (or of a copy), one like each parameter."""
         if len(self.params) == 1 and x.shape == self.params[0].shape:
             return [x]
         x = x.contiguous() if self.rule.view.split > 1 else x
@@ -219,9 +208,9 @@ class Batch:
     def gradient(self, gradients: Iterable[Tensor] | None = None) -> Tensor:
         """The gradients, or those given, negated where the group maximizes; 0 for a step that must not be taken."""
         if gradients is not None:
-            g = self.gather(gradients)
+            g = self.plan.gather(gradients)
         else:
-            g, self._gathered = self.gather(self.gradients) if self._gathered is None else self._gathered, None
+            g, self._gathered = self.plan.gather(self.gradients) if self._gathered is None else self._gathered, None
         g = g if self.found_inf is None else torch.where(self._found_inf_on(g.device), torch.zeros_like(g), g)
         g = clamped(g) if self.clamps else g
         return g.neg() if self.group["maximize"] else g
@@ -232,7 +221,7 @@ class Batch:
 
     def low_precision_weights(self) -> Tensor:
         """The parameters as they are stored, in float32 or better."""
-        return self.gather(self.params)
+        return self.plan.gather(self.params)
 
     def norm_of_gradient(self) -> float:
         """The Euclidean norm of the gradients, which are gathered now and kept until the step asks for them.
@@ -241,7 +230,7 @@ class Batch:
         """
         if self.kernel is not None:
             return sum(norm.item() for norm in torch._foreach_norm(self.gradients))
-        self._gathered = self.gather(self.gradients)
+        self._gathered = self.plan.gather(self.gradients)
         return norm_on_host(self._gathered)
 
     def context(self, shared: Shared) -> Context:

@@ -96,8 +96,8 @@ class Plan:
         shapes = [rule.view.shape(tuple(p.shape)) for p in params]
         #: How much of the first dimension of a batch belongs to each parameter.
         self.sizes = [p.numel() for p in params] if self.flat else [shape[0] for shape in shapes]
-        rest = () if self.flat else shapes[0][1:]
-        x = torch.empty((sum(self.sizes), *rest), dtype=self.working, device="meta")
+        # As gradients are gathered, but without numbers: strides of state follow theirs.
+        x = self.gather([torch.empty_like(g, device="meta") for g in (p.grad for p in params) if g is not None])
         self.shape = x.shape
         state = rule.init_state(x, lambda: x)
         #: The names of state that is kept in fewer bits than it is computed with.
@@ -106,17 +106,12 @@ class Plan:
         steps = torch.empty(len(params), dtype=torch.float32, device="meta")
         #: Where steps are counted.
         self.home = params[0].device if self.captured else torch.device("cpu")
-        self.layouts: dict[str, _Layout] = {}
-        self.learn({"step": steps, **state}, params)
+        self.layouts = {"step": _Layout.of(steps, steps.unbind(), self.home)}
+        for name, whole in state.items():
+            self.layouts[name] = _Layout.of(whole, self.parts(whole, params), params[0].device)
         # Which tensors the entries were, and where, when they were last looked at.
         self._seen: list[int] = []
         self._places: list[int] = []
-
-    def learn(self, state: Mapping[str, Tensor], params: Sequence[Tensor]) -> None:
-        """Remember how state is laid out: on a device its strides may follow those of gradients."""
-        for name, whole in state.items():
-            parts = whole.unbind() if name == "step" else self.parts(whole, params)
-            self.layouts[name] = _Layout.of(whole, parts, self.home if name == "step" else params[0].device)
 
     def whole(self, name: str, entries: Sequence[Tensor]) -> Tensor:
         """The tensor that each parameter's entries of this name are parts of."""
@@ -170,6 +165,15 @@ class Plan:
             return None
         self._seen, self._places = now, places
         return found
+
+    def gather(self, tensors: Iterable[Tensor]) -> Tensor:
+        """One tensor from one like each parameter; it may share memory with them, so it must not be modified."""
+        if self.flat:
+            parts = [tensor.reshape(-1) for tensor in tensors]
+        else:
+            parts = [self.rule.view.apply(tensor) for tensor in tensors]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.to(self.working)
 
     def parts(self, whole: Tensor, params: Sequence[Tensor]) -> Iterator[Tensor]:
         """Each parameter's part of a state tensor, in the parameter's own shape where the state has one."""

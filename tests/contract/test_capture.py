@@ -19,6 +19,7 @@ import torch
 import normopt
 from normopt import SteepestDescent
 from normopt.engine import finite
+from tests.support.engine import batches
 from tests.support.models import Net
 from tests.support.optimizers import EVERY
 from tests.support.steps import assert_equal, assert_goes_on, give_gradients, run, snapshot, tensors
@@ -133,7 +134,7 @@ def test_only_capturable_steps_are_captured(monkeypatch: pytest.MonkeyPatch) -> 
     assert_equal(snapshot(optimizer), before)
     optimizer.param_groups[0]["capturable"] = True
     run(optimizer, params, 1)
-    assert all(batch.captured for batches in optimizer._batches_of.values() for batch in batches)
+    assert all(batch.captured for batch in batches(optimizer))
     assert optimizer.state[params[0]]["step"] == 2
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.engine import batches
 from tests.support.optimizers import COUPLED, LOCAL, LOOK_BACK, WHOLE, Make, every, everyone
 from tests.support.steps import assert_equal, give_gradients, run, tensors
 
@@ -29,7 +30,7 @@ def test_half_parameters_move_as_their_float32_copies(make: Make, dtype: torch.d
         twin.step()
         for p, q in zip(params, twins, strict=True):
             torch.testing.assert_close(p.detach().float(), q.detach(), rtol=torch.finfo(dtype).eps * 0.501, atol=1e-6)
-    has_kernel = any(batch.kernel for batches in twin._batches_of.values() for batch in batches)
+    has_kernel = any(batch.kernel for batch in batches(twin))
     assert_equal(optimizer.state_dict()["state"], twin.state_dict()["state"], 1e-6 if has_kernel else 0.0)
 
 

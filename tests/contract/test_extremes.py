@@ -24,7 +24,7 @@ from normopt.directions.coordinates import Blocked, Rotated
 from normopt.directions.factored import Factored
 from normopt.directions.smoothed import Smoothed
 from normopt.directions.whitening import KLWhitened
-from normopt.engine import batch
+from normopt.engine import batch, plan
 from normopt.ingredient import Stage
 from normopt.rule import Rule, rule_of
 from normopt.stepsize.fixed import Storm
@@ -347,10 +347,10 @@ def test_only_gradients_whose_squares_may_overflow_are_cut_off(
             optimizer.step()
         return [p.detach() for p in model.parameters()]
 
-    start, cut, real = Net(), [], batch.saturated
-    monkeypatch.setattr(batch, "saturated", lambda g: cut.append(g.shape) or real(g))
+    start, cut, real = Net(), [], batch.clamped
+    monkeypatch.setattr(batch, "clamped", lambda g: cut.append(g.shape) or real(g))
     expected = weights()
     cut.clear()
-    monkeypatch.setattr(batch, "MAX_ENTRIES", 0)  # as for models too large to be gathered beforehand: norms are asked
+    monkeypatch.setattr(plan, "MAX_ENTRIES", 0)  # as for models too large to be gathered beforehand: norms are asked
     torch.testing.assert_close(weights(), expected, rtol=1e-4, atol=1e-6)
     assert bool(cut) == (size > 1e15)

@@ -23,8 +23,8 @@ from normopt import (
     WeightDecay,
     zoo,
 )
-from normopt.engine import kernels as fused
-from normopt.engine.batch import Batch
+from normopt.engine.kernels import AdamKernel, find
+from tests.support.engine import batches
 
 SHAPES: list[tuple[int, ...]] = [(6, 4), (4, 6), (7,), (), (0, 3), (2, 3, 2, 2)]
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -52,13 +52,13 @@ def run(optimizer: SteepestDescent, weights: list[Tensor], steps: range) -> None
 
 
 def kernels(optimizer: SteepestDescent) -> list[Any]:
-    return [batch.kernel for batches in optimizer._batches_of.values() for batch in batches]
+    return [batch.kernel for batch in batches(optimizer)]
 
 
 @pytest.fixture
 def unfused(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Call ``unfused.undo()`` to have kernels again."""
-    monkeypatch.setattr(fused, "kernel_of", lambda batch: None)
+    monkeypatch.setattr(AdamKernel, "takes", lambda *_: False)
     return monkeypatch
 
 
@@ -92,7 +92,7 @@ def test_bounds_that_do_more_have_no_kernel() -> None:
         def update(self, d: Tensor, context: Any) -> Tensor:
             return 2 * d
 
-    assert fused.find(ADAM.bounded(RowBound())) and not fused.find(ADAM.bounded(Watched()))
+    assert find(ADAM.bounded(RowBound())) and not find(ADAM.bounded(Watched()))
 
 
 @pytest.mark.parametrize("lr", [0.03, 0.0, torch.tensor(0.03).double(), torch.tensor(0.0)])
@@ -145,7 +145,7 @@ ADAM = Rule(Smoothed(Max(), 0.9, 1e-8), EMA(0.9, bias_correction=True), Constant
     ids=str,
 )
 def test_which_rules_have_a_kernel(rule: Rule, has: bool) -> None:
-    assert (fused.find(rule) is not None) == has
+    assert (find(rule) is not None) == has
 
 
 @pytest.mark.parametrize("what", ["bfloat16", "strides", "gradient strides", "gradient dtype"])
@@ -171,8 +171,8 @@ def test_muons_other_parameters_move_by_a_kernel() -> None:
     optimizer.step()
     found: dict[bool, set[str]] = {True: set(), False: set()}
     for group in optimizer.param_groups:
-        batches: list[Batch] = optimizer._batches_of[id(group)]
-        found[all(batch.kernel for batch in batches)] |= {group["role"]}
+        own = [batch for batch in batches(optimizer) if batch.group is group]
+        found[all(batch.kernel for batch in own)] |= {group["role"]}
     assert found == {True: {"embedding", "vector", "unembedding"}, False: {"linear"}}
 
 
@@ -211,5 +211,5 @@ def test_numbers_in_tensors_in_tuples_are_read_anew() -> None:
         beta.fill_(value)
         p.grad = torch.ones(3)
         optimizer.step()
-        (batch,) = optimizer._batches_of[id(optimizer.param_groups[0])]
+        (batch,) = batches(optimizer)
         assert float(batch.rule.momentum.beta1) == pytest.approx(value)  # type: ignore[attr-defined]

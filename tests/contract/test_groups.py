@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import normopt
+from normopt.engine import plan
 from tests.support.optimizers import LOCAL, Make, everyone, local, whole
 from tests.support.steps import assert_equal, give_gradients, run, snapshot, tensors
 
@@ -93,7 +93,7 @@ def test_the_order_of_groups_does_not_matter(make: Make) -> None:
 def test_the_size_of_batches_does_not_matter(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for limit in (1 << 22, 50, 1):
-        monkeypatch.setattr(normopt.batch, "MAX_ENTRIES", limit)
+        monkeypatch.setattr(plan, "MAX_ENTRIES", limit)
         params = tensors()
         optimizer = make(params, lr=0.1)
         run(optimizer, params, 3)

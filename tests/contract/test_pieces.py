@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import normopt
 from normopt import SteepestDescent
-from normopt.engine import batch
-from normopt.engine import kernels as fused
+from normopt.engine import kernels, plan
+from tests.support.engine import batches
 
 ELEMENTWISE = [
     "sgd",
@@ -51,12 +51,12 @@ def test_pieces_make_the_same_steps(name: str, monkeypatch: pytest.MonkeyPatch) 
         options = {"weight_decay": 0.1} if name not in ("signum",) else {}
         return normopt.create(name, params, lr=0.1, **options)
 
-    monkeypatch.setattr(fused, "kernel_of", lambda batch: None)
+    monkeypatch.setattr(kernels, "find", lambda rule: None)
     whole, one = run(make)
-    monkeypatch.setattr(batch, "FLAT_ENTRIES", 10)
+    monkeypatch.setattr(plan, "FLAT_ENTRIES", 10)
     parts, several = run(make)
-    (large,) = (b for batches in several._batches_of.values() for b in batches if b.params[0] is parts[0])
-    assert len(large.pieces()) == 7 and large.taken() == 5
+    (large,) = (batch for batch in batches(several) if batch.params[0] is parts[0])
+    assert len(large.chunks()) == 7 and large.taken() == 5
     tolerance = 1e-12 if name in ("prodigy", "dadaptadam") else 0  # their sums are in another order
     for p, q in zip(parts, whole, strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
@@ -65,8 +65,7 @@ def test_pieces_make_the_same_steps(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_not_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "FLAT_ENTRIES", 10)
+    monkeypatch.setattr(plan, "FLAT_ENTRIES", 10)
     for name, options in [("muon", {}), ("prodigy", {"slice_p": 3}), ("novograd", {})]:
         _, optimizer = run(lambda params, n=name, o=options: normopt.create(n, params[:2], lr=0.1, **o), 2, 9)
-        for batches in optimizer._batches_of.values():
-            assert all(len(b.pieces()) == 1 for b in batches), name
+        assert all(len(batch.chunks()) == 1 for batch in batches(optimizer)), name

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import normopt
 from normopt import SteepestDescent
+from normopt.engine import plan
 from normopt.numerics.rounding import stochastically
 from normopt.rule import rule_of
 from tests.support.optimizers import EVERY
@@ -152,7 +153,7 @@ def test_another_dtype_in_mid_run() -> None:
 
 
 def test_pieces_of_one_tensor_are_rounded_each_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(normopt.batch, "FLAT_ENTRIES", 1000)
+    monkeypatch.setattr(plan, "FLAT_ENTRIES", 1000)
     weight = nn.Parameter(torch.zeros(2000, dtype=torch.bfloat16))
     optimizer = normopt.zoo.Lion([{"params": [weight], "bounds": "StochasticRounding()"}], state_dtype="bfloat16")
     for _ in range(2):

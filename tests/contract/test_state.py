@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 import normopt
 from normopt import SteepestDescent, zoo
-from normopt.engine.batch import state_shapes
 from normopt.engine.checkpoint import VERSION
+from normopt.engine.plan import state_shapes
 from normopt.rule import rule_of
 from tests.support.models import Net
 from tests.support.optimizers import EVERY, ZOO

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from normopt.engine import batch
+from normopt.engine import plan
 from tests.support.optimizers import EVERY, Make
 from tests.support.steps import give_gradients, tensors
 
@@ -41,8 +41,8 @@ def peak_of_step(make: Make, matrices: int) -> int:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_temporary_memory_does_not_grow_with_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "MAX_ENTRIES", 1024)
-    monkeypatch.setattr(batch, "FLAT_ENTRIES", 512)
+    monkeypatch.setattr(plan, "MAX_ENTRIES", 1024)
+    monkeypatch.setattr(plan, "FLAT_ENTRIES", 512)
     few, many = (peak_of_step(EVERY[name], matrices) for matrices in (8, 32))
     if name in HOLDS_ALL:
         assert many > 2 * few

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import normopt
+from normopt.engine import finite
 
 DEVICE = "imaginary"
 WAITING = {"_linalg_eigh", "_linalg_svd", "linalg_qr", "linalg_cholesky_ex", "linalg_lstsq"}
@@ -57,7 +58,7 @@ def captured_steps(name: str) -> str:
 
 if __name__ == "__main__":
     _setup_privateuseone_for_python_backend(DEVICE)
-    normopt.finite.capturing = lambda: True
+    finite.capturing = lambda: True
     outcomes = {}
     for name in normopt.list_optimizers():
         with FakeTensorMode():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from normopt import EMA, Max, Prodigy, Smoothed, Spectral, SteepestDescent, zoo
-from normopt.engine import batch
+from normopt.engine import plan
 from tests.support.paths import assert_same_path
 
 SHAPES = [(5, 9), (9, 5), (6, 6)]
@@ -90,7 +90,7 @@ def test_prodigy_of_many_batches_concludes_once(monkeypatch: pytest.MonkeyPatch)
     """However the parameters are cut into batches and groups, all share one d."""
     estimates = []
     for entries in (1 << 22, 1):
-        monkeypatch.setattr(batch, "MAX_ENTRIES", entries)
+        monkeypatch.setattr(plan, "MAX_ENTRIES", entries)
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(3)]
         groups = [{"params": params[:1]}, {"params": params[1:]}] if entries == 1 else params

@@ -13,7 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from normopt.ingredient import parse
 from normopt.numerics import host
 from normopt.numerics.lengths import normalized
-from normopt.polar import FOUR_STEPS, JORDAN, METHODS, POLAR_EXPRESS, SCHEDULES, PolarCoefficients, choose, polar
+from normopt.polar import (
+    FOUR_STEPS,
+    JORDAN,
+    METHODS,
+    POLAR_EXPRESS,
+    SCHEDULES,
+    PolarCoefficients,
+    choose,
+    decompositions,
+    polar,
+)
 from normopt.polar import newton_schulz as iterations
 from normopt.polar.choice import _has_bfloat16
 from normopt.polar.decompositions import exact
@@ -455,7 +465,7 @@ def test_auto_chooses_by_shape_dtype_and_hardware(
     bfloat16: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("normopt.polar.has_bfloat16", lambda kind: bfloat16)
+    monkeypatch.setattr("normopt.polar.choice.has_bfloat16", lambda kind: bfloat16)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         on_cpu = bfloat16 and not small
         assert choose(shape, dtype, "cpu") == (
@@ -474,8 +484,8 @@ def test_auto_does_what_it_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
         for dtype in (None, torch.bfloat16):
             same = polar(g, "gram" if choice.form == "gram" else FOUR_STEPS, dtype=dtype or choice.dtype)
             assert torch.equal(polar(g, "auto", dtype=dtype), same)
-    monkeypatch.setattr("normopt.polar.BFLOAT16_FROM", 0)
-    monkeypatch.setattr("normopt.polar.has_bfloat16", lambda kind: True)
+    monkeypatch.setattr("normopt.polar.choice.BFLOAT16_FROM", 0)
+    monkeypatch.setattr("normopt.polar.choice.has_bfloat16", lambda kind: True)
     g = torch.randn(48, 192)
     assert torch.equal(polar(g, "auto"), polar(g, "gram", dtype=torch.bfloat16))
     assert_close(polar(g[:1], "auto"), g[:1] / g[:1].norm(), 1e-6)
@@ -508,8 +518,8 @@ def test_exact_decomposes_ill_conditioned_matrices_only(
     dtype: torch.dtype, condition: float, falls_back: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decomposed: list[int] = []
-    by_singular_values = iterations._by_singular_values
-    monkeypatch.setattr(iterations, "_by_singular_values", lambda x: decomposed.append(len(x)) or by_singular_values(x))
+    by_singular_values = decompositions._by_singular_values
+    monkeypatch.setattr(decompositions, "_by_singular_values", lambda x: decomposed.append(len(x)) or by_singular_values(x))
     g = torch.stack([from_spectrum(9, 14, spectrum(9, 1 / c)) for c in (1, condition, 1)]).to(dtype)
     p = polar(g, "exact").double()
     assert decomposed == [1] * falls_back
