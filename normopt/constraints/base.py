@@ -9,6 +9,7 @@ from torch import Tensor
 
 from normopt.ingredient.base import Ingredient
 from normopt.ingredient.stage import Context, Direction, Rate
+from normopt.ingredient.traits import overrides
 from normopt.ingredient.view import View
 
 
@@ -64,4 +65,4 @@ class Constraint(Ingredient):
 
     def overrides(self, *methods: str) -> bool:
         """Whether this constraint does anything in one of ``methods``."""
-        return any(getattr(type(self), method) is not getattr(Constraint, method) for method in methods)
+        return overrides(self, Constraint, *methods)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,8 +27,8 @@ class _AlongAxis(Constraint):
         axis: -1 for rows, the default: the weights of one output. -2 for columns: those of one input.
     """
 
-    _abstract: ClassVar[bool] = True
-    place: ClassVar[int] = 1
+    _abstract = True
+    place = 1
     radius: float = 1.0
     axis: int = -1
 

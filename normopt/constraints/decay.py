@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,7 +25,7 @@ class WeightDecay(Constraint):
         ValueError: ``after`` with ``cautious``, or a number out of range.
     """
 
-    reduces: ClassVar[str] = "entry"
+    reduces = "entry"
     weight_decay: float = 0.1
     after: bool = False
     cautious: bool = False
@@ -60,7 +59,7 @@ class L2(Constraint):
         weight_decay: not negative.
     """
 
-    reduces: ClassVar[str] = "entry"
+    reduces = "entry"
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -85,8 +84,8 @@ class FrankWolfe(Constraint):
     where the gradient is larger (``Dual``, ``Sharp``, trust ratios) are refused.
     """
 
-    reduces: ClassVar[str] = "entry"
-    needs_bounded_step: ClassVar[bool] = True
+    reduces = "entry"
+    needs_bounded_step = True
 
     def shrink(self, rate: Rate) -> Rate:
         if (not isinstance(rate, Tensor) or rate.device.type == "cpu") and rate > 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,8 +23,8 @@ class StochasticRounding(Constraint):
     after all other bounds. Weights in other dtypes stay as they are.
     """
 
-    reduces: ClassVar[str] = "entry"
-    place: ClassVar[int] = 2
+    reduces = "entry"
+    place = 2
 
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         if context.dtype != torch.bfloat16:
@@ -44,8 +43,8 @@ class KahanSum(Constraint):
     to half precision. Weights in float32 and more are added up as they are.
     """
 
-    reduces: ClassVar[str] = "entry"
-    place: ClassVar[int] = 2
+    reduces = "entry"
+    place = 2
 
     def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
         return {"compensation": torch.zeros_like(x, dtype=torch.bfloat16)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ class _OfSpectrum(Constraint):
         scale: see :class:`~normopt.norms.Norm`; the default is the RMS -> RMS norm, whose factor is sqrt(out/in).
     """
 
-    _abstract: ClassVar[bool] = True
+    _abstract = True
     radius: float = 1.0
     scale: Scale = "rms"
 
@@ -100,8 +99,8 @@ class SoftSpectralCap(_OfSpectrum):
             Before anything has moved.
     """
 
-    needs_bounded_step: ClassVar[bool] = True
-    decides_on_host: ClassVar[bool] = True
+    needs_bounded_step = True
+    decides_on_host = True
     max_update: float = 1.2
 
     def __post_init__(self) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from normopt.ingredient.registry import get, read
 from normopt.ingredient.stage import Context, Direction, Stage, coarsest, substate
+from normopt.ingredient.traits import like, trait
 from normopt.ingredient.validate import check_range
 from normopt.norms.base import Norm
 from normopt.norms.entrywise import Euclidean
@@ -20,7 +21,7 @@ from normopt.numerics.lengths import axes, euclidean, normalize
 class Identity(Direction):
     """The gradient itself: the Euclidean norm's duality map at its dual norm's length, ``||g|| g / ||g||`` (SGD)."""
 
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    reduces = "entry"
 
     @property
     def cell(self) -> tuple[str, str]:
@@ -42,8 +43,10 @@ class Clipped(Direction):
         radius: of the ball.
     """
 
-    degree: ClassVar[None] = None  # type: ignore[misc]
-    sets_length: ClassVar[bool] = False  # type: ignore[misc]
+    reduces = like("norm")
+    needs_matrix = like("norm")
+    degree = None
+    sets_length = False
     norm: Norm
     radius: float = 1.0
 
@@ -54,16 +57,6 @@ class Clipped(Direction):
     @property
     def decides_on_host(self) -> bool:
         return self.norm.reduces == "matrix"  # decompositions
-
-    @property
-    def reduces(self) -> str:  # type: ignore[override]
-        """That of the norm."""
-        return self.norm.reduces
-
-    @property
-    def needs_matrix(self) -> bool:  # type: ignore[override]
-        """That of the norm."""
-        return self.norm.needs_matrix
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         return self.norm.project(x, self.radius)
@@ -79,9 +72,9 @@ class Decayed(Direction):
         weight_decay: not negative.
     """
 
-    degree: ClassVar[None] = None  # type: ignore[misc]
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
-    sets_length: ClassVar[bool] = False  # type: ignore[misc]
+    degree = None
+    reduces = "entry"
+    sets_length = False
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -107,7 +100,7 @@ class Chain(Direction):
         stages = tuple(get(Stage, stage) for stage in names_or_stages)
         for late in (stage for stage in stages[1:] if stage.looks_first):
             raise ValueError(f"Chain: {late} must come first, because it has to see the first gradient before it moves")
-        for back in (stage for stage in stages if getattr(stage, "looks_back", False)):
+        for back in (stage for stage in stages if stage.looks_back):
             raise ValueError(f"Chain: {back} compares gradients at two points; only a rule's momentum can")
         object.__setattr__(self, "stages", stages)
 
@@ -120,35 +113,35 @@ class Chain(Direction):
     def resolve(self, options: Mapping[str, Any]) -> Chain:
         return Chain(*(stage.resolve(options) for stage in self.stages))
 
-    @property
-    def reduces(self) -> str:  # type: ignore[override]
+    @trait
+    def reduces(self) -> str:
         """The common level of all stages."""
         return coarsest(stage.reduces for stage in self.stages)
 
-    @property
-    def needs_matrix(self) -> bool:  # type: ignore[override]
-        """Whether any stage does."""
+    @trait
+    def needs_matrix(self) -> bool:
+        """Whether any stage works on matrices."""
         return any(stage.needs_matrix for stage in self.stages)
 
     @property
     def takes_vectors(self) -> bool:
-        """Whether all stages do."""
+        """Whether all stages take vectors."""
         return all(stage.takes_vectors for stage in self.stages)
 
     @property
     def cell(self) -> tuple[str, str]:
-        """That of the first direction."""
+        """The cell of the first direction."""
         return next((stage.cell for stage in self.stages if isinstance(stage, Direction)), super().cell)
 
-    @property
-    def degree(self) -> int | None:  # type: ignore[override]
-        """The product of all stages'."""
+    @trait
+    def degree(self) -> int | None:
+        """The product of the stages' degrees."""
         degrees = [stage.degree for stage in self.stages]
         return None if None in degrees else min(degree for degree in degrees if degree is not None)
 
-    @property
-    def looks_first(self) -> bool:  # type: ignore[override]
-        """Whether the first stage does."""
+    @trait
+    def looks_first(self) -> bool:
+        """Whether the first stage initializes its state from the first gradient."""
         return self.stages[0].looks_first
 
     @property
@@ -201,6 +194,7 @@ class Grafted(Direction):
     Source: Agarwal et al., "Disentangling adaptive gradient methods", arXiv 2002.11803.
     """
 
+    degree = like("magnitude")
     direction: Stage
     magnitude: Stage
 
@@ -208,39 +202,34 @@ class Grafted(Direction):
         read(self, "direction", Stage)
         read(self, "magnitude", Stage)
 
-    @property
-    def reduces(self) -> str:  # type: ignore[override]
+    @trait
+    def reduces(self) -> str:
         """The common level of both and of the Frobenius norm."""
         return coarsest(("all", self.direction.reduces, self.magnitude.reduces))
 
-    @property
-    def needs_matrix(self) -> bool:  # type: ignore[override]
-        """Whether either does."""
+    @trait
+    def needs_matrix(self) -> bool:
+        """Whether either works on matrices."""
         return self.direction.needs_matrix or self.magnitude.needs_matrix
 
     @property
     def takes_vectors(self) -> bool:
-        """Whether both do."""
+        """Whether both take vectors."""
         return self.direction.takes_vectors and self.magnitude.takes_vectors
 
     @property
     def cell(self) -> tuple[str, str]:
-        """That of the direction."""
+        """The cell of the direction."""
         return self.direction.cell if isinstance(self.direction, Direction) else super().cell
 
-    @property
-    def degree(self) -> int | None:  # type: ignore[override]
-        """That of the magnitude."""
-        return self.magnitude.degree
-
-    @property
-    def looks_first(self) -> bool:  # type: ignore[override]
-        """Whether either does."""
+    @trait
+    def looks_first(self) -> bool:
+        """Whether either initializes its state from the first gradient."""
         return any(part.looks_first for part in self._parts().values())
 
-    @property
-    def sets_length(self) -> bool:  # type: ignore[override]
-        """Whether the magnitude is another than the input's."""
+    @trait
+    def sets_length(self) -> bool:
+        """False where the magnitude is the input itself."""
         return self.magnitude != Identity()
 
     def _parts(self) -> dict[str, Stage]:

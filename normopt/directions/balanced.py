@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,8 +28,8 @@ class Sinkhorn(Direction):
         iterations: how often both are done.
     """
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    degree: ClassVar[int] = 0  # type: ignore[misc]
+    needs_matrix = True
+    degree = 0
     iterations: int = 5
 
     def __post_init__(self) -> None:
@@ -63,8 +62,8 @@ class CoshScaled(Direction):
         gamma: length of the argument of cosh.
     """
 
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
-    sets_length: ClassVar[bool] = False  # type: ignore[misc]
+    reduces = "all"
+    sets_length = False
     gamma: float = 1.5
 
     def __post_init__(self) -> None:

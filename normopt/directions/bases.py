@@ -58,8 +58,8 @@ class Eigenbasis(Basis):
         vectors: rotate vectors too, matrices with a single row or column among them.
     """
 
-    looks_first: ClassVar[bool] = True
-    decides_on_host: ClassVar[bool] = True
+    looks_first = True
+    decides_on_host = True
     beta: float = 0.95
     frequency: int = 10
     max_dim: int = 10000

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import Context, Direction
+from normopt.ingredient.traits import like
 from normopt.ingredient.validate import check_count
 from normopt.norms.base import Norm
 from normopt.norms.spectral import Spectral
@@ -39,8 +39,10 @@ class Complement(Direction):
         ValueError: the norm changes with the basis, or a number is out of range.
     """
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    decides_on_host: ClassVar[bool] = True
+    cell = like("norm")
+    degree = like("norm")
+    needs_matrix = True
+    decides_on_host = True
     norm: Norm = Spectral()
     protect: int = 1
     iterations: int | None = None
@@ -52,16 +54,6 @@ class Complement(Direction):
             check_count(self, "iterations", self.iterations)
         if not self.norm.rotation_invariant:
             raise ValueError(f"Complement: {self.norm} changes with the basis, and would leave the complement")
-
-    @property
-    def cell(self) -> tuple[str, str]:
-        """That of the norm."""
-        return self.norm.cell
-
-    @property
-    def degree(self) -> int | None:  # type: ignore[override]
-        """That of the norm."""
-        return self.norm.degree
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         m, n = x.shape[-2:]

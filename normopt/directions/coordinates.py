@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,48 +13,29 @@ from normopt.directions.bases import Basis
 from normopt.directions.smoothed import Smoothed
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import ROTATED, Context, Direction, Stage, substate
+from normopt.ingredient.traits import like
 from normopt.ingredient.validate import check_count
 from normopt.numerics.lengths import axes, euclidean
 
 
-class _Elsewhere(Direction):
-    """A direction at work on the matrices in another form; what can be said of the two is the same."""
+class _Wrapper(Direction):
+    """A direction applied to matrices that have been rotated or cut; its traits are those of the direction inside."""
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    needs_matrix = True
+    takes_vectors = like("direction")
+    cell = like("direction")
+    degree = like("direction")
+    looks_first = like("direction")
+    sets_length = like("direction")
     direction: Direction
 
-    @property
-    def takes_vectors(self) -> bool:
-        """That of the direction."""
-        return self.direction.takes_vectors
-
-    @property
-    def cell(self) -> tuple[str, str]:
-        """That of the direction."""
-        return self.direction.cell
-
-    @property
-    def degree(self) -> int | None:  # type: ignore[override]
-        """That of the direction."""
-        return self.direction.degree
-
-    @property
-    def looks_first(self) -> bool:  # type: ignore[override]
-        """That of the direction."""
-        return self.direction.looks_first
-
-    @property
-    def sets_length(self) -> bool:  # type: ignore[override]
-        """That of the direction."""
-        return self.direction.sets_length
-
     def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the direction."""
+        """The root mean square of the direction inside."""
         return self.direction.rms(shape)
 
 
 @dataclass(frozen=True)
-class Rotated(_Elsewhere):
+class Rotated(_Wrapper):
     """A direction in rotated coordinates: ``L direction(L^T x R) R^T`` with orthonormal ``L`` and ``R`` of the basis.
 
     ``Rotated(Smoothed(Max()), Eigenbasis())`` is SOAP: Adam in the eigenbasis of Shampoo's statistics. The basis is
@@ -67,13 +47,14 @@ class Rotated(_Elsewhere):
         basis: which coordinates.
     """
 
+    looks_first = like("basis")
     direction: Direction
     basis: Basis
 
     def __post_init__(self) -> None:
         read(self, "direction", Direction)
         read(self, "basis", Basis)
-        if getattr(self.direction, "rotation_invariant", False):
+        if self.direction.rotation_invariant:
             raise ValueError(f"Rotated: {self.direction} is the same in every basis; leave the rotation out")
         if self.direction.looks_first or _remembers_directions(self.direction):
             raise ValueError(f"Rotated: {self.direction} has a memory of directions, which would have to turn")
@@ -82,11 +63,6 @@ class Rotated(_Elsewhere):
     def cell(self) -> tuple[str, str]:
         """The direction's row, rotated."""
         return self.direction.cell[0], ROTATED
-
-    @property
-    def looks_first(self) -> bool:  # type: ignore[override]
-        """That of the basis."""
-        return self.basis.looks_first
 
     @property
     def averages(self) -> frozenset[str]:
@@ -134,7 +110,7 @@ def _remembers_directions(stage: Stage) -> bool:
 
 
 @dataclass(frozen=True)
-class Blocked(_Elsewhere):
+class Blocked(_Wrapper):
     """A direction for each block of a large matrix: sides longer than ``size`` are cut into equal parts.
 
     Bounds the cost of directions that keep or decompose square matrices (Shampoo's block size). A matrix whose sides
@@ -145,6 +121,7 @@ class Blocked(_Elsewhere):
         size: the longest side of a block.
     """
 
+    averages = like("direction")
     direction: Direction
     size: int = 1024
 
@@ -169,10 +146,6 @@ class Blocked(_Elsewhere):
         """How many parts a side of ``n`` is cut into, and how long each is."""
         parts = max(1, -(-n // self.size))
         return parts, -(-n // parts)
-
-    @property
-    def averages(self) -> frozenset[str]:
-        return self.direction.averages
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return self.direction.init_state(self.cut(x))

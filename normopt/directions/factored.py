@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,8 +27,9 @@ class Factored(Direction):
         eps: the least that is divided by; ``None``: the smallest ``eps`` with ``1 + eps > 1`` in the working dtype.
     """
 
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    reduces = "all"
+    needs_matrix = True
+    takes_vectors = True
     decay: float = -0.8
     eps: float | None = None
 
@@ -37,11 +37,6 @@ class Factored(Direction):
         check_range(self, "decay", self.decay, -1e300, 0, closed=True)
         if self.eps is not None:
             check_range(self, "eps", self.eps, 0, float("inf"))
-
-    @property
-    def takes_vectors(self) -> bool:
-        """Always."""
-        return True
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"row": torch.zeros_like(x[..., :1]), "column": torch.zeros_like(x[..., :1, :])}

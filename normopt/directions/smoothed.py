@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from normopt.ingredient.base import Option
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import SECOND_MOMENT, Context, Direction
+from normopt.ingredient.traits import like
 from normopt.ingredient.validate import check_choice, check_count, check_range
 from normopt.norms.base import Norm
 
@@ -51,7 +51,11 @@ class Smoothed(Direction):
         ValueError: the norm has no second moment, a number is out of range, or options exclude each other.
     """
 
-    squares: ClassVar[bool] = True  # type: ignore[misc]
+    reduces = like("norm")
+    needs_matrix = like("norm")
+    takes_vectors = like("norm", "remembers_vectors")
+    rotation_invariant = like("norm")
+    squares = True
     norm: Norm
     beta: float = 0.999
     eps: float = 1e-8
@@ -83,26 +87,6 @@ class Smoothed(Direction):
             raise ValueError(f"Smoothed: frequency is for norms whose second moments are matrices, not for {self.norm}")
         if self.accumulate == "max" and (self.maximum is True or self.centered is True or self.initial):
             raise ValueError("Smoothed: accumulate='max' starts from 0 and is neither centered nor a maximum besides")
-
-    @property
-    def reduces(self) -> str:  # type: ignore[override]
-        """That of the norm."""
-        return self.norm.reduces
-
-    @property
-    def needs_matrix(self) -> bool:  # type: ignore[override]
-        """That of the norm."""
-        return self.norm.needs_matrix
-
-    @property
-    def takes_vectors(self) -> bool:
-        """Whether the norm remembers them."""
-        return self.norm.remembers_vectors
-
-    @property
-    def rotation_invariant(self) -> bool:
-        """That of the norm."""
-        return self.norm.rotation_invariant
 
     @property
     def cell(self) -> tuple[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,9 +36,9 @@ class LowRank(Direction):
     Memory: ``M``, and ``rank x min(out, in)`` numbers.
     """
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    decides_on_host: ClassVar[bool] = True
-    degree: ClassVar[int] = 0  # type: ignore[misc]
+    needs_matrix = True
+    decides_on_host = True
+    degree = 0
     rank_fraction: float = 1.0
     mu: float = 0.95
 
@@ -110,14 +109,14 @@ class Aligned(Direction):
     Memory: the square of the shorter side.
     """
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    decides_on_host: ClassVar[bool] = True
-    degree: ClassVar[int] = 0  # type: ignore[misc]
+    needs_matrix = True
+    decides_on_host = True
+    degree = 0
     direction: Direction = Sinkhorn()
 
     def __post_init__(self) -> None:
         read(self, "direction", Direction)
-        if getattr(self.direction, "rotation_invariant", False):
+        if self.direction.rotation_invariant:
             raise ValueError(f"Aligned: {self.direction} is the same in every basis; leave the rotation out")
         if self.direction.degree != 0 or self.direction.init_state(torch.zeros(2, 2)):
             raise ValueError(f"Aligned: {self.direction} must have no memory and ignore the length of its input")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -38,9 +37,9 @@ class KLWhitened(Direction):
         init_factor: what all eigenvalues start from.
     """
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    looks_first: ClassVar[bool] = True  # type: ignore[misc]
-    decides_on_host: ClassVar[bool] = True
+    needs_matrix = True
+    looks_first = True
+    decides_on_host = True
     beta: float = 0.98
     eps: float = 1e-8
     frequency: int = 10

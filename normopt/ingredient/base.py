@@ -20,6 +20,7 @@ class Ingredient:
     _classes: ClassVar[dict[str, type[Ingredient]]] = {}
     _parsed: ClassVar[dict[str, Ingredient]] = {}
     _place: ClassVar[str]
+    _abstract: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -35,7 +36,7 @@ class Ingredient:
     def resolve(self: T, options: Mapping[str, Any]) -> T:
         """The same ingredient with every :class:`Option` replaced by its value in ``options`` (a param group)."""
         changes = {name: _resolve(value, options) for name, value in _fields(self) if _options(value)}
-        return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
+        return _replace(self, changes) if changes else self
 
     def options(self) -> frozenset[str]:
         """The names of the param-group options that this ingredient reads."""
@@ -55,12 +56,9 @@ class Ingredient:
         return [each for part in self.parts() for each in (part, *part.every_part())]
 
     def __str__(self) -> str:
-        """The repr without what is left at its default."""
-        shown = [
-            f"{f.name}={_text(value)}"
-            for f, (_, value) in zip(dataclasses.fields(self), _fields(self), strict=True)  # type: ignore[arg-type]
-            if value != f.default
-        ]
+        """The repr without the fields that have their defaults."""
+        defaults = {field.name: field.default for field in _declared(self)}
+        shown = [f"{name}={_text(value)}" for name, value in _fields(self) if value != defaults[name]]
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -92,10 +90,16 @@ def option(name: str, index: int | None = None) -> Any:
     return Option(name, index)
 
 
+def _replace(ingredient: Any, changes: dict[str, Any]) -> Any:
+    return dataclasses.replace(ingredient, **changes)
+
+
+def _declared(ingredient: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(ingredient) if dataclasses.is_dataclass(ingredient) else ()
+
+
 def _fields(ingredient: Ingredient) -> list[tuple[str, Any]]:
-    if not dataclasses.is_dataclass(ingredient):
-        return []
-    return [(field.name, getattr(ingredient, field.name)) for field in dataclasses.fields(ingredient)]
+    return [(field.name, getattr(ingredient, field.name)) for field in _declared(ingredient)]
 
 
 def _parts(value: Any) -> list[Ingredient]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -94,15 +94,20 @@ class Stage(Ingredient):
     end, the others on stacks of matrices of one shape.
     """
 
-    reduces: str = "matrix"
-    #: Whether matrices are what it works on: it needs to know how a tensor with more dimensions is seen as some.
-    needs_matrix: bool = False
-    #: 1 if twice the input gives twice the result, 0 if the result is the same, ``None`` if neither.
-    degree: int | None = 1
-    #: Whether it keeps squares of gradients, which overflow where gradients do not.
-    squares: bool = False
-    #: Whether the first gradient only prepares the state: ``look`` is called, nothing moves, no step is counted.
-    looks_first: bool = False
+    reduces: ClassVar[str] = "matrix"
+    #: Whether it works on matrices: for a tensor with more dimensions a view must then say which matrices it holds.
+    needs_matrix: ClassVar[bool] = False
+    #: Degree of homogeneity: 1 if twice the input gives twice the result, 0 if the result is the same, ``None`` if
+    #: neither.
+    degree: ClassVar[int | None] = 1
+    #: Whether its state holds squares of gradients, which overflow where gradients do not.
+    squares: ClassVar[bool] = False
+    #: Whether the first gradient only initializes the state, as SOAP's does: ``look`` is called, the weights stay, and
+    #: the step is not counted.
+    looks_first: ClassVar[bool] = False
+    #: Whether it compares gradients of one sample at two points: ``context.previous`` is the gradient at the weights
+    #: that its state holds as ``"previous"``. Only the momentum of a rule can; ``step`` then needs a closure.
+    looks_back: ClassVar[bool] = False
 
     @property
     def averages(self) -> frozenset[str]:
@@ -158,8 +163,10 @@ NO_MEMORY, SECOND_MOMENT, ROTATED = "no memory", "second moment", "second moment
 class Direction(Stage):
     """Which direction is steepest: a :class:`Norm`, or an algebra over norms (``normopt.directions``)."""
 
-    #: Whether it decides how long its result is; where not, a chain's length is that of the stage before.
-    sets_length: bool = True
+    #: Whether the length of the result is the direction's own; where not, a chain looks at the stage before.
+    sets_length: ClassVar[bool] = True
+    #: Whether the direction commutes with orthonormal changes of basis of rows and of columns.
+    rotation_invariant: ClassVar[bool] = False
 
     def rms(self, shape: tuple[int, ...]) -> float:
         """The root mean square of an update's entries for a full-rank gradient of ``shape``; ``nan`` if unknown."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -131,7 +130,7 @@ class WarmNesterov(Momentum):
         decay: how fast ``mu`` grows, not negative.
     """
 
-    decides_on_host: ClassVar[bool] = True
+    decides_on_host = True
     beta: float = 0.9
     decay: float = 4e-3
 

@@ -12,10 +12,7 @@ from normopt.ingredient.stage import Context, Stage
 class Momentum(Stage):
     """A gradient in, the gradient to be trusted out, entry by entry; it also serves as a stage of a ``Chain``."""
 
-    reduces: str = "entry"
-    #: Whether it compares gradients of one sample at two points: ``context.previous`` is the gradient at the weights
-    #: that its state holds as ``"previous"``. The optimizer's ``step`` then needs a closure.
-    looks_back: bool = False
+    reduces = "entry"
 
     @property
     def needs(self) -> frozenset[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,8 +27,8 @@ class Recursive(Momentum):
         ValueError: ``beta=None`` without that step size, or a step size that rescales gradients.
     """
 
-    looks_back: ClassVar[bool] = True  # type: ignore[misc]
-    decides_on_host: ClassVar[bool] = True
+    looks_back = True
+    decides_on_host = True
     beta: float | None = 0.9
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient.stage import Context, Direction
+from normopt.ingredient.traits import overrides
 from normopt.ingredient.validate import check_choice
 from normopt.numerics.eigen import Eps
 from normopt.numerics.lengths import _nonzero
@@ -52,12 +53,10 @@ class Norm(Direction):
     """
 
     scale: Scale = "rms"
-    _abstract: ClassVar[bool] = True
-    degree: ClassVar[int] = 0  # type: ignore[misc]
+    _abstract = True
+    degree = 0
     #: False for norms that take vectors and scalars too.
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    #: Whether the norm is the same in any orthonormal basis of rows and of columns.
-    rotation_invariant: ClassVar[bool] = False
+    needs_matrix = True
     #: Whether the second moments are matrices, to whose diagonals ``whiten`` adds ``eps``.
     matrix_memory: ClassVar[bool] = False
 
@@ -70,7 +69,7 @@ class Norm(Direction):
     @property
     def has_memory(self) -> bool:
         """Whether the norm has a ``second_moment``, so that ``Smoothed`` can remember it."""
-        return type(self).second_moment is not Norm.second_moment
+        return overrides(self, Norm, "second_moment")
 
     @property
     def remembers_vectors(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient.registry import read
+from normopt.ingredient.traits import like, trait
 from normopt.ingredient.validate import check_count
 from normopt.norms.base import Norm, Scale
 from normopt.norms.spectral import Spectral
@@ -32,6 +33,9 @@ class PerBlock(Norm):
             by keyword. See :class:`~normopt.norms.Norm`.
     """
 
+    has_memory = like("inner")
+    matrix_memory = like("inner")
+    remembers_vectors = like("inner")
     scale: Scale = field(default="unit", kw_only=True)
     inner: Norm = Spectral()
     rows: int | None = None
@@ -44,24 +48,9 @@ class PerBlock(Norm):
             if getattr(self, name) is not None:
                 check_count(self, name, getattr(self, name))
 
-    @property
-    def has_memory(self) -> bool:
-        """That of the norm of a block."""
-        return self.inner.has_memory
-
-    @property
-    def matrix_memory(self) -> bool:  # type: ignore[override]
-        """That of the norm of a block."""
-        return self.inner.matrix_memory
-
-    @property
-    def remembers_vectors(self) -> bool:
-        """That of the norm of a block."""
-        return self.inner.remembers_vectors
-
-    @property
-    def rotation_invariant(self) -> bool:  # type: ignore[override]
-        """Not if there are blocks."""
+    @trait
+    def rotation_invariant(self) -> bool:
+        """False if the matrix is cut: blocks change with the basis."""
         return self.inner.rotation_invariant and self.rows is None and self.columns is None
 
     def cut(self, x: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from normopt.ingredient.traits import trait
 from normopt.norms.base import SCALES, Norm
 from normopt.numerics.lengths import axes, clip_norm, euclidean, normalize
 
@@ -22,10 +22,10 @@ class Max(Norm):
     Adam's denominator. Scale ``"rms"``: 1.
     """
 
-    needs_matrix: ClassVar[bool] = False  # type: ignore[misc]
+    needs_matrix = False
 
-    @property
-    def reduces(self) -> str:  # type: ignore[override]
+    @trait
+    def reduces(self) -> str:
         """``"entry"``, or ``"all"`` where the scale depends on the shape, which entries laid end to end do not have."""
         return "all" if self.scale in SCALES and self.scale != "unit" else "entry"
 
@@ -64,9 +64,9 @@ class Euclidean(Norm):
     sqrt(numel), the root-mean-square norm.
     """
 
-    needs_matrix: ClassVar[bool] = False  # type: ignore[misc]
-    rotation_invariant: ClassVar[bool] = True
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    needs_matrix = False
+    rotation_invariant = True
+    reduces = "all"
 
     def unit_rms(self, m: int, n: int) -> float:
         return math.sqrt(m * n)

@@ -17,7 +17,7 @@ from normopt.numerics.lengths import clip_norm, euclidean, normalize
 class _Slices(Norm):
     """The largest Euclidean norm of all slices along ``_dim``; the dual norm is their sum."""
 
-    _abstract: ClassVar[bool] = True
+    _abstract = True
     _dim: ClassVar[int]
 
     def unit_norm(self, w: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Column(_Slices):
     in). Scale ``"rms"``: sqrt(out), the l1 -> RMS norm.
     """
 
-    reduces: ClassVar[str] = "column"  # type: ignore[misc]
+    reduces = "column"
     _dim: ClassVar[int] = -2
 
     def unit_rms(self, m: int, n: int) -> float:
@@ -66,7 +66,7 @@ class Row(_Slices):
     ``"rms"``: 1/sqrt(in), the RMS -> linf norm.
     """
 
-    reduces: ClassVar[str] = "row"  # type: ignore[misc]
+    reduces = "row"
     _dim: ClassVar[int] = -1
 
     def unit_rms(self, m: int, n: int) -> float:

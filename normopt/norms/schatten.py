@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,10 +25,10 @@ from normopt.numerics.singular import (
 class UnitarilyInvariant(Norm):
     """A norm of the singular values: the same in any orthonormal basis of rows and of columns."""
 
-    _abstract: ClassVar[bool] = True
-    rotation_invariant: ClassVar[bool] = True
-    reduces: ClassVar[str] = "matrix"  # type: ignore[misc]
-    decides_on_host: ClassVar[bool] = True
+    _abstract = True
+    rotation_invariant = True
+    reduces = "matrix"
+    decides_on_host = True
 
     def unit_rms(self, m: int, n: int) -> float:
         """sqrt(out/in), the RMS -> RMS norm."""

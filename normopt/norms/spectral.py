@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from normopt.ingredient.traits import trait
 from normopt.ingredient.validate import check_choice, check_range
 from normopt.norms.schatten import UnitarilyInvariant
 from normopt.numerics.eigen import Eps, matrix_power
@@ -44,7 +44,7 @@ class Spectral(UnitarilyInvariant):
         exponent: the power of each inverse root in ``whiten``; ``None``: 1/4 for two sides, 1/2 for one.
     """
 
-    matrix_memory: ClassVar[bool] = True
+    matrix_memory = True
     method: str | PolarCoefficients = "polar-express"
     steps: int | None = None
     dtype: str | torch.dtype | None = None
@@ -64,8 +64,8 @@ class Spectral(UnitarilyInvariant):
         if self.exponent is not None:
             check_range(self, "exponent", self.exponent, 0, math.inf)
 
-    @property
-    def decides_on_host(self) -> bool:  # type: ignore[override]
+    @trait
+    def decides_on_host(self) -> bool:
         return self.method == "exact"
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from normopt.ingredient.base import Ingredient
 from normopt.ingredient.stage import Context, Direction, Rate, Stage
+from normopt.ingredient.traits import overrides
 from normopt.numerics.lengths import euclidean
 
 #: The state of the whole optimizer: 0-dimensional tensors by name.
 Shared = dict[str, Tensor]
 
-#: The same as ingredients multiply by it: floats where the host may look, else those tensors.
-Numbers = dict[str, Any]
+#: The same as ingredients read it: floats where reading a tensor's value is free, else the tensors themselves.
+Numbers = Mapping[str, Any]
 
 
 def double(device: torch.device) -> torch.dtype:
@@ -41,9 +42,9 @@ class StepSize(Ingredient):
     """
 
     #: As for stages; ``"entry"`` when one length serves all entries, ``"all"`` when it differs from matrix to matrix.
-    reduces: str = "matrix"
-    #: What the length is multiplied by beside the rate and constants, for people to read.
-    times: str = ""
+    reduces: ClassVar[str] = "matrix"
+    #: What the length is proportional to, beside the learning rate, as ``describe`` and error messages say it.
+    times: ClassVar[str] = ""
     #: Names of numbers that ``conclude`` returns for momenta to read, see ``Momentum.needs``.
     provides: ClassVar[frozenset[str]] = frozenset()
 
@@ -98,7 +99,7 @@ class StepSize(Ingredient):
 
     def overrides(self, method: str) -> bool:
         """Whether this step size does anything in ``method``."""
-        return getattr(type(self), method) is not getattr(StepSize, method)
+        return overrides(self, StepSize, method)
 
 
 def _square(x: Tensor) -> Tensor:

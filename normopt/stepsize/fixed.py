@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ class Constant(StepSize):
         radius: positive; 1 by default.
     """
 
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    reduces = "entry"
     radius: float = 1.0
 
     def __post_init__(self) -> None:
@@ -44,7 +43,7 @@ class InverseTime(StepSize):
         decay: not negative.
     """
 
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    reduces = "entry"
     decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -63,8 +62,8 @@ class Dual(StepSize):
     duality map it is.
     """
 
-    times: ClassVar[str] = "dual norm"  # type: ignore[misc]
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    times = "dual norm"
+    reduces = "entry"
 
     def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
         return {"dual_norm": (x * d).sum()}
@@ -84,8 +83,8 @@ class Sharp(StepSize):
     (arXiv 2505.21799). The dual norm is taken as ``<x, d>`` for each matrix.
     """
 
-    times: ClassVar[str] = "dual norm"  # type: ignore[misc]
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    times = "dual norm"
+    reduces = "all"
 
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
         return torch.sum(x * d, dim=axes(x), keepdim=True) * context.rate
@@ -106,9 +105,9 @@ class Storm(StepSize):
     The sums are in every param group.
     """
 
-    times: ClassVar[str] = "STORM+ rate"  # type: ignore[misc]
-    provides: ClassVar[frozenset[str]] = frozenset({"a"})
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    times = "STORM+ rate"
+    provides = frozenset({"a"})
+    reduces = "entry"
     a0: float = 1.0
     b0: float = 1.0
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from normopt.ingredient.stage import Context, Direction, Rate, Stage
+from normopt.ingredient.traits import trait
 from normopt.ingredient.validate import check_count, check_range
 from normopt.stepsize.base import Numbers, Shared, StepSize, Weighed, double
 
@@ -21,7 +21,7 @@ class LearningRateFree(StepSize):
     The learning rate is then a factor for schedules, 1 at its largest.
     """
 
-    _abstract: ClassVar[bool] = True
+    _abstract = True
     d0: float = 1e-6
     growth_rate: float = float("inf")
     radius: float = 1.0
@@ -95,8 +95,8 @@ class Prodigy(LearningRateFree):
         if self.slice_p > 1 and direction.reduces != "entry":
             raise ValueError(f"slice_p: the dual norm of {direction} is no sum over entries, so it needs slice_p=1")
 
-    @property
-    def reduces(self) -> str:  # type: ignore[override]
+    @trait
+    def reduces(self) -> str:
         """``"entry"``, or ``"all"`` where each tensor is sliced."""
         return "entry" if self.slice_p == 1 else "all"
 
@@ -163,7 +163,7 @@ class DAdaptation(LearningRateFree):
     more application of the direction where it has memory.
     """
 
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    reduces = "entry"
     beta: float = 0.999
 
     def __post_init__(self) -> None:

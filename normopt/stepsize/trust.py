@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ class GradientTrust(StepSize):
         weight_decay: that of the :class:`~normopt.constraints.L2` beside it.
     """
 
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    reduces = "all"
     coefficient: float = 1e-3
     weight_decay: float = 0.0
 
@@ -54,8 +53,8 @@ class TrustRatio(StepSize):
         max_grad_norm: before anything else, all gradients together are shortened to at most this Euclidean norm.
     """
 
-    times: ClassVar[str] = "trust ratio"  # type: ignore[misc]
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    times = "trust ratio"
+    reduces = "all"
     weight_decay: float = 0.0
     always_adapt: bool = True
     clip: float = float("inf")
@@ -98,8 +97,8 @@ class Relative(StepSize):
         eps: the least root mean square, not negative.
     """
 
-    times: ClassVar[str] = "size of the weights"  # type: ignore[misc]
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    times = "size of the weights"
+    reduces = "all"
     eps: float = 1e-3
 
     def __post_init__(self) -> None:
