@@ -10,8 +10,11 @@ from typing import Any
 
 from normopt.ingredient.base import Ingredient, T
 
+#: How many texts ``parse`` remembers: optimizers parse the rules of their param groups at every step.
+MOST_PARSED = 4096
 
-def choices(kind: type[Ingredient]) -> dict[str, type[Ingredient]]:
+
+def choices(kind: type[T]) -> dict[str, type[T]]:
     """The concrete ingredients of a kind by their names, such as ``{"heavy-ball": HeavyBall, ...}``."""
     return {
         _dashed(name): cls
@@ -40,7 +43,7 @@ def _by_name(kind: type[T], name: str) -> T:
     cls = known.get(_dashed(name).replace("_", "-"))
     if cls is None:
         raise ValueError(f"unknown {kind.__name__.lower()} {name!r}; {nearest(name, known)}")
-    return cls()  # type: ignore[return-value]
+    return cls()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -56,15 +59,19 @@ def _dashed(name: str) -> str:
 
 def parse(text: str) -> Ingredient:
     """Rebuild an ingredient from its ``repr``: calls of ingredient names on literals, nothing else is evaluated."""
-    if text not in Ingredient._parsed:
-        try:
-            found = _build(ast.parse(text, mode="eval").body)
-        except SyntaxError as error:
-            raise ValueError(f"cannot read the ingredient {text!r}: {error.msg}") from None
-        if not isinstance(found, Ingredient):
-            raise ValueError(f"cannot read the ingredient {text!r}: it is not the call of one")
-        Ingredient._parsed[text] = found
-    return Ingredient._parsed[text]
+    known = Ingredient._parsed.get(text)
+    if known is not None:
+        return known
+    try:
+        found = _build(ast.parse(text, mode="eval").body)
+    except SyntaxError as error:
+        raise ValueError(f"cannot read the ingredient {text!r}: {error.msg}") from None
+    if not isinstance(found, Ingredient):
+        raise ValueError(f"cannot read the ingredient {text!r}: it is not the call of one")
+    if len(Ingredient._parsed) >= MOST_PARSED:
+        Ingredient._parsed.clear()  # whatever is still in use is parsed again at its next step
+    Ingredient._parsed[text] = found
+    return found
 
 
 def _build(node: ast.expr) -> Any:

@@ -1,5 +1,7 @@
 """QK-clip: keep attention logits below a bound by scaling what makes them (MuonClip)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,8 @@ def record_logits(model: nn.Module, on: bool = True) -> None:
         ValueError: no module of `model` can record logits.
     """
     for module in _attentions(model).values():
-        module.records_logits = on  # type: ignore[assignment]
-        module.max_logits = None  # type: ignore[assignment]
+        module.records_logits = on
+        module.max_logits = None
 
 
 @torch.no_grad()
@@ -47,12 +49,13 @@ def qk_clip_(model: nn.Module, tau: float = 100.0) -> dict[str, Tensor]:
         found[name] = module.max_logits
     for name, largest in found.items():
         exceeds = (largest > tau) & largest.isfinite()
-        attentions[name].scale_logits_(torch.where(exceeds, tau / largest, 1.0))  # type: ignore[operator]
-        attentions[name].max_logits = None  # type: ignore[assignment]
+        attentions[name].scale_logits_(torch.where(exceeds, tau / largest, 1.0))
+        attentions[name].max_logits = None
     return found
 
 
-def _attentions(model: nn.Module) -> dict[str, nn.Module]:
+def _attentions(model: nn.Module) -> dict[str, Any]:
+    """The modules of ``model`` that record logits, by name; a ``ValueError`` if there is none."""
     found = {name: module for name, module in model.named_modules() if hasattr(module, "scale_logits_")}
     if not found:
         raise ValueError(

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from normopt.numerics.host import host_may_look
 
-#: What is added to statistics before a root is taken: a number, or a tensor, whose value nobody waits for.
+#: The error of a decomposition that does not converge.
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+#: What is added to statistics before a root is taken: a number, or a tensor, whose value is never read.
 Eps = float | Tensor
 
 
@@ -65,7 +68,7 @@ def _attempt(a: Tensor) -> tuple[Tensor, Tensor] | None:
     """``torch.linalg.eigh``, which can return NaNs in place of an error where rows are 0; ``None`` in either case."""
     try:
         values, vectors = torch.linalg.eigh(a)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except LinAlgError:
         return None
     return (values, vectors) if bool((values.isfinite() & vectors.isfinite().all(dim=-2)).all()) else None
 

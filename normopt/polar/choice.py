@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,8 +53,8 @@ def _has_bfloat16(kind: str) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if kind == "cpu" else ()
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(has_onednn) and any(getattr(torch.cpu, name, bool)() for name in names)
+    has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
+    return has_onednn() and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 #: The answers so far: a dict, since compilers do not see through functools.cache.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normopt.numerics.eigen import LinAlgError
 from normopt.numerics.lengths import normalized
 
 #: The largest error that eigenvalues of a Gram matrix may cause in an exact polar factor in float64.
@@ -41,7 +42,7 @@ def _by_eigenvalues(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = normalized(x.double())
     try:
         values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except LinAlgError:
         return x.clone(), torch.zeros(x.shape[:-2], dtype=torch.bool, device=x.device)
     allowed = max(ACCURACY, torch.finfo(x.dtype).eps)
     trusted = values[..., 0] * allowed > values[..., -1] * torch.finfo(torch.float64).eps

@@ -48,7 +48,8 @@ def with_beta(momentum: Momentum, beta: float) -> Momentum:
     """The same momentum with another ``beta``; a ``ValueError`` where it has none."""
     if not hasattr(momentum, "beta"):
         raise ValueError(f"momentum={beta!r} has no meaning for {momentum}; give a momentum such as EMA({beta!r})")
-    return replace(momentum, beta=beta)  # type: ignore[type-var]
+    with_field: Any = momentum  # the base class has no fields
+    return replace(with_field, beta=beta)
 
 
 def _options(spec: Any) -> dict[str, Any]:
