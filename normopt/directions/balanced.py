@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from normopt.directions.base import UnitRMS
 from normopt.ingredient.stage import Context, Direction
 from normopt.ingredient.validate import check_count, check_range
-from normopt.norms.entrywise import Euclidean
 from normopt.norms.rows_columns import Column, Row
 from normopt.numerics.lengths import axes, normalize
 
 
 @dataclass(frozen=True)
-class Sinkhorn(Direction):
+class Sinkhorn(UnitRMS):
     """Rows, then columns, brought to a root mean square of 1, again and again (SinkGD, arXiv 2502.06742).
 
     The limit is the one matrix ``D1 x D2``, with positive diagonal ``D1`` and ``D2``, whose rows and columns all have a
@@ -40,14 +39,6 @@ class Sinkhorn(Direction):
         for _ in range(self.iterations):
             x = columns.dualize(rows.dualize(x))
         return x
-
-    def rms(self, shape: tuple[int, ...]) -> float:
-        """1."""
-        return 1.0
-
-    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """``sqrt(numel) ||g||``: the update has root mean square 1."""
-        return Euclidean().dual_norm(g)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from normopt.ingredient.registry import read
 from normopt.ingredient.stage import ROTATED, Context, Direction, Stage, substate
 from normopt.ingredient.traits import like
 from normopt.ingredient.validate import check_count
+from normopt.numerics.blocks import Parts, cut_blocks, join_blocks, of_equal_length
 from normopt.numerics.lengths import axes, euclidean
 
 
@@ -131,21 +132,14 @@ class Blocked(_Wrapper):
 
     def cut(self, x: Tensor) -> Tensor:
         """``x`` of shape ``(..., out, in)`` as blocks ``(..., blocks, out / rows, in / columns)``."""
-        (rows, height), (columns, width) = (self._parts(n) for n in x.shape[-2:])
-        x = torch.nn.functional.pad(x, (0, columns * width - x.shape[-1], 0, rows * height - x.shape[-2]))
-        return x.reshape(*x.shape[:-2], rows, height, columns, width).transpose(-3, -2).flatten(-4, -3)
+        return cut_blocks(x, *self._parts(x.shape))
 
     def join(self, blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of ``cut``; ``shape`` ends in ``(out, in)``."""
-        m, n = shape[-2:]
-        rows, columns = self._parts(m)[0], self._parts(n)[0]
-        whole = blocks.reshape(*blocks.shape[:-3], rows, columns, *blocks.shape[-2:]).transpose(-3, -2)
-        return whole.flatten(-4, -3).flatten(-2, -1)[..., :m, :n]
+        return join_blocks(blocks, shape, *self._parts(shape))
 
-    def _parts(self, n: int) -> tuple[int, int]:
-        """How many parts a side of ``n`` is cut into, and how long each is."""
-        parts = max(1, -(-n // self.size))
-        return parts, -(-n // parts)
+    def _parts(self, shape: tuple[int, ...]) -> tuple[Parts, Parts]:
+        return of_equal_length(shape[-2], self.size), of_equal_length(shape[-1], self.size)
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return self.direction.init_state(self.cut(x))
@@ -162,7 +156,8 @@ class Blocked(_Wrapper):
     def rms(self, shape: tuple[int, ...]) -> float:
         """That of the direction for a block."""
         m, n = shape[-2:] if len(shape) > 1 else (1, *shape)
-        return self.direction.rms((self._parts(m)[1], self._parts(n)[1]))
+        rows, columns = self._parts((m, n))
+        return self.direction.rms((rows.length, columns.length))
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The sum over all blocks."""

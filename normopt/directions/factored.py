@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from normopt.ingredient.stage import Context, Direction
+from normopt.directions.base import UnitRMS
+from normopt.ingredient.stage import Context
 from normopt.ingredient.validate import check_range
-from normopt.norms.entrywise import Euclidean
 
 
 @dataclass(frozen=True)
-class Factored(Direction):
+class Factored(UnitRMS):
     """Adafactor's memory: a column and a row in place of the whole second moment (arXiv 1804.04235).
 
     ``r <- r + t^decay (row means of g^2 - r)``, ``c`` likewise of columns, ``v = r c / mean(r)``, result
@@ -56,11 +55,3 @@ class Factored(Direction):
         if x.shape[-2] > 1:
             size = size * row.div(row.mean(dim=-2, keepdim=True).clamp_(min=eps)).sqrt_()
         return torch.div(x, size.clamp_(min=eps), out=size)
-
-    def rms(self, shape: tuple[int, ...]) -> float:
-        """1."""
-        return 1.0
-
-    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """``sqrt(numel) ||g||``: the update has root mean square 1."""
-        return Euclidean().dual_norm(g)

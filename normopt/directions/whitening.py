@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from normopt.ingredient.stage import Context, Direction
+from normopt.directions.base import UnitRMS
+from normopt.ingredient.stage import Context
 from normopt.ingredient.validate import check_count, check_range
-from normopt.norms.entrywise import Euclidean
 from normopt.numerics.eigen import average_, eigh, gram_matrix, power_iteration_
 
 #: Inverse roots of a factor's eigenvalues do not exceed its size, brought into this interval.
@@ -17,7 +16,7 @@ LARGEST_ROOTS = (10, 4000)
 
 
 @dataclass(frozen=True)
-class KLWhitened(Direction):
+class KLWhitened(UnitRMS):
     """``L^(-1/2) x R^(-1/2)``, where each factor is learnt from gradients that the other has whitened (KL-Shampoo).
 
     ``L <- beta L + (1 - beta) g R^-1 g^T / in`` and ``R <- beta R + (1 - beta) g^T L^-1 g / out``: the Kronecker
@@ -93,14 +92,6 @@ class KLWhitened(Direction):
         average_(state["right_gram"], gram_matrix(from_left, "right") / m, self.beta)
         average_(left, rows, self.beta).clamp_(min=_least(m))
         average_(right, columns, self.beta).clamp_(min=_least(n))
-
-    def rms(self, shape: tuple[int, ...]) -> float:
-        """1: of gradients like those before."""
-        return 1.0
-
-    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """``sqrt(numel) ||g||``: the update has root mean square 1."""
-        return Euclidean().dual_norm(g)
 
 
 def _least(size: int) -> float:

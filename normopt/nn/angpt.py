@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normopt.nn.layers import Attention, SwiGLU
+from normopt.nn.layers import Attention, SwiGLU, mlp_width
 from normopt.nn.normalized import NormalizedTransformer, ResidualBlock
-from normopt.nn.scaled import Scale, check_positive
+from normopt.nn.scaled import Scale, require_positive
 
 BOUND = "RowBound(radius=1.0)"
 SILU_FACTOR = 3.74
@@ -107,12 +107,11 @@ class anGPT(NormalizedTransformer):
         residual_factor: bool = True,
         lerp: bool = True,
     ) -> None:
-        d_ff = 4 * d_model if d_ff is None else d_ff
-        check_positive(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff)
-        check_positive(alpha_init=alpha_init, s_scale=s_scale, logit_init=logit_init)
+        d_ff = mlp_width(d_ff, vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_heads=n_heads)
+        require_positive(alpha_init=alpha_init, s_scale=s_scale, logit_init=logit_init)
         gate_scale = d_model**0.5 if gate_scale is None else gate_scale
         gain_init = (d_model / n_heads) ** 0.5 if gain_init is None else gain_init
-        check_positive(gate_scale=gate_scale, gain_init=gain_init)
+        require_positive(gate_scale=gate_scale, gain_init=gain_init)
         residual = (d_model, alpha_init, s_scale, residual_factor, lerp)
         factors = _cancelling(d_model, n_heads, d_ff) if cancelling_factors else {"attention": {}, "mlp": {}}
         gate = gate_scale * (d_model / d_ff) ** 0.5

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normopt.nn.clip import largest_logits
-from normopt.nn.scaled import Scale, linear
+from normopt.nn.scaled import Scale, linear, require_positive
 
 ROPE_BASE = 10000.0
 
@@ -156,6 +156,13 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_model) to the same shape."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def mlp_width(d_ff: int | None, **sizes: int) -> int:
+    """The width of a model's MLP, by default `4 * d_model`; a `ValueError` unless it and all sizes are positive."""
+    width = 4 * sizes["d_model"] if d_ff is None else d_ff
+    require_positive(**sizes, d_ff=width)
+    return width
 
 
 def _rope_width(d_head: int, fraction: float) -> int:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normopt.nn.layers import Attention, SwiGLU
+from normopt.nn.layers import Attention, SwiGLU, mlp_width
 from normopt.nn.normalized import NormalizedTransformer, ResidualBlock
-from normopt.nn.scaled import Scale, check_positive
+from normopt.nn.scaled import Scale, require_positive
 
 ROWS, COLUMNS = "Sphere(axis=-1)", "Sphere(axis=-2)"
 
@@ -119,10 +119,11 @@ class nGPT(NormalizedTransformer):
         uv_init: float = 1.0,
         logit_init: float = 1.0,
     ) -> None:
-        d_ff = 4 * d_model if d_ff is None else d_ff
-        check_positive(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff)
+        d_ff = mlp_width(d_ff, vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_heads=n_heads)
         base = d_model**-0.5 if base_scale is None else base_scale
-        check_positive(base_scale=base, alpha_init=alpha_init, qk_init=qk_init, uv_init=uv_init, logit_init=logit_init)
+        require_positive(
+            base_scale=base, alpha_init=alpha_init, qk_init=qk_init, uv_init=uv_init, logit_init=logit_init
+        )
         inside = uv_init * d_model**0.5
         blocks = [
             Block(

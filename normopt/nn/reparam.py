@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normopt.nn.scaled import check_positive
+from normopt.nn.scaled import require_positive
 
 _LAYERS = (
     nn.Linear,
@@ -102,7 +102,7 @@ def sigma_reparam(module: nn.Module, gamma_init: float | None = None) -> nn.Modu
         ValueError: no such layer, one whose weight is parametrized already or zero, or gamma_init not positive.
     """
     if gamma_init is not None:
-        check_positive(gamma_init=gamma_init)
+        require_positive(gamma_init=gamma_init)
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _LAYERS)}
     if not layers:
         raise ValueError(f"sigma_reparam: {type(module).__name__} has no linear or convolutional layer")

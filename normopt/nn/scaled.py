@@ -21,7 +21,7 @@ class Scale(nn.Module):
 
     def __init__(self, size: int, init: float = 1.0, scale: float = 1.0) -> None:
         super().__init__()
-        check_positive(init=init, scale=scale)
+        require_positive(init=init, scale=scale)
         self.init, self.scale = init, scale
         self.weight = nn.Parameter(torch.empty(size))
         self.reset_parameters()
@@ -62,7 +62,7 @@ def linear(in_features: int, out_features: int, factor: float | Scale = 1.0) -> 
     return nn.Linear(in_features, out_features, bias=False)
 
 
-def check_positive(**values: float) -> None:
+def require_positive(**values: float) -> None:
     """A `ValueError` that names the first value which is not positive."""
     for name, value in values.items():
         if not value > 0:

@@ -14,6 +14,7 @@ from normopt.ingredient.traits import like, trait
 from normopt.ingredient.validate import check_count
 from normopt.norms.base import Norm, Scale
 from normopt.norms.spectral import Spectral
+from normopt.numerics.blocks import Parts, cut_blocks, join_blocks, of_length
 from normopt.numerics.eigen import Eps
 
 
@@ -55,15 +56,14 @@ class PerBlock(Norm):
 
     def cut(self, x: Tensor) -> Tensor:
         """``x`` of shape ``(..., out, in)`` as blocks ``(..., blocks, rows, columns)``."""
-        (high, height), (wide, width) = _parts(x.shape[-2], self.rows), _parts(x.shape[-1], self.columns)
-        x = torch.nn.functional.pad(x, (0, wide * width - x.shape[-1], 0, high * height - x.shape[-2]))
-        return x.reshape(*x.shape[:-2], high, height, wide, width).transpose(-3, -2).flatten(-4, -3)
+        return cut_blocks(x, *self._parts(x.shape))
 
     def join(self, blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of ``cut`` for a matrix whose ``shape`` ends in ``(out, in)``."""
-        high, wide = _parts(shape[-2], self.rows)[0], _parts(shape[-1], self.columns)[0]
-        whole = blocks.reshape(*blocks.shape[:-3], high, wide, *blocks.shape[-2:]).transpose(-3, -2)
-        return whole.flatten(-4, -3).flatten(-2)[..., : shape[-2], : shape[-1]]
+        return join_blocks(blocks, shape, *self._parts(shape))
+
+    def _parts(self, shape: tuple[int, ...]) -> tuple[Parts, Parts]:
+        return of_length(shape[-2], self.rows), of_length(shape[-1], self.columns)
 
     def unit_rms(self, m: int, n: int) -> float:
         return 1.0
@@ -93,7 +93,7 @@ class PerBlock(Norm):
 
     def unit_update_rms(self, m: int, n: int) -> float:
         """The root of the mean over all blocks, the smaller last ones too."""
-        (high, height), (wide, width) = _parts(m, self.rows), _parts(n, self.columns)
+        (high, height), (wide, width) = self._parts((m, n))
         heights = [height] * (high - 1) + [m - (high - 1) * height]
         widths = [width] * (wide - 1) + [n - (wide - 1) * width]
         squares = sum(self.inner.unit_update_rms(a, b) ** 2 * a * b for a in heights for b in widths)
@@ -106,11 +106,5 @@ class PerBlock(Norm):
     @torch.no_grad()
     def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Every block as the norm of a block does it. Returns ``w``."""
-        blocks = self.cut(torch.empty_like(self._matrix(w), dtype=torch.promote_types(w.dtype, torch.float32)))
-        return w.copy_(self.join(self.inner.initialize_(blocks, generator), w.shape) * self.factor(w.shape))
-
-
-def _parts(n: int, size: int | None) -> tuple[int, int]:
-    """How many parts a side of ``n`` has, and how long each is."""
-    size = max(1, n if size is None else min(size, n))
-    return max(1, -(-n // size)), size
+        each = self.cut(torch.empty_like(self._matrix(w), dtype=torch.promote_types(w.dtype, torch.float32)))
+        return w.copy_(self.join(self.inner.initialize_(each, generator), w.shape) * self.factor(w.shape))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normopt.ingredient.validate import check_count
 from normopt.norms.base import Scale
-from normopt.norms.schatten import UnitarilyInvariant
+from normopt.norms.schatten import UnitarilyInvariant, gaussian_
 from normopt.numerics.singular import map_singular_values, map_spectrum, simplex_shift, singular_values
 
 #: Halvings of an interval, to the last bit of float64.
@@ -61,11 +61,9 @@ class KyFan(UnitarilyInvariant):
         rank = min(m, n) if self.k == 1 else 1 if self.k >= min(m, n) else math.nan
         return math.sqrt(rank / max(m * n, 1))
 
-    @torch.no_grad()
     def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A Gaussian matrix over its norm (the duality map could have rank one). Returns ``w``."""
-        noise = torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32)).normal_(generator=generator)
-        return w.copy_(noise / self.norm(noise)[..., None, None]) if w.numel() else w
+        """Fill ``w`` with a Gaussian matrix over its norm (the duality map could have rank one). Returns ``w``."""
+        return gaussian_(w, self, generator)
 
 
 def _project(s: Tensor, k: int, radius: float) -> Tensor:

@@ -35,6 +35,13 @@ class UnitarilyInvariant(Norm):
         return math.sqrt(m / max(n, 1))
 
 
+@torch.no_grad()
+def gaussian_(w: Tensor, norm: Norm, generator: torch.Generator | None = None) -> Tensor:
+    """Fill ``w`` with a Gaussian matrix divided by its norm, of full rank. Returns ``w``."""
+    noise = torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32)).normal_(generator=generator)
+    return w.copy_(noise / norm.norm(noise)[..., None, None]) if w.numel() else w
+
+
 @dataclass(frozen=True)
 class Nuclear(UnitarilyInvariant):
     """The sum of the singular values, the dual of the spectral norm.
@@ -61,11 +68,9 @@ class Nuclear(UnitarilyInvariant):
     def unit_update_rms(self, m: int, n: int) -> float:
         return 1.0 / math.sqrt(max(m * n, 1))
 
-    @torch.no_grad()
     def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A Gaussian matrix over its norm (the duality map would have rank one). Returns ``w``."""
-        noise = torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32)).normal_(generator=generator)
-        return w.copy_(noise / self.norm(noise)[..., None, None]) if w.numel() else w
+        """Fill ``w`` with a Gaussian matrix over its norm (the duality map would have rank one). Returns ``w``."""
+        return gaussian_(w, self, generator)
 
 
 @dataclass(frozen=True)

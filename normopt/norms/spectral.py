@@ -53,7 +53,7 @@ class Spectral(UnitarilyInvariant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        object.__setattr__(self, "dtype", _name_of_float(self.dtype))
         if isinstance(self.method, str):
             check_choice(self, "method", self.method, METHODS)
         elif not isinstance(self.method, PolarCoefficients):
@@ -122,7 +122,8 @@ class Spectral(UnitarilyInvariant):
         return w.copy_(exact(noise.normal_(generator=generator)) * self.factor(w.shape))
 
 
-def _dtype_name(dtype: object) -> str | None:
+def _name_of_float(dtype: object) -> str | None:
+    """``"bfloat16"`` for ``torch.bfloat16`` or for its name; a ``ValueError`` for what is no dtype for floats."""
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if name is None:
         return None
