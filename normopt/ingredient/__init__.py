@@ -1,4 +1,4 @@
-"""What an ingredient is: found by name, written as text and read back; what it sees of a step."""
+"""What an ingredient is: found by name, written as text and read back; the context that it sees at a step."""
 
 from normopt.ingredient.base import Ingredient, Option, option
 from normopt.ingredient.registry import choices, get, nearest, parse, read

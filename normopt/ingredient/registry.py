@@ -1,4 +1,4 @@
-"""Ingredients by their names, and from their text."""
+"""Ingredients by name, and from text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_PARSED = 4096
 
 
 def choices(kind: type[T]) -> dict[str, type[T]]:
-    """The concrete ingredients of a kind by their names, such as ``{"heavy-ball": HeavyBall, ...}``."""
+    """The concrete ingredients of a kind by name, such as ``{"heavy-ball": HeavyBall, ...}``."""
     return {
         _dashed(name): cls
         for name, cls in Ingredient._classes.items()
@@ -28,7 +28,7 @@ def get(kind: type[T], spec: str | T) -> T:
 
     Raises:
         ValueError: the name is not known; the message holds the nearest one.
-        TypeError: ``spec`` is neither a string nor of that kind.
+        TypeError: ``spec`` is neither a string nor an ingredient of ``kind``.
     """
     found: Any = spec
     if isinstance(spec, str):
@@ -47,18 +47,23 @@ def _by_name(kind: type[T], name: str) -> T:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an error message: the known name most like ``name``, and all of them."""
+    """A hint for an error message: the known name most like ``name``, if one is, and all known names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return (f"did you mean {close[0]!r}? " if close else "") + f"Known: {', '.join(known)}"
 
 
 def _dashed(name: str) -> str:
+    """``"heavy-ball"`` for ``"HeavyBall"``."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
 
 
 def parse(text: str) -> Ingredient:
-    """Rebuild an ingredient from its ``repr``: calls of ingredient names on literals, nothing else is evaluated."""
+    """Rebuild an ingredient from its ``repr``: calls of ingredient classes on literals; nothing else is evaluated.
+
+    Raises:
+        ValueError: ``text`` is not such a call, or names a class or field that is not known.
+    """
     known = Ingredient._parsed.get(text)
     if known is not None:
         return known
@@ -96,7 +101,11 @@ def _build(node: ast.expr) -> Any:
 
 
 def read(owner: Ingredient, name: str, kind: type[Ingredient]) -> None:
-    """Let the field ``name`` be given as :func:`get` takes it, ``Smoothed("max")``; its errors name ``owner`` too."""
+    """In ``__post_init__``: let field ``name`` be given by name or text too, as in ``Smoothed("max")``.
+
+    Raises:
+        ValueError, TypeError: those of :func:`get`; the message begins with the class of ``owner`` and the field.
+    """
     try:
         object.__setattr__(owner, name, get(kind, getattr(owner, name)))
     except (TypeError, ValueError) as error:
