@@ -1,4 +1,4 @@
-"""Directions made of directions: one after the other, one with the length of another, clipped, decayed."""
+"""Directions made of directions: in a chain, one with the length of another, clipped, decayed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Identity(Direction):
 
     @property
     def cell(self) -> tuple[str, str]:
-        """The Euclidean norm's."""
+        """The Euclidean norm's cell."""
         return Euclidean().cell
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
@@ -34,13 +34,13 @@ class Identity(Direction):
 
 @dataclass(frozen=True)
 class Clipped(Direction):
-    """The nearest point of a norm's ball: ``norm.project(x, radius)``.
+    """Clipping to a norm's ball: ``norm.project(x, radius)``, the nearest point of the ball.
 
-    ``Clipped(Euclidean())`` shortens updates to a root mean square of at most 1, as Adafactor does.
+    ``Clipped(Euclidean())`` clips updates to a root mean square of 1, as Adafactor does.
 
     Args:
-        norm: whose ball.
-        radius: of the ball.
+        norm: the norm, or its name.
+        radius: the radius of the ball, not negative.
     """
 
     reduces = like("norm")
@@ -56,7 +56,7 @@ class Clipped(Direction):
 
     @property
     def decides_on_host(self) -> bool:
-        return self.norm.reduces == "matrix"  # decompositions
+        return self.norm.reduces == "matrix"  # such norms project by decompositions, which synchronize
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         return self.norm.project(x, self.radius)
@@ -64,9 +64,9 @@ class Clipped(Direction):
 
 @dataclass(frozen=True)
 class Decayed(Direction):
-    """``x + weight_decay w``: weight decay as a part of the direction, before what comes after it sees the result.
+    """``x + weight_decay w``: weight decay as a stage of a ``Chain``; the next stages and the step size see the sum.
 
-    In a ``Chain``, for methods that average decayed directions (NovoGrad) or measure their length (LAMB).
+    For methods that average the sums (NovoGrad) or measure their length (LAMB).
 
     Args:
         weight_decay: not negative.
@@ -86,10 +86,17 @@ class Decayed(Direction):
 
 @dataclass(frozen=True, init=False, repr=False)
 class Chain(Direction):
-    """Stages one after the other: ``Chain(Row(), Spectral())`` normalizes rows, then takes the polar factor.
+    """Stages applied one after the other: ``Chain(Row(), Spectral())`` normalizes rows, then takes the polar factor.
 
-    The first stage sees the gradient beside the momentum; for each later stage both are what the stage before returned.
-    A :class:`~normopt.momentum.Momentum` is a stage too: ``Chain(Euclidean(), EMA(0.9))`` averages unit gradients.
+    The first stage's input is what momentum returned, and its second moments are taken of the gradient. For each later
+    stage, both are the result of the previous stage. A :class:`~normopt.momentum.Momentum` is a stage too:
+    ``Chain(Euclidean(), EMA(0.9))`` averages unit gradients.
+
+    Args:
+        names_or_stages: norms, directions and momenta, or their names.
+
+    Raises:
+        ValueError: no stage, a stage other than the first with ``looks_first``, or a momentum with ``looks_back``.
     """
 
     stages: tuple[Stage, ...]
@@ -115,7 +122,7 @@ class Chain(Direction):
 
     @trait
     def reduces(self) -> str:
-        """The common level of all stages."""
+        """The coarsest level of the stages, see :func:`coarsest`."""
         return coarsest(stage.reduces for stage in self.stages)
 
     @trait
@@ -167,16 +174,16 @@ class Chain(Direction):
         return x
 
     def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the last direction that sets the length."""
+        """The root mean square of the last direction that sets the length."""
         return self._last()[0].rms(shape)
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """That of the last direction that sets the length."""
+        """The steepness of the last direction that sets the length."""
         last, prefix = self._last()
         return last.steepness(g, substate(state, prefix))
 
     def _last(self) -> tuple[Direction, str]:
-        """The last stage that sets the length, and the prefix of its state; the gradient itself where none does."""
+        """The last direction that sets the length, and the prefix of its state; ``Identity()`` if there is none."""
         for i, stage in reversed([*enumerate(self.stages)]):
             if isinstance(stage, Direction) and stage.sets_length:
                 return stage, f"{i}."
@@ -185,13 +192,14 @@ class Chain(Direction):
 
 @dataclass(frozen=True)
 class Grafted(Direction):
-    """The direction of one, the length of another: ``direction(x) ||magnitude(x)|| / ||direction(x)||`` (Frobenius).
+    """Grafting: one stage's direction, another's length: ``direction(x) ||magnitude(x)|| / ||direction(x)||``.
+
+    Norms are Frobenius norms of each matrix. Source: Agarwal et al., "Disentangling adaptive gradient methods", arXiv
+    2002.11803.
 
     Args:
-        direction: where to go; its length is dropped.
-        magnitude: how far: the Frobenius norm of its result for each matrix.
-
-    Source: Agarwal et al., "Disentangling adaptive gradient methods", arXiv 2002.11803.
+        direction: the stage whose result is rescaled, or its name.
+        magnitude: the stage whose result has the length, or its name.
     """
 
     degree = like("magnitude")
@@ -204,7 +212,7 @@ class Grafted(Direction):
 
     @trait
     def reduces(self) -> str:
-        """The common level of both and of the Frobenius norm."""
+        """The coarsest level of both and of the Frobenius norm, ``"all"``."""
         return coarsest(("all", self.direction.reduces, self.magnitude.reduces))
 
     @trait
@@ -257,11 +265,11 @@ class Grafted(Direction):
         return normalize(d, axes(d)).mul_(euclidean(length, axes(length), keepdim=True))
 
     def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the magnitude."""
+        """The magnitude's root mean square."""
         return self.magnitude.rms(shape) if isinstance(self.magnitude, Direction) else float("nan")
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The Euclidean norm times the magnitude's usual length."""
+        """The Euclidean norm of ``g`` times the usual length of the magnitude, where that is known."""
         size = self.rms(tuple(g.shape[-2:]))
         if size != size:
             return super().steepness(g, state)

@@ -1,4 +1,4 @@
-"""Directions that rescale a gradient without being one norm's duality map: balanced rows and columns, and a brake."""
+"""Directions that rescale a gradient and are no norm's duality map: SinkGD's balancing and AuON's cosh scaling."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from normopt.numerics.lengths import axes, normalize
 
 @dataclass(frozen=True)
 class Sinkhorn(UnitRMS):
-    """Rows, then columns, brought to a root mean square of 1, again and again (SinkGD, arXiv 2502.06742).
+    """Rows, then columns, normalized to a root mean square of 1, repeatedly (SinkGD, arXiv 2502.06742).
 
     The limit is the one matrix ``D1 x D2``, with positive diagonal ``D1`` and ``D2``, whose rows and columns all have a
-    root mean square of 1: Sinkhorn's iteration on the squares of the entries. It alternates the duality maps of two
-    norms, :class:`~normopt.Row` and :class:`~normopt.Column`, and is that of neither. After a finite number of
+    root mean square of 1: Sinkhorn's iteration on the squares of the entries. It alternates the duality maps of
+    :class:`~normopt.Row` and :class:`~normopt.Column`, and is the duality map of neither norm. After a finite number of
     iterations the columns are exact. Rows and columns of zeros stay 0.
 
     Args:
-        iterations: how often both are done.
+        iterations: number of iterations; each normalizes rows and columns once.
     """
 
     needs_matrix = True
@@ -43,14 +43,14 @@ class Sinkhorn(UnitRMS):
 
 @dataclass(frozen=True)
 class CoshScaled(Direction):
-    """``x / rms(cosh(gamma x / ||x||))``, AuON's brake (arXiv 2509.24320).
+    """AuON's scaling: ``x / rms(cosh(gamma x / ||x||))`` (arXiv 2509.24320).
 
-    The brake is nearly inert: since ``cosh^2 = 1 + sinh^2`` and the argument has length ``gamma``, the square of what
-    is divided by lies between ``1 + gamma^2 / size`` and ``1 + sinh(gamma)^2 / size``, which for ``gamma=1.5`` and 128
-    x 128 entries is within 0.03% of 1. What is left is the gradient itself.
+    It hardly changes ``x``: since ``cosh^2 = 1 + sinh^2`` and the argument has length ``gamma``, the square of the
+    divisor lies between ``1 + gamma^2 / size`` and ``1 + sinh(gamma)^2 / size``, which for ``gamma=1.5`` and 128 x 128
+    entries is within 0.03% of 1.
 
     Args:
-        gamma: length of the argument of cosh.
+        gamma: Euclidean length of the argument of cosh, not negative.
     """
 
     reduces = "all"

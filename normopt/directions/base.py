@@ -1,4 +1,4 @@
-"""What several directions share."""
+"""The base of directions whose result has a known size."""
 
 from __future__ import annotations
 

@@ -40,12 +40,16 @@ class Rotated(_Wrapper):
     """A direction in rotated coordinates: ``L direction(L^T x R) R^T`` with orthonormal ``L`` and ``R`` of the basis.
 
     ``Rotated(Smoothed(Max()), Eigenbasis())`` is SOAP: Adam in the eigenbasis of Shampoo's statistics. The basis is
-    learnt from the gradients; after it has changed, the direction's memory, which lives in the old coordinates, is
-    kept as it is, its rows and columns in the order of the new basis.
+    learnt from the gradients. When it changes, the direction's memory is not rotated, as in SOAP: only its rows and
+    columns are put in the order of the new basis.
 
     Args:
-        direction: what happens in the rotated coordinates. Norms that are the same in every basis are refused.
-        basis: which coordinates.
+        direction: the direction, or its name.
+        basis: the basis, or its name.
+
+    Raises:
+        ValueError: the direction is the same in every basis, or has a memory with signs (an average of gradients),
+            which would have to be rotated when the basis changes.
     """
 
     looks_first = like("basis")
@@ -62,7 +66,7 @@ class Rotated(_Wrapper):
 
     @property
     def cell(self) -> tuple[str, str]:
-        """The direction's row, rotated."""
+        """The direction's row of the periodic table, in the column of rotated second moments."""
         return self.direction.cell[0], ROTATED
 
     @property
@@ -89,7 +93,7 @@ class Rotated(_Wrapper):
         return basis.unrotate(self.direction.apply(self._seen(x, state), substate(state, "rotated."), there), state)
 
     def _seen(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """``L^T x R`` without its rounding errors, which divided by those of the memory could be of any size."""
+        """``L^T x R`` without rounding errors, which divided by a second moment near 0 could have any size."""
         turned = self.basis.rotate(x, state)
         if turned is x:
             return x
@@ -97,12 +101,12 @@ class Rotated(_Wrapper):
         return torch.where(turned.abs() > noise, turned, 0.0)
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """That of the direction in the rotated coordinates."""
+        """The direction's steepness in the rotated coordinates."""
         return self.direction.steepness(self.basis.rotate(g, state), substate(state, "rotated."))
 
 
 def _remembers_directions(stage: Stage) -> bool:
-    """Whether a stage's memory has signs: averages of gradients, which turn with the basis; not those of squares."""
+    """Whether a stage's memory has signs: averages of gradients rotate with the basis, averages of squares do not."""
     if isinstance(stage, Chain):
         return any(map(_remembers_directions, stage.stages))
     if isinstance(stage, Grafted):
@@ -112,13 +116,13 @@ def _remembers_directions(stage: Stage) -> bool:
 
 @dataclass(frozen=True)
 class Blocked(_Wrapper):
-    """A direction for each block of a large matrix: sides longer than ``size`` are cut into equal parts.
+    """A direction applied to each block of a large matrix: sides longer than ``size`` are cut into equal parts.
 
     Bounds the cost of directions that keep or decompose square matrices (Shampoo's block size). A matrix whose sides
-    cannot be cut evenly is filled up with zeros.
+    cannot be cut into equal parts is padded with zeros.
 
     Args:
-        direction: what happens in each block.
+        direction: the direction, or its name.
         size: the longest side of a block.
     """
 
@@ -154,11 +158,11 @@ class Blocked(_Wrapper):
         return self.join(self.direction.apply(self.cut(x), state, context.through(self.cut)), x.shape)
 
     def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the direction for a block."""
+        """The direction's root mean square for a block."""
         m, n = shape[-2:] if len(shape) > 1 else (1, *shape)
         rows, columns = self._parts((m, n))
         return self.direction.rms((rows.length, columns.length))
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The sum over all blocks."""
+        """The sum of the direction's steepness over all blocks."""
         return self.direction.steepness(self.cut(g), state).sum(dim=-1)

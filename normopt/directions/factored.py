@@ -1,4 +1,4 @@
-"""Adafactor's second moment: one number a row and one a column."""
+"""Adafactor's factored second moment: one number a row and one a column."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from normopt.ingredient.validate import check_range
 
 @dataclass(frozen=True)
 class Factored(UnitRMS):
-    """Adafactor's memory: a column and a row in place of the whole second moment (arXiv 1804.04235).
+    """Adafactor's second moment: averages of row means and column means of ``g^2`` (arXiv 1804.04235).
 
-    ``r <- r + t^decay (row means of g^2 - r)``, ``c`` likewise of columns, ``v = r c / mean(r)``, result
-    ``x / max(sqrt(v), eps)``. A vector is one row, so that ``v`` is its own second moment. This is no norm's duality
-    map: without memory (``decay=0``) it divides each entry by the sizes of its row and of its column at once, one step
-    of a Sinkhorn iteration.
+    ``r <- r + t^decay (row means of g^2 - r)``, ``c <- c + t^decay (column means of g^2 - c)``, ``v = r c / mean(r)``,
+    result ``x / max(sqrt(v), eps)``. A vector is one row, for which ``v`` is the whole second moment. This is no norm's
+    duality map: without memory (``decay=0``) it divides each entry by the sizes of its row and of its column at once,
+    one step of a Sinkhorn iteration.
 
     Args:
-        decay: exponent of the step number in the weight of the newest gradient, at most 0.
-        eps: the least that is divided by; ``None``: the smallest ``eps`` with ``1 + eps > 1`` in the working dtype.
+        decay: exponent of the step number ``t`` in the weight of the newest gradient, at most 0.
+        eps: the smallest divisor; ``None``: the working dtype's epsilon, ``torch.finfo(dtype).eps``.
     """
 
     reduces = "all"
@@ -42,7 +42,7 @@ class Factored(UnitRMS):
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         square = context.g.square()
-        square.clamp_(max=torch.finfo(square.dtype).max / (2 * max(1, *square.shape[-2:])))  # so that sums are finite
+        square.clamp_(max=torch.finfo(square.dtype).max / (2 * max(1, *square.shape[-2:])))  # keeps the sums finite
         newest = context.step**self.decay
         newest = newest.to(square.dtype) if isinstance(newest, Tensor) else newest
         state["row"].lerp_(square.mean(dim=-1, keepdim=True), newest)

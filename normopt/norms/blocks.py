@@ -22,16 +22,16 @@ from normopt.numerics.eigen import Eps
 class PerBlock(Norm):
     """The largest of a norm over the blocks of a matrix: ``PerBlock(Spectral(), rows=64)`` for heads of 64 rows.
 
-    Dual norm: the sum over all blocks. Duality map and projection: that of each block. Second moment: that of each
-    block, shapes ``(..., blocks, ...)``, where the norm has one. A last block that is smaller is filled up with zeros,
-    and a matrix that is smaller than a block is one.
+    Dual norm: the sum over all blocks. Duality map, projection and second moment: block by block, the second moments
+    with shapes ``(..., blocks, ...)``. A last block that is smaller is padded with zeros, and a matrix that is smaller
+    than a block is one block.
 
     Args:
-        inner: the norm of a block, or its name; it brings its own scale, for the block's shape.
-        rows: the rows of a block; ``None``: all.
-        columns: the columns of a block; ``None``: all.
-        scale: one more factor, of the whole matrix's shape, beside that of ``inner``: ``"unit"`` or ``"rms"`` for none;
-            by keyword. See :class:`~normopt.norms.Norm`.
+        inner: the norm of a block, or its name. Its own scale is for the block's shape.
+        rows: the number of rows of a block; ``None``: all.
+        columns: the number of columns of a block; ``None``: all.
+        scale: a further factor for the shape of the whole matrix: ``"unit"`` or ``"rms"`` for none; by keyword. See
+            :class:`~normopt.norms.Norm`.
     """
 
     has_memory = like("inner")
@@ -81,18 +81,18 @@ class PerBlock(Norm):
         return self.join(self.inner.project(self.cut(w), radius), w.shape)
 
     def second_moment(self, g: Tensor) -> tuple[Tensor, ...]:
-        """Those of all blocks."""
+        """The second moments of all blocks, shapes ``(..., blocks, ...)``."""
         return self.inner.second_moment(self.cut(g))
 
     def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps) -> tuple[Tensor, ...]:
-        """Those of all blocks."""
+        """The roots of all blocks."""
         return self.inner.unit_roots(stats, eps)
 
     def unit_divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
         return self.join(self.inner.divide(self.cut(m), roots, out), m.shape)
 
     def unit_update_rms(self, m: int, n: int) -> float:
-        """The root of the mean over all blocks, the smaller last ones too."""
+        """The root of the mean square over all blocks, of which the last may be smaller."""
         (high, height), (wide, width) = self._parts((m, n))
         heights = [height] * (high - 1) + [m - (high - 1) * height]
         widths = [width] * (wide - 1) + [n - (wide - 1) * width]
@@ -100,11 +100,11 @@ class PerBlock(Norm):
         return math.sqrt(squares / max(m * n, 1)) * self.inner.factor((height, width))
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The sum over all blocks of what the norm of a block says."""
+        """The sum of the steepness of all blocks."""
         return self.inner.steepness(self.cut(g), state).sum(dim=-1) * self.factor(g.shape)
 
     @torch.no_grad()
     def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Every block as the norm of a block does it. Returns ``w``."""
+        """Initialize every block by its norm. Returns ``w``."""
         each = self.cut(torch.empty_like(self._matrix(w), dtype=torch.promote_types(w.dtype, torch.float32)))
         return w.copy_(self.join(self.inner.initialize_(each, generator), w.shape) * self.factor(w.shape))
