@@ -1,4 +1,4 @@
-"""Step sizes that follow the size of the weights."""
+"""Step sizes proportional to the size of the weights: LARS, LAMB, Adafactor."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from normopt.stepsize.base import Numbers, Shared, StepSize, Weighed, _square
 
 @dataclass(frozen=True)
 class GradientTrust(StepSize):
-    """LARS' local rate: each gradient is multiplied by ``coefficient ||w|| / (||g|| + weight_decay ||w||)`` first.
+    """LARS' local rate: each gradient is multiplied by ``coefficient ||w|| / (||g|| + weight_decay ||w||)``.
 
-    Momentum then averages the products, so that a step's length is the rate times the size of the weights. The ratio is
-    1 where weights or gradient are 0; ``g`` is the gradient without L2 (You et al., arXiv 1708.03888).
+    Momentum averages the products, so that the length of a step is the rate times the size of the weights. The factor
+    is 1 where weights or gradient are 0; ``g`` is the gradient without L2 (You et al., arXiv 1708.03888).
 
     Args:
-        coefficient: the trust coefficient.
-        weight_decay: that of the :class:`~normopt.constraints.L2` beside it.
+        coefficient: the trust coefficient, not negative.
+        weight_decay: the weight decay of the rule's :class:`~normopt.constraints.L2`, not negative.
     """
 
     reduces = "all"
@@ -42,15 +42,15 @@ class GradientTrust(StepSize):
 
 @dataclass(frozen=True)
 class TrustRatio(StepSize):
-    """LAMB's trust ratio: a step as long as the rate times the size of the weights, ``||w|| / ||d||`` for each matrix.
+    """LAMB's trust ratio ``||w|| / ||d||`` for each matrix: a step as long as the rate times the size of the weights.
 
-    The ratio is 1 where either is 0 (You et al., arXiv 1904.00962).
+    The ratio is 1 where either norm is 0 (You et al., arXiv 1904.00962).
 
     Args:
-        weight_decay: where it is 0, the ratio is 1 unless ``always_adapt``, as in timm.
-        always_adapt: see above.
-        clip: the largest ratio.
-        max_grad_norm: before anything else, all gradients together are shortened to at most this Euclidean norm.
+        weight_decay: without weight decay the ratio is 1 unless ``always_adapt``, as in timm.
+        always_adapt: use the ratio without weight decay too.
+        clip: the largest ratio, positive.
+        max_grad_norm: all gradients together are first clipped to this Euclidean norm, positive.
     """
 
     times = "trust ratio"
@@ -66,7 +66,7 @@ class TrustRatio(StepSize):
             check_range(self, name, getattr(self, name), 1e-300, float("inf"), closed=True)
 
     def overrides(self, method: str) -> bool:
-        """``survey`` only with a ``max_grad_norm``."""
+        """Whether this step size does anything in ``method``: in ``survey`` only with a ``max_grad_norm``."""
         return super().overrides(method) and (method != "survey" or self.max_grad_norm != float("inf"))
 
     def survey(self, state: dict[str, Tensor], context: Context, shared: Numbers) -> dict[str, Tensor]:
@@ -88,13 +88,13 @@ class TrustRatio(StepSize):
 
 @dataclass(frozen=True)
 class Relative(StepSize):
-    """Adafactor's relative step size: ``min(lr, 1 / sqrt(step))`` times the root mean square of each matrix' weights.
+    """Adafactor's relative step size: ``min(lr, 1 / sqrt(step))`` times the root mean square of each weight matrix.
 
-    Weights smaller than ``eps`` count as ``eps`` (Shazeer & Stern, arXiv 1804.04235, section 8). Constraints see ``lr``
-    itself.
+    A root mean square below ``eps`` counts as ``eps`` (Shazeer & Stern, arXiv 1804.04235, section 8). Constraints see
+    ``lr`` itself.
 
     Args:
-        eps: the least root mean square, not negative.
+        eps: the smallest root mean square, not negative.
     """
 
     times = "size of the weights"
