@@ -67,7 +67,7 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the matrices from N(0, 1/fan_in), those that write to the residual stream smaller by sqrt(2 L).
+        """Draw the matrices from N(0, 1/fan_in); divide those that write to the residual stream by sqrt(2 L).
 
         The embedding is drawn from N(0, 1), the size at which the norms keep the stream.
         """

@@ -14,7 +14,7 @@ from normopt.norms.rows_columns import Column, Row
 from normopt.norms.spectral import Spectral
 from normopt.roles.options import ROLES, Geometry, entry, merged
 
-#: Adam's ingredients as options of a param group.
+#: Adam's ingredients, as options of a param group.
 ADAM: Mapping[str, Any] = {"norm": Smoothed(Max(), beta=0.95), "momentum": EMA(0.9, bias_correction=True)}
 
 #: The geometries by name. ``adam``: the max norm everywhere. ``muon``: spectral for hidden matrices, max elsewhere
@@ -57,14 +57,14 @@ GEOMETRIES: dict[str, Geometry] = {
 def width_scaled(width: int, tuned_at: int, weight_decay: float) -> Geometry:
     """A geometry that takes the learning rate and the decay of one width to another (Fan et al., arXiv 2510.15262).
 
-    Hidden matrices: ``lr * tuned_at / width`` and ``weight_decay * sqrt(width / tuned_at)``, which keeps the largest
-    singular value that AdamW settles at, ``sqrt(lr / weight_decay) width^(3/4)``, what it is. Everything else keeps
-    ``lr`` and is not decayed. ``AdamW(model, lr, geometry=width_scaled(1024, 256, 0.1))``.
+    Hidden matrices: ``lr * tuned_at / width`` and ``weight_decay * sqrt(width / tuned_at)``, under which the largest
+    singular value in AdamW's steady state, ``sqrt(lr / weight_decay) width^(3/4)``, does not change. All other
+    parameters keep ``lr`` and are not decayed. ``AdamW(model, lr, geometry=width_scaled(1024, 256, 0.1))``.
 
     Args:
         width: the model's width.
         tuned_at: the width that learning rate and decay were tuned at.
-        weight_decay: that of hidden matrices at that width.
+        weight_decay: the weight decay of hidden matrices at the width ``tuned_at``.
 
     Raises:
         ValueError: a width that is not positive.
@@ -80,7 +80,7 @@ def overlaid(own: Geometry, given: str | Geometry | None) -> Geometry:
     """The user's geometry laid over the optimizer's own, role by role; its ``"*"`` is for all roles it does not name.
 
     Raises:
-        ValueError: the name of no geometry.
+        ValueError: ``given`` is not the name of a geometry.
     """
     if isinstance(given, str) and given not in GEOMETRIES:
         raise ValueError(f"unknown geometry {given!r}; {nearest(given, GEOMETRIES)}")
