@@ -119,7 +119,7 @@ class Smoothed(Direction):
         return self.frequency > 1 or self.initial == "first" or self.norm.matrix_memory
 
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        kept = _all(state, "root")
+        kept = _named(state, "root")
         roots = kept or self._roots(state, context)
         d = self.norm.divide(x, roots, out=None if kept else roots[0])
         # (s / c^2)^(-1/2) = c s^(-1/2), so the result is multiplied by c; matrices were divided by c^2 in _roots.
@@ -128,7 +128,7 @@ class Smoothed(Direction):
 
     def _refresh(self, state: dict[str, Tensor], context: Context) -> None:
         """Recompute the kept roots: all of them every ``frequency`` steps, before the first time those that are 0."""
-        kept = _all(state, "root")
+        kept = _named(state, "root")
         if context.step % self.frequency == 0:
             for root, new in zip(kept, self._roots(state, context), strict=True):
                 root.copy_(new)
@@ -139,7 +139,7 @@ class Smoothed(Direction):
                     root.copy_(torch.where(each, new, root))
 
     def _remember(self, g: Tensor, state: dict[str, Tensor], context: Context) -> None:
-        stats = _all(state, "second_moment")
+        stats = _named(state, "second_moment")
         if self.accumulate == "max":
             for s, new in zip(stats, self.norm.second_moment(g), strict=True):
                 torch.maximum(s.mul_(self.beta**2), new.sqrt_().add_(self.eps * context.scale).square_(), out=s)
@@ -148,7 +148,7 @@ class Smoothed(Direction):
         if self.initial == "first" and context.step == 1:
             keep, add = 0.0, 1.0
         self.norm.remember_(stats, g, keep, add)
-        for s, largest in zip(stats, _all(state, "max_second_moment"), strict=False):
+        for s, largest in zip(stats, _named(state, "max_second_moment"), strict=False):
             torch.maximum(s, largest, out=largest)
         if self.centered:
             state["mean"].mul_(keep).add_(g, alpha=add)
@@ -160,7 +160,7 @@ class Smoothed(Direction):
 
     def _roots(self, state: dict[str, Tensor], context: Context) -> tuple[Tensor, ...]:
         """The roots of the second moments plus eps; bias-corrected only if the moments are matrices (see ``apply``)."""
-        stats = _all(state, "max_second_moment" if self.maximum else "second_moment")
+        stats = _named(state, "max_second_moment" if self.maximum else "second_moment")
         if self.centered:
             means = self.norm.second_moment(state["mean"])
             stats = tuple(s - mean for s, mean in zip(stats, means, strict=True))
@@ -184,6 +184,6 @@ class Smoothed(Direction):
         return self.norm.steepness(g, state)
 
 
-def _all(state: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
+def _named(state: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
     """The tensors named ``name``, ``name1``, ``name2`` ... in ``state``."""
     return tuple(tensor for key, tensor in state.items() if key.rstrip("0123456789") == name)

@@ -16,8 +16,7 @@ def host_may_look(x: Tensor) -> bool:
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The largest power of two up to each entry of ``x``, positive float32 or float64, and at least the smallest normal
-    number.
+    """The largest power of two up to each entry of positive ``x``, float32 or float64; no denormal number.
 
     Dividing by it does not round: a computation with the quotients gives the same bits as without the division, where
     that does not overflow or underflow.

@@ -114,7 +114,7 @@ class StepSize(Ingredient):
         return overrides(self, StepSize, method)
 
 
-def _square(x: Tensor) -> Tensor:
+def _sum_of_squares(x: Tensor) -> Tensor:
     """The sum of all squares, in the dtype of numbers of the whole optimizer."""
     norm = euclidean(x, tuple(range(x.ndim)))
     return norm.to(double(norm.device)) ** 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from normopt.ingredient.stage import Context, Rate
 from normopt.ingredient.validate import check_range
 from normopt.numerics.lengths import axes
-from normopt.stepsize.base import Numbers, Shared, StepSize, _square
+from normopt.stepsize.base import Numbers, Shared, StepSize, _sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ class Storm(StepSize):
         return {"gradient_squares": 0.0, "average_squares": 0.0}
 
     def survey(self, state: dict[str, Tensor], context: Context, shared: Numbers) -> dict[str, Tensor]:
-        return {"gradients": _square(context.g)}
+        return {"gradients": _sum_of_squares(context.g)}
 
     def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
-        return {"averages": _square(x)}
+        return {"averages": _sum_of_squares(x)}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         if "gradients" in sums:

@@ -55,9 +55,9 @@ class Prodigy(LearningRateFree):
 
     ``d <- max(d, d_coef sum <g, w_0 - w> / dual_norm(sum g))``, where both sums weight each gradient by ``lr d^2``,
     decay at the rate ``beta3``, and run over all tensors. The step is ``lr d``; momentum and second moments average
-    ``d g`` in place of ``g``, so that old gradients keep their relative weight while ``d`` grows. The norm matters only
-    through its dual: for the largest entry it is the l1 norm of Mishchenko & Defazio (arXiv 2306.06101), for the
-    spectral norm the nuclear norm; for several norms it is their sum, the dual of the largest of the norms (Anthology,
+    ``d g`` in place of ``g``, so that the averages need no rescaling when ``d`` grows. The norm matters only through
+    its dual: for the largest entry it is the l1 norm of Mishchenko & Defazio (arXiv 2306.06101), for the spectral norm
+    the nuclear norm; for several norms it is the sum of their duals, the dual of the largest of the norms (Anthology,
     Prop. 7). Without averages and with ``beta3 = 0``, under sign descent, this is the Anthology's escape-velocity rule
     (arXiv 2409.20325, section 3.3).
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from normopt.ingredient.stage import Context, Rate
 from normopt.ingredient.validate import check_range
 from normopt.numerics.lengths import axes, euclidean
-from normopt.stepsize.base import Numbers, Shared, StepSize, Weighed, _square
+from normopt.stepsize.base import Numbers, Shared, StepSize, Weighed, _sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TrustRatio(StepSize):
         return super().overrides(method) and (method != "survey" or self.max_grad_norm != float("inf"))
 
     def survey(self, state: dict[str, Tensor], context: Context, shared: Numbers) -> dict[str, Tensor]:
-        return {"square": _square(context.raw)}
+        return {"square": _sum_of_squares(context.raw)}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         return {"shrink": (self.max_grad_norm / sums["square"].sqrt()).clamp(max=1.0)}
