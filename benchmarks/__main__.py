@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.records import BusyError, WriteError
+from benchmarks.output.records import BusyError, WriteError
 
 DEFAULT_OPTIMIZERS = "adamw,muon,scion,signum"
 MODEL_NAMES = ("gpt", "angpt", "ngpt")
@@ -38,16 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
-    from benchmarks.compare import compare
-    from benchmarks.data import DataError
-    from benchmarks.grid import grid
-    from benchmarks.headline import report
-    from benchmarks.norms import norms
-    from benchmarks.plan import PlanError
-    from benchmarks.polar import benchmark_polar
-    from benchmarks.probes_report import probe_all
-    from benchmarks.step import benchmark_step
-    from benchmarks.sweep import sweep
+    from benchmarks.cost.polar import benchmark_polar
+    from benchmarks.cost.step import benchmark_step
+    from benchmarks.harness import PlanError
+    from benchmarks.language.compare import compare
+    from benchmarks.language.data import DataError
+    from benchmarks.language.grid import grid
+    from benchmarks.language.norms import norms
+    from benchmarks.language.report import report
+    from benchmarks.language.sweep import sweep
+    from benchmarks.probes.command import probe_all
 
     trained = {"compare": compare, "grid": grid, "sweep": sweep, "norms": norms}
     run = {**trained, "report": report, "polar": benchmark_polar, "step": benchmark_step, "probes": probe_all}

@@ -11,35 +11,26 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from normopt.constraints.base import Constraint
-from normopt.engine import finite
-from normopt.engine.batch import Batch, choose, pack, partition
+from normopt.engine import loop
+from normopt.engine.batch import Batch
 from normopt.engine.checkpoint import ADDED, VERSION, accepted, restored, to_home
 from normopt.engine.checks import (
     check_alone,
     check_distinct,
     check_gradients,
-    check_keeping,
     check_known,
     check_lr,
     check_numbers,
     check_parameters,
     dtype_name,
 )
-from normopt.engine.schedulers import first_weight, forward
-from normopt.engine.update import (
-    Concluded,
-    Move,
-    apply,
-    asks,
-    begin,
-    conclude,
-    direct,
-    measure,
-    settle,
-    shared_by,
-    survey,
-    told,
-)
+from normopt.engine.finite import FiniteGuard, check_capture, watched
+from normopt.engine.kernels import AdamKernel
+from normopt.engine.look_back import look_back
+from normopt.engine.names import Names
+from normopt.engine.prepare import Plans, adopt, prepared
+from normopt.engine.schedulers import first_weight
+from normopt.engine.totals import share
 from normopt.ingredient import Stage, nearest
 from normopt.ingredient.view import View
 from normopt.momentum.base import Momentum, NoMomentum
@@ -153,6 +144,7 @@ class SteepestDescent(Optimizer):
         elif geometry is not None or overrides is not None:
             raise ValueError("geometry and overrides need a whole model: pass the module instead of its parameters")
         self.compiles = compile
+        self._names = Names()
         self._forget_steps()
         fixed = {"lr": lr, "maximize": maximize, "nonfinite": nonfinite, "capturable": capturable, "rule": repr(rule)}
         super().__init__(params, {**fixed, "state_dtype": dtype_name(state_dtype), **numbers})
@@ -162,21 +154,23 @@ class SteepestDescent(Optimizer):
             self.defaults |= {} if weight is None else {"momentum": weight}  # for schedulers that cycle it
 
     def _forget_steps(self) -> None:
-        self._batches_of: dict[int, list[Batch]] = {}
-        self._watch = finite.Watch()
-        self._compiled: Callable[..., Concluded] = torch.compile(self._advance) if self.compiles else self._advance
+        self._plans: Plans = {}
+        self._guard = FiniteGuard()
+        self._compiled = torch.compile(loop.advance) if self.compiles else loop.advance
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's, which groups that are added later would get
         self.defaults = {**ADDED, **self.defaults}
+        self._names = Names()
         self._forget_steps()
         for group in self.param_groups:
+            self._names.learn(group)
             for name, value in {**ADDED, "state_version": VERSION}.items():
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._watch.settle()
+        self._guard.settle(self.param_groups, self.state)
         return {**super().__getstate__(), "geometry": self.geometry, "compiles": self.compiles}
 
     # Param groups ---------------------------------------------------------------------------------------------
@@ -195,6 +189,7 @@ class SteepestDescent(Optimizer):
         except Exception:
             del self.param_groups[-1]
             raise
+        self._names.learn(group)
         for name, value in rule.step_size.init_shared().items():
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             fresh = torch.full((), value, dtype=double(device), device=device)
@@ -242,7 +237,9 @@ class SteepestDescent(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Param groups and state as in torch.optim: tensors, numbers, strings, lists and dicts."""
-        self._watch.settle()
+        self._guard.settle(self.param_groups, self.state)
+        for group in self.param_groups:
+            self._names.follow(group)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -265,7 +262,7 @@ class SteepestDescent(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        self._watch = finite.Watch()
+        self._guard = FiniteGuard()
         for mine, saved in zip(self.param_groups, given["param_groups"], strict=True):
             to_home(mine)
             for p, key in zip(mine["params"], saved["params"], strict=True):
@@ -283,12 +280,14 @@ class SteepestDescent(Optimizer):
         must see the same sample: fresh batches, dropout and running statistics are the caller's duty, and gradients of
         parameters that are not in this optimizer are computed twice.
 
+        What ``state`` holds now is what the step uses, however it got there.
+
         Raises:
             ValueError: no closure for a momentum that looks back, or a gradient that cannot be used; nothing has moved.
         """
-        finite.check_capture(self.param_groups)
-        self._watch.settle()
-        self._watch.check()
+        check_capture(self.param_groups)
+        self._guard.settle(self.param_groups, self.state)
+        self._guard.raise_late()
         if closure is None:
             check_alone(self.param_groups, is_first=not self.state)
         loss = None
@@ -296,116 +295,40 @@ class SteepestDescent(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            self._names.follow(group)
             check_gradients(group)
         with _without_autocast():
-            prepared = [(group, *self._batches_in(group)) for group in self.param_groups]
-        batches = [batch for _, batches, _ in prepared for batch in batches]
-        if not self._watch.may_go(list(finite.watched(self.param_groups)), batches):
+            found = prepared(self.param_groups, self._plans, self.state, self.defaults, self.compiles)
+            batches = [(batch, loop.kernel_for(batch)) for each in found for batch in each]
+        if not self._guard.may_go([*watched(self.param_groups)], [(b, kernel is not None) for b, kernel in batches]):
             return loss
-        self._adopt(prepared)
-        # One batch after the other, so that temporary memory stays small, unless a step size must see all of them.
-        past = self._look_back(batches, closure)
-        if past and not self._watch.may_go([(b.group, b.params, g) for b, g in past.items() if b.is_watched], None):
+        adopt(found, self._plans, self.state)
+        past = look_back([batch for batch, _ in batches], self.param_groups, closure)
+        if past and not self._guard.may_go([(b.group, b.params, g) for b, g in past.items() if b.is_watched]):
             return loss
         with _without_autocast():
             self._move(batches, past)
         return loss
 
-    def _move(self, batches: list[Batch], past: dict[Batch, list[Tensor]]) -> None:
-        """Take the step, or leave it out where the device finds that it must."""
-        ok = self._watch.ok()
-        going = []
-        for batch in batches:
-            batch.ok = ok
-            batch.saturates &= not self._watch.is_small
-            self._watch.count(batch)
+    def _move(self, batches: list[tuple[Batch, AdamKernel | None]], past: dict[Batch, list[Tensor]]) -> None:
+        """Run the step. On accelerators it is masked out on the device if a gradient was not finite."""
+        found_inf, guard = self._guard.found_inf(), self._guard
+        going: list[loop.Part] = []
+        for batch, kernel in batches:
+            batch.found_inf = found_inf
+            batch.clamps &= not guard.is_small
+            guard.note_count(batch)
             if batch.look():
                 continue
-            batch.advance()
-            if batch.kernel is not None and ok is None and not self._watch.is_large:
-                batch.kernel(batch)
-                settle(batch)
+            batch.count()
+            if kernel is not None and found_inf is None and not guard.is_large:
+                loop.run_kernel(batch, kernel)
             else:
                 going.append((batch, past.get(batch)))
-        shared = [x for group in self.param_groups for x in shared_by(group).values()] if ok is not None else []
-        before = [x.clone() for x in shared]
         # Where all have kernels nothing is left to compile, and the compiler would skip the function ever after.
         traced = self.compiles and going and not any(batch.rule.decides_on_host for batch, _ in going)
-        self._share((self._compiled if traced else self._advance)(going))
-        for number, old in zip(shared, before, strict=True):
-            number.copy_(choose(ok, number, old))  # type: ignore[arg-type]
-
-    def _advance(self, going: list[tuple[Batch, list[Tensor] | None]]) -> Concluded:
-        """Move the parameters of all batches, one after the other unless a step size must see all directions."""
-        starts = [(piece, past, before) for batch, past in going for piece, before in batch.pieces()]
-        concluded = conclude(survey(begin(*start)) for start in starts if asks(start[0], "survey"))
-        moves: Iterable[Move] = (direct(begin(*start, concluded)) for start in starts)
-        if any(asks(piece, "measure") for piece, _, _ in starts):
-            held = list(moves)
-            concluded |= conclude(measure(move) for move in held if asks(move.batch, "measure"))
-            moves = (told(move, concluded) for move in held)
-        for move in moves:
-            apply(move)
-            pack(move.batch, move.state)
-            move.batch.undo_unless_ok(move.before)
-        return concluded
-
-    # Batches ------------------------------------------------------------------------------------------------------
-
-    def _adopt(self, prepared: list[tuple[dict[str, Any], list[Batch], bool]]) -> None:
-        """Let new batches take the parameters' state; until then nothing has changed."""
-        for group, batches, are_new in prepared:
-            self._batches_of[id(group)] = batches
-            for batch in batches if are_new else ():
-                batch.adopt(self.state)
-
-    def _batches_in(self, group: dict[str, Any]) -> tuple[list[Batch], bool]:
-        """The group's parameters that have gradients, in batches, and whether these are new since the last step."""
-        forward(group, rule_of(group), self.defaults)
-        params = [p for p in group["params"] if p.grad is not None]
-        rule = rule_of(group).at(group)
-        batches = self._batches_of.get(id(group), [])
-        are_new = not _same(batches, group, params, self.state) or not all(b.holds_state_of(rule) for b in batches)
-        if are_new:
-            check_keeping(group, rule)
-            check_parameters(group, rule_of(group))
-            batches = list(partition(group, params, rule, self.state))
-        for batch in batches:
-            batch.prepare(rule, shared_by(group), in_tensors=self.compiles)
-        return batches, are_new
-
-    def _look_back(self, batches: list[Batch], closure: Callable[[], Any] | None) -> dict[Batch, list[Tensor]]:
-        """The gradients at the weights before the last step, for those batches whose momentum asks for them.
-
-        Weights and gradients are put back, also when the closure raises.
-        """
-        asking = [batch for batch in batches if batch.rule.momentum.looks_back and batch.taken() > 0]
-        if not asking or closure is None:
-            return {}
-        every = [p for group in self.param_groups for p in group["params"]]
-        moved = [p for batch in asking for p in batch.params]
-        gradients, weights = [p.grad for p in every], [p.detach().clone() for p in moved]
-        try:
-            for p in every:
-                p.grad = None  # so that the closure cannot add to what is kept
-            for batch in asking:
-                torch._foreach_copy_(batch.params, batch.scatter(batch.state["previous"]))
-            with torch.enable_grad():
-                closure()
-            return {
-                batch: [torch.zeros_like(p) if p.grad is None else p.grad for p in batch.params] for batch in asking
-            }
-        finally:
-            torch._foreach_copy_(moved, weights)
-            for p, gradient in zip(every, gradients, strict=True):
-                p.grad = gradient
-
-    def _share(self, concluded: Concluded) -> None:
-        """Keep the numbers of the whole optimizer in all groups with such a step size, where they are."""
-        for group in self.param_groups:
-            step_size = rule_of(group).step_size
-            for name in step_size.init_shared() if type(step_size).__name__ in concluded else ():
-                group[name].copy_(concluded[type(step_size).__name__][name])
+        concluded = (self._compiled if traced else loop.advance)(going)
+        share(self.param_groups, concluded, found_inf)
 
 
 def _without_autocast() -> ExitStack:
@@ -415,13 +338,3 @@ def _without_autocast() -> ExitStack:
         if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
     return stack
-
-
-def _same(batches: list[Batch], group: dict[str, Any], params: list[Tensor], state: Any) -> bool:
-    """Whether ``batches`` are made of exactly ``params`` of ``group``, with their state untouched since."""
-    held = [p for batch in batches for p in batch.params]
-    return (
-        len(held) == len(params)
-        and {*map(id, held)} == {*map(id, params)}
-        and all(batch.group is group and batch.is_current(state) for batch in batches)
-    )

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.data import Corpus, load
-from benchmarks.presets import Preset, RunConfig
-from benchmarks.records import Row
-from benchmarks.train import train
+from benchmarks.language.data import Corpus, load
+from benchmarks.language.presets import Preset, RunConfig
+from benchmarks.language.train import train
+from benchmarks.output.records import Row
 
 TINY = Preset(
     "tiny", 16, 1, 2, steps=12, context=8, batch=6, micro_batch=6, warmup=2, curve_tokens=64, final_tokens=128

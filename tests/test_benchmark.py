@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import presets
-from benchmarks import train as training
-from benchmarks.data import Corpus
-from benchmarks.presets import PRESETS, TUNED, Preset, RunConfig, tuned_options
-from benchmarks.records import RESULTS, append_row, read_rows, replacing
-from benchmarks.train import Run, make_optimizer, state_bytes, train
+from benchmarks.harness import state_bytes
+from benchmarks.language import presets
+from benchmarks.language import train as training
+from benchmarks.language.data import Corpus
+from benchmarks.language.presets import PRESETS, TUNED, Preset, RunConfig, tuned_options
+from benchmarks.language.train import Run, make_optimizer, train
+from benchmarks.output.records import RESULTS, append_row, read_rows, replacing
 from normopt.nn import GPT
 from tests.bench_runs import TINY, config, finish, tiny_corpus
 
@@ -77,7 +78,7 @@ def test_the_key_follows_everything_but_the_path_of_the_corpus(corpus: Corpus) -
 
 def test_committed_rows_keep_their_keys() -> None:
     """Else every result on file would be run again."""
-    paths = sorted((Path(presets.__file__).parent / "results").rglob(RESULTS))
+    paths = sorted((Path(presets.__file__).parents[1] / "results").rglob(RESULTS))
     rows = [row for path in paths for row in map(json.loads, path.read_text().splitlines())]
     assert len(rows) > 100
     for row in rows:

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import train as training
-from benchmarks import workers
 from benchmarks.__main__ import MODEL_NAMES, main, make_parser
-from benchmarks.data import Corpus
-from benchmarks.headline import BEGIN, END
-from benchmarks.presets import PRESETS, TUNED, RunConfig
-from benchmarks.records import RESULTS, alone, append_row, read_rows
+from benchmarks.language import train as training
+from benchmarks.language import workers
+from benchmarks.language.data import Corpus
+from benchmarks.language.presets import PRESETS, TUNED, RunConfig
+from benchmarks.language.report import BEGIN, END
+from benchmarks.output.records import RESULTS, alone, append_row, read_rows
 from tests.bench_runs import config, finish, row, tiny_corpus
 
 ROOT = Path(__file__).parent.parent

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.data import Corpus
-from benchmarks.records import RESULTS, Row, read_rows
-from benchmarks.train import CHECKPOINT_STEPS
-from benchmarks.workers import Pool
+from benchmarks.language.data import Corpus
+from benchmarks.language.train import CHECKPOINT_STEPS
+from benchmarks.language.workers import Pool
+from benchmarks.output.records import RESULTS, Row, read_rows
 from tests.bench_runs import config, finish, tiny_corpus, unmeasured
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX systems")]

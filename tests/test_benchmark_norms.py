@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.data import Corpus
-from benchmarks.diagnose import measure
-from benchmarks.records import read_rows
-from benchmarks.train import MODELS, Run
+from benchmarks.language.data import Corpus
+from benchmarks.language.diagnose import measure
+from benchmarks.language.train import MODELS, Run
+from benchmarks.output.records import read_rows
 from tests.bench_runs import config, finish, tiny_corpus
 
 

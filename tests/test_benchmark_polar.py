@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import polar as bench
 from benchmarks.__main__ import main
-from benchmarks.polar_report import line
-from benchmarks.records import read_rows
+from benchmarks.cost import polar as bench
+from benchmarks.cost.polar_report import line
+from benchmarks.output.records import read_rows
 from normopt.polar import METHODS, choose
 
 

@@ -10,21 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.data import Corpus
-from benchmarks.ngram import ngram_loss
-from benchmarks.plots import MAX_LINES
-from benchmarks.records import Row
-from benchmarks.report import (
-    comparison_line,
-    difference,
-    grid_line,
-    write_comparison,
-    write_grid,
-    write_norms,
-    write_sweep,
-)
-from benchmarks.search import Search
-from benchmarks.targets import Reach, Target, mean_losses, reach
+from benchmarks.language.data import Corpus
+from benchmarks.language.grid import grid_line, write_grid
+from benchmarks.language.ngram import ngram_loss
+from benchmarks.language.norms import write_norms
+from benchmarks.language.search import Search
+from benchmarks.language.sweep import write_sweep
+from benchmarks.output.comparison import comparison_line, difference, write_comparison
+from benchmarks.output.plots import MAX_LINES
+from benchmarks.output.records import Row
+from benchmarks.output.targets import Reach, Target, mean_losses, reach
 from tests.bench_runs import row
 
 

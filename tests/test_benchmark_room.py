@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import train as training
-from benchmarks import workers
 from benchmarks.__main__ import main
-from benchmarks.data import Corpus
-from benchmarks.presets import PRESETS
-from benchmarks.records import RESULTS, WriteError, append_row, read_rows, replacing
-from benchmarks.room import RESULTS_BYTES, room_needed
-from benchmarks.train import Run, train
+from benchmarks.language import train as training
+from benchmarks.language import workers
+from benchmarks.language.data import Corpus
+from benchmarks.language.presets import PRESETS
+from benchmarks.language.room import RESULTS_BYTES, room_needed
+from benchmarks.language.train import Run, train
+from benchmarks.output.records import RESULTS, WriteError, append_row, read_rows, replacing
 from normopt.nn import GPT
 from tests.bench_runs import TINY, config, finish, tiny_corpus, unmeasured
 
@@ -177,7 +177,7 @@ def test_a_row_without_room_ends_the_command_with_one_line(
 
 def test_a_plan_counts_its_workers(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr("benchmarks.plan.check_room", lambda out, preset, vocab, workers: seen.append(workers))
+    monkeypatch.setattr("benchmarks.language.plan.check_room", lambda out, preset, vocab, workers: seen.append(workers))
     monkeypatch.setattr(workers.Pool, "run", lambda pool, configs: seen.append(pool.size) or [])
     assert main(["compare", "--data", corpus.name, "--smoke", "--out", "out", "--workers", "3"]) == 0
     assert main(["compare", "--data", corpus.name, "--smoke", "--out", "out", "--device", "cpu"]) == 0

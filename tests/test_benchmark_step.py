@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import contenders
 from benchmarks.__main__ import main
-from benchmarks.records import read_rows
-from benchmarks.step import SETS, Entry, make_parameters
-from benchmarks.step_report import line, reference
+from benchmarks.cost import contenders
+from benchmarks.cost.step import SETS, Entry, make_parameters
+from benchmarks.cost.step_report import line, reference
+from benchmarks.output.records import read_rows
 
 INSTALLED = {name: (family, maker) for family, name, maker in contenders.installed(list(contenders.FAMILIES))}
 

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import presets, workers
 from benchmarks.__main__ import main
-from benchmarks.data import Corpus
-from benchmarks.presets import RunConfig
-from benchmarks.records import Row
-from benchmarks.search import Search, Trial
+from benchmarks.language import presets, workers
+from benchmarks.language.data import Corpus
+from benchmarks.language.presets import RunConfig
+from benchmarks.language.search import Search, Trial
+from benchmarks.output.records import Row
 from tests.bench_runs import row, tiny_corpus
 
 

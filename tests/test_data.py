@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import data, shakespeare
-from benchmarks.data import Corpus, DataError, load, load_or_fall_back
-from benchmarks.shakespeare import ARCHIVE, FetchError
+from benchmarks.language import data, shakespeare
+from benchmarks.language.data import Corpus, DataError, load, load_or_fall_back
+from benchmarks.language.shakespeare import ARCHIVE, FetchError
 
 WORKS = {
     "hamlet": b"To be, ",

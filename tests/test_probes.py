@@ -13,9 +13,9 @@ from torch import Tensor
 
 import normopt
 from benchmarks.__main__ import main
-from benchmarks.probes import LIMITS, PROBES
-from benchmarks.probes_report import PEERS, REPRESENTATIVES, SLOW, contenders
-from benchmarks.records import read_rows
+from benchmarks.output.records import read_rows
+from benchmarks.probes.command import PEERS, REPRESENTATIVES, SLOW, contenders
+from benchmarks.probes.torch_contract import LIMITS, PROBES
 from normopt import SteepestDescent
 
 #: Those that cannot be probed so, and why.

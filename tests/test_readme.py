@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.headline import best_first, headline, split
-from benchmarks.records import RESULTS, read_rows
-from benchmarks.report import write_comparison
+from benchmarks.language.report import best_first, headline, split
+from benchmarks.output.comparison import write_comparison
+from benchmarks.output.records import RESULTS, read_rows
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normopt.engine.batch import state_shapes
 from normopt.engine.checks import check_numbers, name_of
+from normopt.engine.plan import state_shapes
 from normopt.rule import INGREDIENTS, Rule, rule_of
 
 #: Of what ``state_dict`` returns; it is in every param group as ``state_version``. States from before it have none.

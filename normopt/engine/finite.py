@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normopt.engine.batch import LARGEST, Batch, norm_on_host, sum_of_gathered_norms
+from normopt.engine import plan
+from normopt.engine.batch import LARGEST, Batch, norm_on_host
 from normopt.engine.checks import check_policy, name_of
+from normopt.engine.plan import State
 from normopt.numerics import host
 
 #: Devices whose results are read without waiting for whatever else has been queued.
 _WITH_EVENTS = {"cuda", "xpu"}
 
+Groups = Sequence[Mapping[str, Any]]
+
 #: A param group, some of its parameters, and their gradients.
-Watched = tuple[dict[str, Any], list[Tensor], list[Tensor]]
+Watched = tuple[Mapping[str, Any], list[Tensor], list[Tensor]]
 
 
-def watched(groups: Iterable[dict[str, Any]]) -> Iterator[Watched]:
+def watched(groups: Groups) -> Iterator[Watched]:
     """The gradients that must be finite: those of all param groups that do not propagate."""
     for group in groups:
         check_policy(group["nonfinite"])
@@ -42,15 +47,26 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def check_capture(groups: Iterable[dict[str, Any]]) -> None:
+def check_capture(groups: Groups) -> None:
     """Raise a ``ValueError`` if a CUDA graph is being captured and the host looks at numbers of some param group."""
     if capturing() and not all(group["capturable"] for group in groups):
         raise ValueError("a step is being captured in a CUDA graph: give the optimizer capturable=True")
 
 
 def sum_of_norms(gradients: Iterable[Watched]) -> float:
-    """The Euclidean norms of all gradients, added up; read by the host, in one pass. If it is finite, so are they."""
+    """The sum of the Euclidean norms of all gradients, read by the host. If it is finite, so are the gradients."""
     return sum(norm_on_host(g) for _, params, each in gradients for g in _cast(params, each))
+
+
+def sum_of_gathered_norms(batches: Iterable[tuple[Batch, bool]]) -> float | None:
+    """The same from batches, each with whether a kernel takes its step; ``None`` if it took the memory of all batches.
+
+    Nothing is gathered for this sum alone, so that it costs next to nothing.
+    """
+    asked = [(batch, by_kernel) for batch, by_kernel in batches if batch.is_watched]
+    if sum(p.numel() for batch, _ in asked for p in batch.params) > plan.MAX_ENTRIES:
+        return None
+    return sum(batch.norm_of_gradient(by_kernel) for batch, by_kernel in asked)
 
 
 def all_finite(gradients: Iterable[Watched]) -> bool:
@@ -85,25 +101,95 @@ def message(culprits: list[str], outcome: str) -> str:
     )
 
 
-class Verdict:
-    """Whether gradients are finite, known to the device at once and to the host later.
+class FiniteGuard:
+    """Keeps steps whose gradients hold NaN or Inf from changing anything.
 
-    ``ok`` is a number of the device: whether all of them are.
+    Where reading a number is free (CPU), such gradients are found before the step. On accelerators the device finds
+    them: ``found_inf`` masks the update, and the error is raised by the next call of ``step``, when the host knows.
+    Between steps it holds flags of the device and weak references to parameters.
     """
+
+    def __init__(self) -> None:
+        #: Whether squares of gradients overflow, as far as the host knows.
+        self.is_large = False
+        #: Whether the host knows that all entries are so small that sums of their squares are finite.
+        self.is_small = False
+        self._flags: list[_Flags] = []
+        self._counted: list[weakref.ref[Tensor]] = []
+        self._refused = ""
+
+    def may_go(self, gradients: list[Watched], batches: Sequence[tuple[Batch, bool]] | None = None) -> bool:
+        """Whether gradients are finite as far as the host can tell; what a device finds is in ``found_inf``.
+
+        Args:
+            gradients: to be asked one by one, on accelerators or if need be.
+            batches: those that will gather the gradients for the step, and can be asked first, each with whether a
+                kernel takes its step.
+
+        Raises:
+            ValueError: see :func:`all_finite`.
+        """
+        if not on_host(gradients):
+            self._flags.append(_Flags(gradients))
+            return True
+        total = None if batches is None else sum_of_gathered_norms(batches)
+        total = sum_of_norms(gradients) if total is None else total
+        self.is_small = total <= LARGEST and (batches is not None or self.is_small)
+        self.is_large |= not math.isfinite(total)
+        return math.isfinite(total) or all_finite(gradients)
+
+    def found_inf(self) -> Tensor | None:
+        """Whether this step must change nothing, as a flag of the device; ``None`` if the host knows that it can go."""
+        if not self._flags:
+            return None
+        home = self._flags[0].found_inf.device
+        return torch.stack([flags.found_inf.to(home) for flags in self._flags]).any()
+
+    def note_count(self, batch: Batch) -> None:
+        """Remember that a batch counts this step; the count is taken back if the device leaves the step out."""
+        if batch.found_inf is not None and not batch.captured:
+            self._counted += map(weakref.ref, batch.params)
+
+    def settle(self, groups: Groups, state: State) -> None:
+        """Find out whether the device took the last step; if not, take back its count, and keep the error if any."""
+        if capturing():
+            self._flags, self._counted = [], []
+        culprits = [p for flags in self._flags for p in flags.culprits()]
+        if culprits:
+            for p in (reference() for reference in self._counted):
+                if p is not None and "step" in state.get(p, ()):
+                    state[p]["step"] -= 1
+            ids = {*map(id, culprits)}
+            refusing = [(group, p) for group in groups if group["nonfinite"] == "raise" for p in group["params"]]
+            names = dict.fromkeys(name_of(group, p) for group, p in refusing if id(p) in ids)
+            self._refused = message([*names], "that step was left out") if names else ""
+        self._flags, self._counted = [], []
+        self.is_large = self.is_small = False
+
+    def raise_late(self) -> None:
+        """Raise the error of the last step, once."""
+        refused, self._refused = self._refused, ""
+        if refused:
+            raise ValueError(refused)
+
+
+class _Flags:
+    """Whether each of many gradients is finite, known to the device at once and to the host later."""
 
     def __init__(self, gradients: Iterable[Watched]) -> None:
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-        owners: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], Tensor]]] = defaultdict(list)
-        for group, params, each in gradients:
+        owners: dict[tuple[torch.device, torch.dtype], list[weakref.ref[Tensor]]] = defaultdict(list)
+        for _, params, each in gradients:
             for p, g in zip(params, _cast(params, each), strict=True):
                 if g.numel():
                     kinds[g.device, g.dtype].append(g)
-                    owners[g.device, g.dtype].append((group, p))
-        self._owners = [owner for kind in owners.values() for owner in kind]
-        found = [torch.stack(torch._foreach_norm(kind, math.inf)).isfinite() for kind in kinds.values()]
+                    owners[g.device, g.dtype].append(weakref.ref(p))
+        self._owners = [owner for alike in owners.values() for owner in alike]
+        found = [torch.stack(torch._foreach_norm(alike, math.inf)).isfinite() for alike in kinds.values()]
         home = found[0].device if found else torch.device("cpu")
         flags = torch.cat([flag.to(home) for flag in found]) if found else torch.ones(0, dtype=torch.bool)
-        self.ok = flags.all()
+        #: Whether one of them is not finite, a number of the device.
+        self.found_inf = ~flags.all()
         if capturing():
             self._owners, self._flags, self._event = [], flags.new_empty(0, device="cpu"), None
             return
@@ -112,71 +198,9 @@ class Verdict:
         if self._event is not None:
             self._event.record()
 
-    def culprits(self) -> list[tuple[dict[str, Any], Tensor]]:
-        """The param groups and parameters whose gradients are not finite; waits until that is known."""
+    def culprits(self) -> list[Tensor]:
+        """The parameters whose gradients are not finite, if they are still there; waits until that is known."""
         if self._event is not None:
             self._event.synchronize()
-        return [owner for owner, is_finite in zip(self._owners, self._flags.tolist(), strict=True) if not is_finite]
-
-
-class Watch:
-    """What an optimizer knows of the gradients of its current or last step."""
-
-    def __init__(self) -> None:
-        self._verdicts: list[Verdict] = []
-        self._counted: list[Batch] = []
-        self._refused = ""
-        #: Whether squares of gradients overflow, as far as the host knows.
-        self.is_large = False
-        #: Whether the host knows that all entries are so small that sums of their squares are finite.
-        self.is_small = False
-
-    def may_go(self, gradients: list[Watched], batches: list[Batch] | None) -> bool:
-        """Whether gradients are finite as far as the host can tell; what a device finds is in ``ok``.
-
-        Args:
-            gradients: to be asked one by one, on accelerators or if need be.
-            batches: those that will gather them for the step, and can be asked first.
-
-        Raises:
-            ValueError: see :func:`all_finite`.
-        """
-        if on_host(gradients):
-            total = None if batches is None else sum_of_gathered_norms(batches)
-            total = sum_of_norms(gradients) if total is None else total
-            self.is_small = total <= LARGEST and (batches is not None or self.is_small)
-            self.is_large |= not math.isfinite(total)
-            return math.isfinite(total) or all_finite(gradients)
-        self._verdicts.append(Verdict(gradients))
-        return True
-
-    def ok(self) -> Tensor | None:
-        """Whether this step can be taken, as a number of the device; ``None`` if the host knows that it can."""
-        if not self._verdicts:
-            return None
-        home = self._verdicts[0].ok.device
-        return torch.stack([verdict.ok.to(home) for verdict in self._verdicts]).all()
-
-    def count(self, batch: Batch) -> None:
-        """Note that a batch counts this step; the count is taken back if the device leaves the step out."""
-        if batch.ok is not None and not batch.captured:
-            self._counted.append(batch)
-
-    def settle(self) -> None:
-        """Find out whether the device took the last step; if not, take back its count, and keep the error if any."""
-        if capturing():
-            self._verdicts, self._counted = [], []
-        culprits = [culprit for verdict in self._verdicts for culprit in verdict.culprits()]
-        if culprits:
-            for batch in self._counted:
-                batch.steps.sub_(1)
-            names = dict.fromkeys(name_of(group, p) for group, p in culprits if group["nonfinite"] == "raise")
-            self._refused = message([*names], "that step was left out") if names else ""
-        self._verdicts, self._counted = [], []
-        self.is_large = self.is_small = False
-
-    def check(self) -> None:
-        """Raise the error of the last step, once."""
-        refused, self._refused = self._refused, ""
-        if refused:
-            raise ValueError(refused)
+        broken = [owner() for owner, is_finite in zip(self._owners, self._flags.tolist(), strict=True) if not is_finite]
+        return [p for p in broken if p is not None]

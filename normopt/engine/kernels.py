@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,6 @@ from normopt.momentum.averages import EMA
 from normopt.norms.entrywise import Max
 from normopt.rule import Rule
 from normopt.stepsize.fixed import Constant
-
-if TYPE_CHECKING:
-    from normopt.engine.batch import Batch
 
 DEVICES = ("cpu", "cuda")
 
@@ -37,40 +35,42 @@ class AdamKernel:
     decoupled: bool
     amsgrad: bool
 
-    def __call__(self, batch: Batch) -> None:
-        """Take the step; the batch has counted it already."""
-        step = torch.as_tensor(batch.number, dtype=torch.float32, device=batch.params[0].device)
+    def takes(self, params: Sequence[Tensor], gradients: Sequence[Tensor], momentum: Sequence[Tensor]) -> bool:
+        """Whether the kernel can be had for these tensors."""
+        device, dtype = params[0].device, params[0].dtype
+        # A compiler fuses by itself, and would compile anew for each learning rate.
+        if device.type not in DEVICES or torch.compiler.is_compiling():
+            return False
+        alike = all(g.dtype == dtype for g in gradients)
+        return alike and all(map(Tensor.is_contiguous, (*gradients, *params, *momentum)))
+
+    def __call__(
+        self,
+        params: list[Tensor],
+        gradients: list[Tensor],
+        state: dict[str, list[Tensor]],
+        step: Any,
+        lr: float | Tensor,
+        maximize: bool,
+    ) -> None:
+        """Take the step with this number, from 1; ``state`` has each parameter's entries by name."""
+        number = torch.as_tensor(step, dtype=torch.float32, device=params[0].device)
         run = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
         run(
-            batch.params,
-            batch.gradients,
-            batch.views("momentum"),
-            batch.views("second_moment"),
-            batch.views("max_second_moment") if self.amsgrad else [],
-            [step] * len(batch.params),
-            lr=batch.rate,
+            params,
+            gradients,
+            state["momentum"],
+            state["second_moment"],
+            state["max_second_moment"] if self.amsgrad else [],
+            [number] * len(params),
+            lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
             weight_decay=self.weight_decay,
             eps=self.eps,
             amsgrad=self.amsgrad,
-            maximize=batch.group["maximize"],
+            maximize=maximize,
         )
-
-
-def kernel_of(batch: Batch) -> AdamKernel | None:
-    """The kernel for a batch with its numbers, if torch has one for its rule and its tensors."""
-    if torch.compiler.is_compiling():  # a compiler fuses by itself, and would compile anew for each learning rate
-        return None
-    if batch.known is None or batch.known[0] is not batch.rule:
-        batch.known = batch.rule, find(batch.rule)
-    kernel, device, dtype = batch.known[1], batch.params[0].device, batch.params[0].dtype
-    if kernel is None or device.type not in DEVICES or batch.dtype != dtype or batch.rounded:
-        return None
-    gradients = batch.gradients
-    plain = all(g.dtype == dtype for g in gradients)
-    plain = plain and all(map(Tensor.is_contiguous, (*gradients, *batch.params, *batch.views("momentum"))))
-    return kernel if plain else None
 
 
 def find(rule: Rule) -> AdamKernel | None:

@@ -17,8 +17,8 @@ def forward(group: dict[str, Any], rule: Rule, defaults: Mapping[str, Any]) -> N
     Such schedulers write ``betas[0]`` of every group if the optimizer's defaults have betas, else ``momentum``, and
     leave ``base_momentum`` in the group. Groups of one optimizer may read different ones, as Muon's and its AdamW's.
     """
-    name = _read(rule)
-    if "base_momentum" not in group or name is None:
+    name = _read(rule) if "base_momentum" in group else None
+    if name is None:
         return
     value = group["betas"][0] if "betas" in defaults else group["momentum"]
     group[name] = (value, *group["betas"][1:]) if name == "betas" else value

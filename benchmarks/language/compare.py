@@ -1,0 +1,25 @@
+"""`python -m benchmarks compare`: several optimizers on the same batches from the same initial weights."""
+
+from argparse import Namespace
+from dataclasses import replace
+
+from benchmarks.language.ngram import counting
+from benchmarks.language.plan import Plan
+from benchmarks.language.workers import Pool
+from benchmarks.output.comparison import write_comparison
+
+
+def compare(arguments: Namespace) -> int:
+    """Run the comparison and report it; returns the exit code, 1 when a run failed."""
+    plan = Plan(arguments)
+    rates = plan.rates(arguments.lr)
+    untuned = [cell for cell in plan.untuned() if cell not in rates]
+    if untuned and not arguments.smoke:
+        print(f"Not tuned for {plan.preset.name}: {', '.join(untuned)}. Set learning rates with --lr NAME=RATE.")
+    full = [plan.config(cell, seed, rates.get(cell)) for seed in range(arguments.seeds) for cell in plan.cells]
+    lengths = sorted({plan.preset.steps, *(arguments.horizons or [])}, reverse=True)
+    configs = [replace(config, preset=replace(config.preset, steps=steps)) for steps in lengths for config in full]
+    pool = Pool(arguments.out, plan.workers)
+    rows = pool.run(configs)
+    write_comparison(rows, arguments.out, counting(plan.corpus) if arguments.horizons else [])
+    return 1 if pool.failures else 0

@@ -1,0 +1,182 @@
+"""Corpora: Shakespeare, the standard library's sources, any text file, or llm.c token shards."""
+
+import glob
+import hashlib
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.language import shakespeare
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
+GPT2_VOCAB = 50304  # GPT-2's 50,257 tokens, rounded up to a multiple of 128
+SHARD_VALIDATION = 10_485_760  # the customary FineWeb validation set: the first tokens of the validation shard
+CHECKED = 1_000_000  # tokens looked at and hashed at both ends of a shard: shards are too large to read in full
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
+
+Tokens = NDArray[np.generic]
+
+
+class DataError(ValueError):
+    """A source that is missing, empty, too short or corrupt."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training tokens in one or several parts, and held-out validation tokens.
+
+    `bytes_per_token` is None where the text behind the tokens is unknown; `digest` identifies the content.
+    """
+
+    name: str
+    train: tuple[Tokens, ...]
+    validation: Tokens
+    vocab_size: int
+    bytes_per_token: float | None
+    digest: str
+
+    def check(self, context: int) -> None:
+        """Raise `DataError` if a split is too short for a window of `context + 1` tokens or has a token out of range.
+
+        Of large parts, the tokens at both ends are looked at.
+        """
+        longest = max((len(part) for part in self.train), default=0)
+        for split, length in (("training", longest), ("validation", len(self.validation))):
+            if length <= context:
+                raise DataError(
+                    f"{self.name}: too short: {length} {split} tokens, a context of {context} needs {context + 1}"
+                )
+        for part in (*self.train, self.validation):
+            self._check_tokens(np.concatenate((part[:CHECKED], part[-CHECKED:])))
+
+    def order(self, seed: int, steps: int, batch: int, context: int) -> NDArray[np.int64]:
+        """Numbers of the training windows of every step, uniform with replacement: (steps, batch)."""
+        return np.random.default_rng(seed).integers(0, self._ends(context)[-1], size=(steps, batch))
+
+    def batch(self, windows: NDArray[np.int64], context: int) -> Tensor:
+        """The training windows of `context + 1` tokens with these numbers, int64 (batch, context + 1)."""
+        ends = self._ends(context)
+        parts = np.searchsorted(ends, windows, side="right")
+        starts = windows - np.concatenate(([0], ends))[parts]
+        rows = [self.train[part][start : start + context + 1] for part, start in zip(parts, starts, strict=True)]
+        return self._tensor(np.stack(rows))
+
+    def validation_windows(self, tokens: int, context: int) -> Tensor:
+        """About `tokens` validation tokens as evenly spread windows that do not overlap: (count, context + 1)."""
+        available = (len(self.validation) - 1) // context
+        count = min(available, max(1, tokens // context))
+        starts = np.arange(count) * available // count * context
+        return self._tensor(np.stack([self.validation[start : start + context + 1] for start in starts]))
+
+    def _ends(self, context: int) -> NDArray[np.int64]:
+        """Running count of the windows in the parts of the training tokens."""
+        return np.cumsum([max(0, len(part) - context) for part in self.train], dtype=np.int64)
+
+    def _check_tokens(self, tokens: Tokens) -> None:
+        highest = tokens.max(initial=0)
+        if highest >= self.vocab_size:
+            raise DataError(f"{self.name}: corrupt: token {highest} in a vocabulary of {self.vocab_size}")
+
+    def _tensor(self, tokens: Tokens) -> Tensor:
+        self._check_tokens(tokens)
+        return torch.from_numpy(tokens.astype(np.int64))
+
+
+def load(source: str) -> Corpus:
+    """The corpus of `source`: "shakespeare", "stdlib", a path ending in .bin (may be a pattern), or a text file.
+
+    Shakespeare is validated on three whole works, the standard library on every tenth file, a text file on its last
+    10%, shards on the first one whose name contains "val" or else on the last 10% of the last shard.
+
+    Raises:
+        DataError: if the source is missing, empty or corrupt.
+        benchmarks.language.shakespeare.FetchError: if Shakespeare is not cached and cannot be downloaded.
+    """
+    if source == "shakespeare":
+        return _shakespeare()
+    if source == "stdlib":
+        return _stdlib(Path(sysconfig.get_path("stdlib")))
+    return _shards(source) if source.endswith(".bin") else _file(Path(source))
+
+
+def load_or_fall_back(source: str) -> Corpus:
+    """Like `load`, but when Shakespeare cannot be fetched, say so and use the standard library's sources."""
+    try:
+        return load(source)
+    except shakespeare.FetchError as error:
+        print(f"{error}\nTraining on the sources of the Python standard library instead.", file=sys.stderr)
+        return load("stdlib")
+
+
+def _shakespeare() -> Corpus:
+    try:
+        works = shakespeare.works()
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    train = b"".join(text for name, text in works.items() if name not in shakespeare.HELD_OUT)
+    return _text("shakespeare", train, b"".join(works[name] for name in shakespeare.HELD_OUT))
+
+
+def _stdlib(root: Path) -> Corpus:
+    paths = sorted(path for path in root.rglob("*.py") if not SKIPPED & set(path.relative_to(root).parts))
+    if len(paths) < 10:
+        raise DataError(f"stdlib: no Python sources in {root}")
+    held_out = set(paths[9::10])
+    train = b"".join(path.read_bytes() for path in paths if path not in held_out)
+    return _text("stdlib", train, b"".join(path.read_bytes() for path in sorted(held_out)))
+
+
+def _file(path: Path) -> Corpus:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file (--data takes shakespeare, stdlib, a text file or a .bin pattern)")
+    content = path.read_bytes()
+    if not content:
+        raise DataError(f"{path}: the file is empty")
+    cut = len(content) * 9 // 10
+    return _text(str(path), content[:cut], content[cut:])
+
+
+def _text(name: str, train: bytes, validation: bytes) -> Corpus:
+    digest = hashlib.sha256(len(train).to_bytes(8, "big") + train + validation).hexdigest()
+    splits = (np.frombuffer(train, dtype=np.uint8), np.frombuffer(validation, dtype=np.uint8))
+    return Corpus(name, splits[:1], splits[1], vocab_size=256, bytes_per_token=1.0, digest=digest)
+
+
+def _shards(pattern: str) -> Corpus:
+    paths = [Path(path) for path in sorted(glob.glob(pattern))]
+    if not paths:
+        raise DataError(f"{pattern}: no file matches")
+    shards = {path: _shard(path) for path in paths}
+    held_out = [path for path in paths if "val" in path.name]
+    train = [shards[path] for path in paths if path not in held_out]
+    if held_out:
+        validation = shards[held_out[0]][:SHARD_VALIDATION]
+    else:
+        cut = len(train[-1]) * 9 // 10
+        train[-1], validation = train[-1][:cut], train[-1][cut:]
+    return Corpus(pattern, tuple(train), validation, GPT2_VOCAB, None, _shard_digest([*train, validation]))
+
+
+def _shard(path: Path) -> Tokens:
+    """The tokens of one shard, memory-mapped, after a check of the header."""
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
+    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise DataError(f"{path}: corrupt: not a version {SHARD_VERSION} token shard (magic {SHARD_MAGIC})")
+    held = (path.stat().st_size - 4 * SHARD_HEADER) / 2
+    if held != header[2] or not held:
+        raise DataError(f"{path}: corrupt: its header promises {header[2]} tokens, the file holds {held:g}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER)
+
+
+def _shard_digest(parts: list[Tokens]) -> str:
+    """A hash of the parts' lengths and of the tokens at their ends."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part[:CHECKED].tobytes() + part[-CHECKED:].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,144 @@
+"""From the command line to the runs: optimizers, rates, seeds, corpus, device."""
+
+import difflib
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import normopt
+from benchmarks.harness import PlanError
+from benchmarks.language.data import Corpus, load_or_fall_back
+from benchmarks.language.presets import (
+    CONSTRAINED_MODELS,
+    DECLARATIONS,
+    PRESETS,
+    TUNED,
+    Preset,
+    RunConfig,
+    tuned_options,
+    variants,
+)
+from benchmarks.language.room import check_room
+from benchmarks.language.workers import default_size
+from benchmarks.output.records import WriteError
+from benchmarks.output.rows import cell_name
+
+#: The first seed of `grid` and `sweep`, far from the seeds of `compare`, on which the chosen rates are judged.
+TUNING_SEED = 1000
+
+
+class Plan:
+    """The settings that all runs of one command share, and the configurations made from these settings.
+
+    `cells` are the combinations of model and optimizer, each with the name that `cell_name` gives it.
+    """
+
+    def __init__(self, arguments: Namespace) -> None:
+        self.arguments = arguments
+        self.cells = {
+            cell_name(optimizer, model): (optimizer, model)
+            for model in arguments.model
+            for optimizer in check_names(arguments.optimizers)
+        }
+        self.device = resolve_device(arguments.device)
+        self.workers: int = arguments.workers or default_size(self.device)
+        self.preset = choose_preset(arguments)
+        self.corpus: Corpus = load_or_fall_back(arguments.data)
+        self.corpus.check(self.preset.context)
+        try:
+            check_room(arguments.out, self.preset, self.corpus.vocab_size, self.workers)
+        except WriteError as error:
+            remedy = "make room there or give another --out"
+            raise PlanError(f"--out {arguments.out} cannot be used: {error}; {remedy}") from None
+
+    def config(self, cell: str, seed: int, lr: float | None = None, diagnose: bool = False) -> RunConfig:
+        """One run, by default at the tuned learning rate; no warm-up for constrained models unless asked for."""
+        optimizer, model = self.cells[cell]
+        options = self.options(cell)
+        tuned = options.pop("lr")
+        entry = self.entry(cell)
+        return RunConfig(
+            optimizer=optimizer,
+            lr=tuned if lr is None else lr,
+            options=options,
+            model=model,
+            preset=self._schedule(model, entry.get("schedule", {})),
+            seed=seed,
+            source=self.corpus.name,
+            corpus=self.corpus.digest,
+            device=self.device,
+            model_options={**entry.get("model_options", {}), **self.arguments.model_options},
+            diagnose=diagnose,
+        )
+
+    def _schedule(self, model: str, tuned: dict[str, Any]) -> Preset:
+        """The preset with the tuned schedule where the command line sets none; no warm-up for constrained models."""
+        if unknown := sorted(tuned.keys() - {"warmup", "decay"}):
+            raise PlanError(f"{TUNED.name}: a schedule has warmup and decay, not {', '.join(unknown)}")
+        schedule = tuned | ({"warmup": 0} if model in CONSTRAINED_MODELS else {})
+        free = {name: value for name, value in schedule.items() if getattr(self.arguments, name) is None}
+        return replace(self.preset, **free)
+
+    def entry(self, cell: str) -> dict[str, Any]:
+        """The entry of a cell in `tuned.json`, declarations included; else the optimizer's entry on the GPT."""
+        entry, tuned = tuned_options(self.preset.name, cell)
+        return entry if tuned else tuned_options(self.preset.name, self.cells[cell][0])[0]
+
+    def options(self, cell: str) -> dict[str, Any]:
+        """A copy of the tuned options, learning rate included; constrained models are not decayed."""
+        undecayed = {"weight_decay": 0.0} if self.cells[cell][1] in CONSTRAINED_MODELS else {}
+        entry = self.entry(cell)
+        return {name: undecayed.get(name, value) for name, value in entry.items() if name not in DECLARATIONS}
+
+    def declared(self, cell: str) -> dict[str, list[Any]]:
+        """The hyperparameter and values that the entry declares under "then", for `sweep`."""
+        found: dict[str, list[Any]] = self.entry(cell).get("then", {})
+        return found
+
+    def rates(self, given: dict[str, float]) -> dict[str, float]:
+        """The learning rates of the command line, by cell; raises `PlanError` for a rate of no cell."""
+        unknown = sorted(set(given) - set(self.cells))
+        if unknown:
+            raise PlanError(f"--lr names {', '.join(unknown)}, which is none of {', '.join(self.cells)}")
+        return given
+
+    def untuned(self) -> list[str]:
+        """The cells without an entry of their own for this preset."""
+        return [cell for cell in self.cells if not tuned_options(self.preset.name, cell)[1]]
+
+
+def check_names(names: list[str]) -> list[str]:
+    """The names without repetitions; an unknown one raises `PlanError` with the nearest known one."""
+    known = sorted({*normopt.list_optimizers(), *variants()})
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(known)}"
+            raise PlanError(f"unknown optimizer {name!r}: {hint}")
+    return list(dict.fromkeys(names))
+
+
+def resolve_device(name: str) -> str:
+    """A torch device name; "auto" takes CUDA when there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        raise PlanError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def choose_preset(arguments: Namespace) -> Preset:
+    """The preset of the command line, with the sizes and schedule that the command line sets besides."""
+    preset = PRESETS["smoke" if arguments.smoke else arguments.preset]
+    names = ("steps", "evaluations", "batch", "warmup", "decay")
+    given: dict[str, int | float | None] = {name: getattr(arguments, name) for name in names}
+    if arguments.width:
+        d_head = preset.d_model // preset.n_heads
+        if arguments.width % d_head:
+            raise PlanError(f"--width {arguments.width} is no multiple of the preset's heads of {d_head}")
+        given |= {"d_model": arguments.width, "n_heads": arguments.width // d_head}
+    return replace(preset, **{name: value for name, value in given.items() if value is not None})

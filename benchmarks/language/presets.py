@@ -1,0 +1,135 @@
+"""Sizes and schedules of the benchmark runs, the tuned options of the optimizers, and the configuration of a run."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.output.rows import cell_name
+
+TUNED = Path(__file__).with_name("tuned.json")
+#: Keys in the entries of `tuned.json` that are not options of an optimizer, see `tuned_options`.
+DECLARATIONS = ("then", "schedule", "model_options")
+UNTUNED: dict[str, Any] = {"lr": 1e-3}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size of the benchmark: the model, the batches, the schedule and the evaluation.
+
+    The learning rate warms up linearly over `warmup` steps, stays constant, and falls linearly to zero over the last
+    `decay` of the run; gradients are clipped to global norm `clip`. `micro_batch` sequences pass through the model at
+    a time. `bf16` turns on autocast on CUDA. The validation loss is taken `evaluations` times on `curve_tokens`
+    tokens for the curve, and once at the end on `final_tokens` tokens.
+    """
+
+    name: str
+    d_model: int
+    n_layers: int
+    n_heads: int
+    steps: int
+    d_ff: int | None = None
+    context: int = 128
+    batch: int = 16
+    micro_batch: int = 16
+    warmup: int = 20
+    decay: float = 0.4
+    clip: float = 1.0
+    bf16: bool = False
+    evaluations: int = 20
+    curve_tokens: int = 32_768
+    final_tokens: int = 262_144
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0 .. steps - 1, as a fraction of its peak."""
+        decay = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, decay))
+
+    @property
+    def schedule(self) -> str:
+        """The schedule in words: all that `rate` depends on, each of which counts in the keys of runs."""
+        return f"warm-up {self.warmup} steps, constant, linear to 0 over the last {self.decay} of {self.steps} steps"
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("smoke", 32, 2, 2, steps=40, context=64, warmup=5, curve_tokens=2048, final_tokens=8192),
+        Preset("quick", 96, 4, 3, steps=600),
+        Preset("standard", 128, 5, 4, steps=1000),
+        Preset(
+            "gpt2",
+            *(768, 12, 12),
+            steps=5000,
+            d_ff=2048,
+            context=1024,
+            batch=512,
+            micro_batch=32,
+            warmup=250,
+            bf16=True,
+            curve_tokens=1_048_576,
+            final_tokens=10_485_760,
+        ),
+    )
+}
+
+
+#: Models that are trained without warm-up and without weight decay: their constraints replace both.
+CONSTRAINED_MODELS = ("angpt", "ngpt")
+
+
+def tuned_options(preset: str, optimizer: str) -> tuple[dict[str, Any], bool]:
+    """The options for an optimizer, learning rate included, and whether they were tuned at this preset.
+
+    An optimizer without an entry for the preset has the options of "quick", and without any entry a learning rate of
+    1e-3. An entry with the key "optimizer" is a variant of that optimizer under a name of its own; an entry called
+    `muon@angpt` is for a model. Some keys are not options of the optimizer (`DECLARATIONS`): "then" declares one more
+    hyperparameter and its values, for `sweep` to try, like `{"momentum": [0.9, 0.98]}`; "schedule" sets "warmup" and
+    "decay" where the command line does not, "model_options" arguments of the model.
+    """
+    tuned = json.loads(TUNED.read_text())
+    if optimizer in tuned.get(preset, {}):
+        return tuned[preset][optimizer], True
+    return tuned["quick"].get(optimizer, UNTUNED), False
+
+
+def variants() -> list[str]:
+    """The names in `tuned.json` that are not optimizers of normopt but variants of an optimizer."""
+    tuned = json.loads(TUNED.read_text())
+    return [name for entries in tuned.values() for name, options in entries.items() if "optimizer" in options]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run; `key` identifies it in the results.
+
+    `diagnose`: measure the norms inside the model whenever the loss curve gets a point.
+    """
+
+    optimizer: str
+    lr: float
+    options: dict[str, Any]
+    model: str
+    preset: Preset
+    seed: int
+    source: str
+    corpus: str
+    device: str
+    model_options: dict[str, Any] = field(default_factory=dict)
+    diagnose: bool = False
+
+    @property
+    def key(self) -> str:
+        """Hash of the configuration; of the corpus its content counts, not its path, and unset options do not count."""
+        content = {name: value for name, value in asdict(self).items() if name != "source"}
+        for name in ("model_options", "diagnose"):
+            if not content[name]:
+                del content[name]
+        content["preset"] = {name: value for name, value in content["preset"].items() if value is not None}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """Name of the run for people."""
+        return f"{cell_name(self.optimizer, self.model, self.model_options)} lr {self.lr:g} seed {self.seed}"

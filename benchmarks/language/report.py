@@ -1,0 +1,73 @@
+"""`python -m benchmarks report`: tables and plots of runs on file, whichever command made them, and README's table."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from benchmarks.harness import PlanError
+from benchmarks.language.data import load_or_fall_back
+from benchmarks.language.ngram import counting
+from benchmarks.output.comparison import write_comparison
+from benchmarks.output.records import RESULTS, Row, read_rows, replacing
+from benchmarks.output.rows import cell_of, check_corpus, group, mean_loss, steps_of
+from benchmarks.output.tables import Table, drawn
+
+#: The marks around the text that `--readme` replaces.
+BEGIN, END = "<!-- begin of the headline: python -m benchmarks report --readme -->", "<!-- end of the headline -->"
+#: Columns of the comparison that the headline leaves out.
+LEFT_OUT = ("bits/byte", "tok/s", "fwd+bwd ms", "opt ms")
+
+
+def report(arguments: Namespace) -> int:
+    """Report the runs on file in `arguments.runs`, best first, to `arguments.out`; returns the exit code."""
+    rows = [row for folder in arguments.runs for row in read_rows(folder / RESULTS).values()]
+    if not rows:
+        raise PlanError(f"no runs in {', '.join(map(str, arguments.runs))}: give folders that hold a {RESULTS}")
+    try:
+        check_corpus(rows)
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+    if arguments.readme:
+        split(arguments.readme)
+    corpus = load_or_fall_back(arguments.data)
+    if corpus.digest != rows[0]["config"]["corpus"]:
+        of_rows = rows[0]["config"]["source"]
+        raise PlanError(f"--data {arguments.data} is not the text of the runs, which is {of_rows}: give that")
+    table = write_comparison(best_first(rows), arguments.out, counting(corpus))
+    if arguments.readme:
+        several = len(set(map(steps_of, rows))) > 1
+        insert(arguments.readme, headline(table, several, arguments.out, arguments.readme))
+    return 0
+
+
+def best_first(rows: list[Row]) -> list[Row]:
+    """The rows ordered by the mean final loss of their optimizers' longest runs."""
+    full = max(map(steps_of, rows))
+    final = group([row for row in rows if steps_of(row) == full], cell_of)
+    return sorted(rows, key=lambda row: mean_loss(final.get(cell_of(row), [])))
+
+
+def headline(table: Table, several: bool, out: Path, readme: Path) -> str:
+    """The table without the columns `LEFT_OUT`, and a plot: loss curves, or for `several` lengths `horizons.png`."""
+    short = [{name: cell for name, cell in line.items() if name not in LEFT_OUT} for line in table]
+    plot = os.path.relpath(out / ("horizons.png" if several else "loss_steps.png"), readme.parent)
+    return f"{drawn(short, 'github')}\n\n![Validation loss]({plot})"
+
+
+def split(readme: Path) -> tuple[str, str]:
+    """The text before and the text after the headline, marks included."""
+    try:
+        before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    except OSError as error:
+        raise PlanError(f"--readme {readme} cannot be read: {error.strerror}") from None
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise PlanError(f"--readme {readme} has no headline: it has to lie between {BEGIN} and {END}")
+    return before + begin, end + after
+
+
+def insert(readme: Path, text: str) -> None:
+    """Put `text` in the place of the headline."""
+    before, after = split(readme)
+    with replacing(readme) as partial:
+        partial.write_text(f"{before}\n\n{text}\n\n{after}", encoding="utf-8")

@@ -1,0 +1,209 @@
+"""One benchmark run: one model, one optimizer, one seed; resumable bit for bit."""
+
+import hashlib
+import math
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import normopt
+from benchmarks.harness import state_bytes
+from benchmarks.language.data import Corpus, load
+from benchmarks.language.diagnose import measure
+from benchmarks.language.presets import RunConfig
+from benchmarks.language.progress import Progress, clock
+from benchmarks.output.records import Row, WriteError, git_commit, replacing, source_hash
+from normopt.nn import GPT, anGPT, nGPT
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": GPT, "angpt": anGPT, "ngpt": nGPT}
+UNDECAYED = ("embedding", "unembedding", "vector", "scalar")
+CHECKPOINT_STEPS = 100
+
+Report = Callable[[int, float, float], None]
+
+
+class Run:
+    """The state of one run: model, optimizer, schedule and progress."""
+
+    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+        self.config, self.preset, self.corpus = config, config.preset, corpus
+        torch.manual_seed(config.seed)
+        sizes = (self.preset.d_model, self.preset.n_layers, self.preset.n_heads)
+        options = {"d_ff": self.preset.d_ff, **config.model_options}
+        self.model = MODELS[config.model](corpus.vocab_size, *sizes, **options).to(config.device)
+        self.init_hash = tensor_hash(self.model.state_dict())
+        self.optimizer = make_optimizer(config, self.model)
+        self.scheduler = LambdaLR(self.optimizer, self.preset.rate)
+        self.order = corpus.order(config.seed, self.preset.steps, self.preset.batch, self.preset.context)
+        self.progress = Progress()
+
+    def train_step(self) -> float:
+        """One update; returns the training loss. The run has diverged if the loss or the gradient is not finite."""
+        tokens = self.corpus.batch(self.order[self.progress.step], self.preset.context).to(self.config.device)
+        start = clock(self.config.device)
+        loss, norm = self._gradient(tokens)
+        middle = clock(self.config.device)
+        self.progress.diverged = not math.isfinite(loss + norm)
+        if not self.progress.diverged:
+            known = iter([loss])  # the gradient at these weights is set; some optimizers evaluate the closure at others
+            self.optimizer.step(lambda: next(known, None) or self._gradient(tokens)[0])
+            self.scheduler.step()
+        self.progress.optimizer_seconds += clock(self.config.device) - middle
+        self.progress.gradient_seconds += middle - start
+        self.optimizer.zero_grad()
+        self.progress.step += 1
+        return loss
+
+    def _gradient(self, tokens: Tensor) -> tuple[float, float]:
+        """Set the clipped gradient; returns the loss and the gradient's norm before clipping."""
+        loss = self._backward(tokens)
+        return loss, nn.utils.clip_grad_norm_(self.model.parameters(), self.preset.clip).item()
+
+    def _backward(self, tokens: Tensor) -> float:
+        """Accumulate the gradient of the mean loss over all sequences, a micro batch at a time."""
+        total = 0.0
+        for chunk in torch.split(tokens, self.preset.micro_batch):
+            loss = self._loss(chunk) * (len(chunk) / len(tokens))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        device = torch.device(self.config.device).type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.preset.bf16 and device == "cuda"):
+            logits = self.model(tokens[:, :-1])
+            return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    @torch.no_grad()
+    def evaluate(self, tokens: int) -> float:
+        """Mean validation loss in nats per token over about `tokens` tokens, the same tokens every time."""
+        windows = self.corpus.validation_windows(tokens, self.preset.context)
+        chunks = torch.split(windows, self.preset.micro_batch)
+        return sum(self._loss(chunk.to(self.config.device)).item() * len(chunk) for chunk in chunks) / len(windows)
+
+    def record_curve(self) -> None:
+        """Add a point to the loss curve if this step is one of the evaluations."""
+        step, every = self.progress.step, max(1, self.preset.steps // self.preset.evaluations)
+        if step % every == 0 or step == self.preset.steps:
+            self.progress.curve.append((step, self.progress.seconds, self.evaluate(self.preset.curve_tokens)))
+            if self.config.diagnose:
+                windows = self.corpus.validation_windows(self.preset.curve_tokens, self.preset.context)
+                inputs = windows[: self.preset.micro_batch, :-1].to(self.config.device)
+                self.progress.norms.append((step, measure(self.model, inputs)))
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint atomically; raises `WriteError` when that fails, and keeps the previous checkpoint."""
+        states = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
+        random = (torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+        try:
+            with replacing(path) as partial, partial.open("wb") as file:
+                torch.save({**states, "random": random, "progress": asdict(self.progress)}, file)
+        except RuntimeError as error:  # torch's message for a failed write does not give the cause
+            raise WriteError(f"cannot write {path}: {error.__context__ or error}") from error
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint that `save` wrote."""
+        state = torch.load(path, map_location="cpu", weights_only=False)
+        for name in ("model", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
+        torch.set_rng_state(state["random"][0])
+        torch.cuda.set_rng_state_all(state["random"][1])
+        self.progress = Progress(**state["progress"])
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training tokens per second so far, evaluation not counted."""
+        return self.progress.step * self.preset.batch * self.preset.context / max(self.progress.seconds, 1e-9)
+
+
+def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a run; weight decay applies to the hidden matrices only."""
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in config.options.items()
+    }
+    if "weight_decay" in options:
+        geometry = options.get("geometry", {})
+        undecayed = {role: {"weight_decay": 0.0, **geometry.get(role, {})} for role in UNDECAYED}
+        options["geometry"] = {**geometry, **undecayed}
+    return normopt.create(options.pop("optimizer", config.optimizer), model, lr=config.lr, **options)
+
+
+def train(config: RunConfig, checkpoint: Path, report: Report) -> Row:
+    """Do a run, continuing from its checkpoint if there is one, and return its row of results.
+
+    `report(step, training loss, tokens per second)` is called after every step.
+    """
+    corpus = load(config.source)
+    if corpus.digest != config.corpus:
+        raise ValueError(f"{config.source} has changed since this run was planned")
+    run = Run(config, corpus)
+    if checkpoint.exists():
+        _restore(run, checkpoint)
+    else:
+        run.record_curve()
+    while run.progress.step < config.preset.steps and not run.progress.diverged:
+        with run.progress.timed():
+            loss = run.train_step()
+            run.record_curve()
+        report(run.progress.step, loss, run.tokens_per_second)
+        if run.progress.step % CHECKPOINT_STEPS == 0 or run.progress.step == config.preset.steps:
+            run.save(checkpoint)
+    with run.progress.timed():
+        final = math.nan if run.progress.diverged else run.evaluate(config.preset.final_tokens)
+    return result_row(run, final)
+
+
+def _restore(run: Run, checkpoint: Path) -> None:
+    try:
+        run.restore(checkpoint)
+    except Exception as error:
+        raise RuntimeError(f"cannot continue from {checkpoint.resolve()}: delete it to start over") from error
+
+
+def result_row(run: Run, final: float) -> Row:
+    """The results of a finished run; a run whose final loss is not finite counts as diverged."""
+    progress, per_token, finite = run.progress, run.corpus.bytes_per_token, math.isfinite(final)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    return {
+        "key": run.config.key,
+        "config": asdict(run.config),
+        "schedule": run.preset.schedule,
+        "status": "finished" if finite else "diverged",
+        "final_loss": final if finite else None,
+        "bytes_per_token": per_token,
+        "bits_per_byte": final / math.log(2) / per_token if finite and per_token else None,
+        "curve": [point for point in progress.curve if math.isfinite(point[2])],
+        **({"norms": progress.norms} if progress.norms else {}),
+        "steps_done": progress.step,
+        "parameters": parameters,
+        "tokens_per_second": run.tokens_per_second,
+        "gradient_ms": 1000 * progress.gradient_seconds / progress.step,
+        "optimizer_ms": 1000 * progress.optimizer_seconds / progress.step,
+        "train_seconds": progress.seconds,
+        "cpu_seconds": progress.cpu,
+        "wall_seconds": progress.wall,
+        "state_bytes_per_parameter": state_bytes(run.optimizer) / parameters,
+        "init_hash": run.init_hash,
+        "order_hash": hashlib.sha256(run.order.tobytes()).hexdigest()[:16],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "commit": git_commit(),
+        "source": source_hash(),
+    }
+
+
+def tensor_hash(tensors: dict[str, Tensor]) -> str:
+    """A short hash of named tensors."""
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

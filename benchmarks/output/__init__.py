@@ -1,0 +1,1 @@
+"""Rows of results on file, and the tables and plots made from them."""

@@ -1,0 +1,38 @@
+"""Gradients of this step's sample at the weights before the last step, for momenta that compare the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normopt.engine.batch import Batch
+
+
+def look_back(
+    batches: Sequence[Batch], groups: Sequence[dict[str, Any]], closure: Callable[[], Any] | None
+) -> dict[Batch, list[Tensor]]:
+    """The gradients at the weights before the last step, for those batches whose momentum asks for them.
+
+    Weights and gradients are put back, also when the closure raises.
+    """
+    asking = [batch for batch in batches if batch.rule.momentum.looks_back and batch.taken() > 0]
+    if not asking or closure is None:
+        return {}
+    every = [p for group in groups for p in group["params"]]
+    moved = [p for batch in asking for p in batch.params]
+    gradients, weights = [p.grad for p in every], [p.detach().clone() for p in moved]
+    try:
+        for p in every:
+            p.grad = None  # so that the closure cannot add to what is kept
+        for batch in asking:
+            torch._foreach_copy_(batch.params, batch.scatter(batch.state["previous"]))
+        with torch.enable_grad():
+            closure()
+        return {batch: [torch.zeros_like(p) if p.grad is None else p.grad for p in batch.params] for batch in asking}
+    finally:
+        torch._foreach_copy_(moved, weights)
+        for p, gradient in zip(every, gradients, strict=True):
+            p.grad = gradient

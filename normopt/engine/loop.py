@@ -1,0 +1,148 @@
+"""One step, from gradients to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normopt.engine.batch import Batch
+from normopt.engine.kernels import AdamKernel
+from normopt.engine.totals import Totals
+from normopt.ingredient.stage import Context, Rate
+from normopt.stepsize.base import Shared
+
+#: Factors nearer to 1 are not multiplied by: 1 - 1e-8 is 1 in float32, but w - 1e-8 w need not be w.
+NEAR_ONE = 1e-5
+
+
+#: A batch or a chunk of one, with the gradients at the weights before the last step, for momenta that look back.
+Part = tuple[Batch, list[Tensor] | None]
+
+
+class Pending(NamedTuple):
+    """A batch whose direction is known and whose weights have not moved yet."""
+
+    batch: Batch
+    context: Context
+    state: dict[str, Tensor]
+    averaged: Tensor
+    direction: Tensor
+
+
+def advance(batches: Sequence[Part]) -> dict[str, Shared]:
+    """Move the parameters of all batches, and return what step sizes have concluded.
+
+    One batch goes after the other, so that temporary memory stays small, unless a step size must see all of them.
+    """
+    parts = [(part, past) for batch, past in batches for part in batch.chunks()]
+    for part, _ in parts:
+        part.snapshot()
+    totals = Totals()
+    survey(parts, totals)
+    pending: Iterable[Pending] = (steepest(part, past, totals) for part, past in parts)
+    if any(part.rule.step_size.overrides("measure") for part, _ in parts):
+        pending = measured([*pending], totals)
+    for each in pending:
+        move(each)
+    return totals.concluded
+
+
+def steepest(batch: Batch, past: list[Tensor] | None, totals: Totals) -> Pending:
+    """Which gradient do we trust, and which direction is steepest? Nothing but state changes."""
+    rule, state = batch.rule, batch.loaded()
+    context = batch.context(totals.of(rule, batch.shared), past)  # gather
+    trusted, memory, scale = rule.step_size.weigh(context.g, context, context.shared)
+    if memory is not context.g or isinstance(scale, Tensor) or scale != 1.0:
+        context = replace(context, g=memory, scale=scale)
+    averaged = rule.momentum(trusted, state, context)  # momentum
+    direction = rule.norm(averaged, state, context)  # direction
+    return Pending(batch, context, state, averaged, direction)
+
+
+def move(pending: Pending) -> None:
+    """How far do we go, and where may the weights live?"""
+    batch, context, state, averaged, d = pending
+    rule = batch.rule
+    if batch.moves:
+        for constraint in rule.acting("update"):
+            d, factor = constraint.update(d, context)  # constraint, of the update
+            context = replace(context, shrink=context.shrink * factor)
+        length = rule.step_size.length(averaged, d, context, context.shared)  # step size
+        scatter(batch, d, length, context)
+    batch.store(state)
+    batch.undo_if_found_inf()
+
+
+def scatter(batch: Batch, d: Tensor, length: Rate, context: Context) -> None:
+    """``w <- shrink w - length d``, brought to where the weights may live; in place where the dtype allows."""
+    params, size, shrink = batch.params, -length, context.shrink
+    if batch.working != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
+        store(batch, context, batch.weights() * shrink + d * size)
+        return
+    if isinstance(shrink, Tensor):
+        torch._foreach_add_(params, torch._foreach_mul(params, shrink - 1))
+    elif shrink != 1.0 and abs(shrink - 1) < NEAR_ONE:
+        torch._foreach_add_(params, params, alpha=shrink - 1)
+    elif shrink != 1.0:
+        torch._foreach_mul_(params, shrink)
+    if isinstance(size, Tensor) and not size.ndim:
+        torch._foreach_addcmul_(params, batch.scatter(d), [size.to(batch.working)] * len(params))
+    elif isinstance(size, Tensor):
+        torch._foreach_add_(params, batch.scatter(d * size))
+    else:
+        torch._foreach_add_(params, batch.scatter(d), alpha=size)
+    if batch.rule.acting("weight"):
+        store(batch, context, batch.weights())
+
+
+def store(batch: Batch, context: Context, new: Tensor) -> None:
+    """Write new weights to the parameters, brought to where the constraints let them live."""
+    bounds = batch.rule.acting("weight")
+    bounded = new
+    for constraint in bounds:
+        bounded = constraint.weight(bounded, batch.state, context)
+    if bounds and isinstance(batch.lr, Tensor):  # a rate of 0 that only the device knows moves nothing either
+        bounded = torch.where((batch.lr == 0).to(new.device, non_blocking=True), batch.low_precision_weights(), bounded)
+    torch._foreach_copy_(batch.params, batch.scatter(bounded))
+
+
+def run_kernel(batch: Batch, kernel: AdamKernel) -> None:
+    """The whole step in one pass over memory, and what bounds say of the new weights, at which alone they look."""
+    entries = {name: batch.entries(name) for name in batch.plan.entries}
+    kernel(batch.params, batch.gradients, entries, batch.number, batch.rate, batch.group["maximize"])
+    if batch.moves and batch.rule.acting("weight"):
+        nothing = torch.empty(0)
+        context = Context(nothing, nothing, batch.number, batch.rate, None, batch.weights, is_vector=batch.is_vector)
+        store(batch, context, batch.weights())
+
+
+def kernel_for(batch: Batch) -> AdamKernel | None:
+    """The kernel that takes the step of a batch, if torch has one for its rule and its tensors."""
+    kernel = batch.plan.kernel
+    if kernel is None or batch.working != batch.params[0].dtype or batch.plan.rounded:
+        return None
+    return kernel if kernel.takes(batch.params, batch.gradients, batch.entries("momentum")) else None
+
+
+def survey(parts: Sequence[Part], totals: Totals) -> None:
+    """Let step sizes look at all gradients before momentum sees any of them."""
+    for batch, past in parts:
+        if batch.rule.step_size.overrides("survey"):
+            context = batch.context(totals.of(batch.rule, batch.shared), past)
+            totals.add(batch.rule, batch.shared, batch.rule.step_size.survey(batch.loaded(), context, context.shared))
+    totals.conclude()
+
+
+def measured(held: Sequence[Pending], totals: Totals) -> Iterator[Pending]:
+    """Let step sizes look at all directions before any weight moves; the contexts then know what they conclude."""
+    for batch, context, _, averaged, d in held:
+        if batch.rule.step_size.overrides("measure"):
+            totals.add(batch.rule, batch.shared, batch.rule.step_size.measure(averaged, d, context))
+    totals.conclude()
+    for each in held:
+        shared = each.batch.readable(totals.of(each.batch.rule, each.batch.shared))
+        yield each._replace(context=replace(each.context, shared=shared))

@@ -1,0 +1,240 @@
+"""How parameters are taken together, remembered from step to step, and where their state lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normopt.engine import kernels
+from normopt.rule import Rule
+
+#: The most entries that one batch of matrices holds, unless a single parameter has more, for rules that multiply
+#: matrices. It bounds the temporary memory of a step to a few times this many numbers.
+MAX_ENTRIES = 1 << 22
+
+#: The same for all other rules: few enough for the caches, since they do little more than read and write memory. Where
+#: every entry moves by itself, larger parameters are worked through in chunks.
+FLAT_ENTRIES = 1 << 19
+
+#: What ``optimizer.state`` is: each parameter's entries by name.
+State = MutableMapping[Tensor, dict[str, Any]]
+
+#: What a parameter's data must keep for its plan to hold: it may have been replaced.
+_kind = attrgetter("shape", "dtype", "device")
+
+
+class Entries(NamedTuple):
+    """One piece of state of a plan's parameters: the tensor that holds it all, and where each parameter's part is."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    bytes: int
+    shapes: list[torch.Size]
+    strides: list[tuple[int, ...]]
+    #: In bytes, for the parts that are not empty: their places among the parameters, and where they begin.
+    filled: list[int]
+    offsets: list[int]
+
+    @classmethod
+    def of(cls, whole: Tensor, parts: Iterable[Tensor], device: torch.device) -> Entries:
+        """From a tensor with memory of its own on ``device``, or one of the same layout on the device ``meta``."""
+        views, size = [*parts], whole.element_size()
+        filled = [i for i, view in enumerate(views) if view.numel()]
+        offsets = [int(views[i].storage_offset()) * size for i in filled]
+        shapes, strides = [view.shape for view in views], [view.stride() for view in views]
+        layout = whole.shape, whole.stride(), whole.dtype, device, whole.numel() * size
+        return cls(*layout, shapes, strides, filled, offsets)
+
+    def are_parts(self, entries: Sequence[Any], places: Sequence[int]) -> bool:
+        """Whether ``entries``, one for each parameter, at these addresses, are parts of one tensor as described."""
+        fit = all(map(self._fits, entries, self.shapes, self.strides))
+        begins = [places[i] for i in self.filled] if fit else []
+        return fit and begins == [begins[0] + offset for offset in self.offsets]
+
+    def _fits(self, entry: Any, shape: torch.Size, strides: tuple[int, ...]) -> bool:
+        return (
+            isinstance(entry, Tensor)
+            and (entry.dtype, entry.device) == (self.dtype, self.device)
+            and (entry.shape, entry.stride()) == (shape, strides)
+        )
+
+    def own_their_memory(self, entries: Sequence[Tensor]) -> bool:
+        """Whether the memory that parts lie in is theirs alone, and all of it is there."""
+        return not self.filled or entries[self.filled[0]].untyped_storage().nbytes() == self.bytes
+
+    def whole(self, entries: Sequence[Tensor]) -> Tensor:
+        """The tensor that all of them are parts of."""
+        return entries[self.filled[0] if self.filled else 0].as_strided(self.shape, self.stride, 0)
+
+
+class Plan:
+    """Parameters of one group that move together, by their places in ``group["params"]``.
+
+    They have one dtype, device, age and, unless the rule works entry by entry, shape. A plan is all that is remembered
+    between two steps, and it holds numbers only: parameters and state belong to those who hold them. Each parameter's
+    entries in ``optimizer.state`` are views of one tensor for all parameters of the plan, so that a step runs on
+    whole batches without collecting anything but gradients. Whether they still are is asked at every step.
+    """
+
+    def __init__(self, group: Mapping[str, Any], members: list[int], rule: Rule) -> None:
+        self.members, self.rule = members, rule
+        params = self.params(group)
+        self.kinds = [*map(_kind, params)]
+        self.flat = rule.elementwise
+        self.captured = bool(group["capturable"])
+        #: The dtype that steps are computed in.
+        self.working = torch.promote_types(params[0].dtype, torch.float32)
+        self.kept = kept_dtype(group, params[0].dtype, self.working)
+        self.kernel = kernels.find(rule)
+        self.squares = rule.squares
+        shapes = [rule.view.shape(tuple(p.shape)) for p in params]
+        #: How much of the first dimension of a batch belongs to each parameter.
+        self.sizes = [p.numel() for p in params] if self.flat else [shape[0] for shape in shapes]
+        rest = () if self.flat else shapes[0][1:]
+        x = torch.empty((sum(self.sizes), *rest), dtype=self.working, device="meta")
+        self.shape = x.shape
+        state = rule.init_state(x, lambda: x)
+        #: The names of state that is kept in fewer bits than it is computed with.
+        self.rounded = rule.averages(state) if self.kept != self.working else []
+        state |= {name: state[name].to(self.kept) for name in self.rounded}
+        steps = torch.empty(len(params), dtype=torch.float32, device="meta")
+        #: Where steps are counted.
+        self.home = params[0].device if self.captured else torch.device("cpu")
+        self.entries: dict[str, Entries] = {}
+        self.learn({"step": steps, **state}, params)
+        # Which tensors the entries were, and where, when they were last looked at.
+        self._seen: list[int] = []
+        self._places: list[int] = []
+
+    def learn(self, state: Mapping[str, Tensor], params: Sequence[Tensor]) -> None:
+        """Remember how state is laid out: on a device its strides may follow those of gradients."""
+        for name, whole in state.items():
+            parts = whole.unbind() if name == "step" else self.parts(whole, params)
+            self.entries[name] = Entries.of(whole, parts, self.home if name == "step" else params[0].device)
+
+    def params(self, group: Mapping[str, Any]) -> list[Tensor]:
+        """The parameters themselves."""
+        given = group["params"]
+        return [given[i] for i in self.members]
+
+    def holds(self, params: Sequence[Tensor], group: Mapping[str, Any], rule: Rule) -> bool:
+        """Whether the plan is still right for these parameters of the group under ``rule``.
+
+        Their data may have been replaced, and the rule may have got a momentum in place of 0, or another
+        ``state_dtype``.
+        """
+        if self.kinds != [*map(_kind, params)] or self.captured != bool(group["capturable"]):
+            return False
+        if self.kept != kept_dtype(group, params[0].dtype, self.working):
+            return False
+        if rule is not self.rule:
+            x = torch.empty(self.shape, device="meta")
+            if rule.elementwise != self.flat or rule.init_state(x, x.clone).keys() != self.entries.keys() - {"step"}:
+                return False
+            self.rule, self.kernel, self.squares = rule, kernels.find(rule), rule.squares
+        return True
+
+    def joined(self, held: Sequence[Mapping[str, Any]]) -> dict[str, list[Tensor]] | None:
+        """Each parameter's entries by name, if they are parts of one tensor for each name and all ages are equal.
+
+        ``None`` if they are not: the state is new, or somebody has replaced, moved, cast or deleted some of it.
+
+        Args:
+            held: what ``optimizer.state`` has for each parameter, at this moment.
+        """
+        found: dict[str, list[Any]] = {name: [each.get(name) for each in held] for name in self.entries}
+        every = [entry for entries in found.values() for entry in entries]
+        now = [*map(id, every)]
+        if now != self._seen:
+            if not all(isinstance(entry, Tensor) for entry in every):
+                return None
+            self._places = []
+        places = _addresses(every)
+        if places != self._places:
+            each = zip(self.entries.values(), found.values(), _split(places, len(held)), strict=True)
+            if not all(wanted.are_parts(entries, begins) for wanted, entries, begins in each):
+                return None
+        if not all(map(Entries.own_their_memory, self.entries.values(), found.values())):
+            return None
+        if len(held) > 1 and not self.captured and len({*self.entries["step"].whole(found["step"]).tolist()}) > 1:
+            return None
+        self._seen, self._places = now, places
+        return found
+
+    def parts(self, whole: Tensor, params: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Each parameter's part of a state tensor, in the parameter's own shape where the state has one."""
+        for part, p in zip(torch.split(whole, self.sizes), params, strict=True):
+            is_own = self.flat or tuple(part.shape) == self.rule.view.shape(p.shape)
+            yield self.like(part, p) if is_own else part
+
+    def like(self, part: Tensor, p: Tensor) -> Tensor:
+        """A part of a batch in the parameter's shape; shares memory."""
+        return part.view(p.shape) if self.flat else self.rule.view.invert(part, p.shape)
+
+
+def kept_dtype(group: Mapping[str, Any], own: torch.dtype, working: torch.dtype) -> torch.dtype:
+    """The dtype that averages are kept in: the param group's, the parameter's, or that of the computation."""
+    wanted = group["state_dtype"]
+    return working if wanted is None else own if wanted == "parameter" else getattr(torch, wanted)
+
+
+def partition(group: Mapping[str, Any], members: Iterable[int], rule: Rule, state: State) -> Iterator[Plan]:
+    """Plans for those parameters of a group that have gradients; no batch is too large unless it is one parameter."""
+    params = group["params"]
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for i in members:
+        p = params[i]
+        shape = () if rule.elementwise else (p.ndim < 2, *rule.view.shape(p.shape)[1:])
+        kinds.setdefault((shape, p.dtype, p.device, age(state, p)), []).append(i)
+    limit = MAX_ENTRIES if rule.norm.reduces == "matrix" else FLAT_ENTRIES
+    for alike in kinds.values():
+        entries, part = 0, list[int]()
+        for i in alike:
+            size = params[i].numel()
+            if part and entries + size > limit:
+                yield Plan(group, part, rule)
+                entries, part = 0, []
+            entries, part = entries + size, [*part, i]
+        yield Plan(group, part, rule)
+
+
+def age(state: State, p: Tensor) -> float:
+    """How many steps ``p`` has taken."""
+    return float(state[p]["step"]) if "step" in state.get(p, ()) else 0.0
+
+
+def state_shapes(p: Tensor, rule: Rule) -> dict[str, tuple[int, ...]]:
+    """The shape of each piece of state, save ``step``, that a rule keeps for a parameter; nothing is computed."""
+    seen = (p.numel(),) if rule.elementwise else rule.view.shape(tuple(p.shape))
+    x = torch.empty(seen, device="meta")
+    state = rule.init_state(x, lambda: x)
+    return {name: tuple(p.shape if y.shape == x.shape else y.shape) for name, y in state.items()}
+
+
+def separate(state: State, joined: Iterable[Tensor]) -> None:
+    """Give the state of all parameters but ``joined`` memory of its own, where it was part of a batch.
+
+    A parameter that has left its batch would keep the memory of the whole batch alive.
+    """
+    ids = {*map(id, joined)}
+    for p, held in state.items():
+        for name, entry in held.items() if id(p) not in ids else ():
+            if isinstance(entry, Tensor) and entry.untyped_storage().nbytes() > entry.numel() * entry.element_size():
+                held[name] = entry.clone()
+
+
+def _addresses(entries: Sequence[Tensor]) -> list[int]:
+    """Where tensors begin; those without numbers have a storage and a place in it all the same."""
+    if type(entries[0]) is Tensor and not entries[0].is_meta:
+        return [*map(Tensor.data_ptr, entries)]
+    return [x.untyped_storage()._cdata + x.storage_offset() * x.element_size() for x in entries]
+
+
+def _split(places: list[int], size: int) -> Iterator[list[int]]:
+    return (places[i : i + size] for i in range(0, len(places), size))
