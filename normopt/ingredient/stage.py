@@ -46,7 +46,7 @@ class Context:
     direction: Any
     weights: Callable[[], Tensor]
     scale: Rate = 1.0
-    shared: dict[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
     shrink: Rate = 1.0
     is_vector: bool = False
     past: Callable[[], Tensor] | None = None
