@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from normopt.numerics.host import host_may_look
+from normopt.numerics.host import can_read_values
 
 #: The error of a decomposition that does not converge.
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -81,7 +81,7 @@ def gram_matrix(g: Tensor, side: str) -> Tensor:
 def average_(old: Tensor, new: Tensor, beta: float) -> Tensor:
     """``old <- beta old + (1 - beta) new`` in place, except for matrices of ``new`` whose sum is not finite."""
     finite = new.sum(dim=(-2, -1), keepdim=True).isfinite()
-    all_are = host_may_look(finite) and bool(finite.all())
+    all_are = can_read_values(finite) and bool(finite.all())
     return old.lerp_(new if all_are else torch.where(finite, new, old), 1 - beta)
 
 

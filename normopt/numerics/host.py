@@ -9,7 +9,7 @@ from torch import Tensor
 DEFERRED = False
 
 
-def host_may_look(x: Tensor) -> bool:
+def can_read_values(x: Tensor) -> bool:
     """Whether ``x.item()`` is free: a plain CPU tensor, not in torch.compile and not in a functorch transform."""
     traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     return type(x) is Tensor and x.device.type == "cpu" and not traced and not DEFERRED

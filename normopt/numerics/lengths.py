@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normopt.numerics.host import are_exact, host_may_look, power_of_two
+from normopt.numerics.host import are_exact, can_read_values, power_of_two
 
 
 def axes(x: Tensor) -> tuple[int, ...]:
@@ -22,7 +22,7 @@ def euclidean(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> T
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if x.ndim == 0 or x.numel() == 0:
         return torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim)
-    sizes = _norms(x, dim) if host_may_look(x) else None
+    sizes = _norms(x, dim) if can_read_values(x) else None
     if sizes is None or not are_exact(sizes):
         scale = power_of_two(torch.maximum(x.amax(dim=dim, keepdim=True), -x.amin(dim=dim, keepdim=True)))
         sizes = _norms(x / scale, dim).mul_(scale)
@@ -57,7 +57,7 @@ def normalized(g: Tensor, margin: float = 1.0) -> Tensor:
     1e-30 and of 1e30 stay inside the range of float32.
     """
     g = g.to(torch.promote_types(g.dtype, torch.float32))
-    size = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) if host_may_look(g) else None
+    size = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) if can_read_values(g) else None
     if size is not None and are_exact(size):
         return g / size.mul_(margin)
     tiny = torch.finfo(g.dtype).tiny
