@@ -29,7 +29,7 @@ class Context:
         rate: the learning rate, after the step size's ``rate``.
         direction: the rule's direction, its options replaced by numbers.
         weights: returns the weights; see ``w``.
-        scale: the factor that the step size has multiplied ``g`` by; an ``eps`` is multiplied by it too.
+        scale: the step size's factor of gradients, by which an ``eps`` is multiplied too.
         shared: numbers of the whole optimizer, from the step size's ``conclude``: floats where reading a tensor's value
             is free, else 0-dimensional tensors.
         shrink: the factor of the weights before the update is added, a number or a tensor that broadcasts to them.

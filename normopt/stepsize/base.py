@@ -26,9 +26,7 @@ def double(device: torch.device) -> torch.dtype:
 
 
 class Weighed(NamedTuple):
-    """A rescaled gradient: the input of momentum, the input of second moments, and the factor, by which an ``eps`` is
-    multiplied too.
-    """
+    """The result of ``weigh``: the gradients for momentum and for second moments, and the factor of an ``eps``."""
 
     momentum: Tensor
     memory: Tensor
@@ -47,7 +45,7 @@ class StepSize(Ingredient):
 
     #: As for stages; ``"entry"`` if one length serves all entries, ``"all"`` if each matrix has its own.
     reduces: ClassVar[str] = "matrix"
-    #: What the length is proportional to, beside the learning rate, as ``describe`` and error messages say it.
+    #: What the length is proportional to, beside the learning rate, as ``describe`` shows it; empty if to nothing else.
     times: ClassVar[str] = ""
     #: Names of the numbers from ``conclude`` that a momentum may read, see ``Momentum.needs``.
     provides: ClassVar[frozenset[str]] = frozenset()
