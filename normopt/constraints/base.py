@@ -14,7 +14,7 @@ from normopt.ingredient.view import View
 
 
 class Constraint(Ingredient):
-    """A change of gradients, updates or weights beside the step itself. Methods that are not overridden cost nothing.
+    """A change of gradients, updates or weights, apart from the step itself. Methods that are not overridden cost nothing.
 
     In order: ``whole`` (whenever weights are read), ``gradient`` (before momentum), ``update``, ``shrink``, then the
     step ``w <- shrink w - length d``, then ``weight``. Tensors have the batch's layout ``(..., out, in)`` and are never

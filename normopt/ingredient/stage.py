@@ -19,7 +19,7 @@ Rate = float | Tensor
 
 @dataclass(frozen=True)
 class Context:
-    """One batch at one step, as all its ingredients see it beside the tensors that they are called with. Read-only.
+    """One batch at one step, as all its ingredients see it; read-only.
 
     Args:
         g: the gradient that second moments are taken of: after L2 and the step size's ``weigh``; inside a ``Chain``,

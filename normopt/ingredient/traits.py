@@ -1,4 +1,4 @@
-"""Traits: what an ingredient says of itself once and for all, such as ``reduces`` or ``degree``.
+"""Traits: constant properties of an ingredient, such as ``reduces`` or ``degree``.
 
 The base class declares each trait with its default, ``reduces: ClassVar[str] = "matrix"``. A subclass assigns another
 value, ``reduces = "row"``, takes the trait of one of its fields, ``reduces = like("norm")``, or computes it from its
@@ -23,11 +23,11 @@ class _Like(property):
 
 
 def like(field: str, name: str | None = None) -> Any:
-    """The trait of the ingredient in ``field``: after ``reduces = like("norm")``, ``self.reduces`` is that of ``norm``.
+    """The trait of the ingredient in ``field``: after ``reduces = like("norm")``, it is ``self.norm.reduces``.
 
     Args:
         field: the name of the field.
-        name: the name of the trait there, where it is another than here.
+        name: the name of the trait there, if it differs.
     """
     return _Like(field, name)
 
@@ -38,5 +38,5 @@ def trait(compute: Callable[[Any], Any]) -> Any:
 
 
 def overrides(ingredient: object, base: type, *methods: str) -> bool:
-    """Whether the class of ``ingredient`` has a version of its own of one of the ``methods`` of ``base``."""
+    """Whether the class of ``ingredient`` overrides one of the ``methods`` of ``base``."""
     return any(getattr(type(ingredient), method) is not getattr(base, method) for method in methods)

@@ -25,7 +25,7 @@ class PolarCoefficients(Ingredient):
         margin: the input is divided by ``margin`` times its norm, so that no singular value exceeds ``1 / margin``
             even after rounding.
         normalizer: the norm: ``"frobenius"``, or ``"schatten8"``, ``(sum s_i^8)^(1/8)``, which is smaller by up to
-            ``m^(3/8)`` (so that singular values start higher) and needs no product beside the first step's.
+            ``m^(3/8)`` (so that singular values start higher) and for which the first step's products suffice.
 
     Raises:
         ValueError: a row does not have three entries, ``steps`` is less than 1 or the normalizer is unknown.

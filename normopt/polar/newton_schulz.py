@@ -14,7 +14,7 @@ def direct(x: Tensor, rows: list[Quintic], tight: float | None = None) -> Tensor
     """The steps ``X <- a X + (b A + c A^2) X``, ``A = X X^T``, on ``x`` of shape ``(batch, m, n)``, m <= n.
 
     For tall matrices the steps are ``X <- a X + X (b A + c A^2)``, ``A = X^T X``. With ``tight``, ``x`` is first
-    divided by ``tight`` times its Schatten-8 norm, which costs nothing beside the first step's products.
+    divided by ``tight`` times its Schatten-8 norm, for which the first step's products suffice.
     """
     for i, row in enumerate(rows):
         if tight is not None and i == 0:

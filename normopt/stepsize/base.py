@@ -45,7 +45,7 @@ class StepSize(Ingredient):
 
     #: As for stages; ``"entry"`` if one length serves all entries, ``"all"`` if each matrix has its own.
     reduces: ClassVar[str] = "matrix"
-    #: What the length is proportional to, beside the learning rate, as ``describe`` shows it; empty if to nothing else.
+    #: What the length is proportional to, apart from the learning rate, as ``describe`` shows it; ``""``: nothing.
     times: ClassVar[str] = ""
     #: Names of the numbers from ``conclude`` that a momentum may read, see ``Momentum.needs``.
     provides: ClassVar[frozenset[str]] = frozenset()
