@@ -14,11 +14,11 @@ from normopt.ingredient.view import View
 
 
 class Constraint(Ingredient):
-    """A change of gradients, updates or weights, apart from the step itself. Methods that are not overridden cost nothing.
+    """A change of gradients, updates or weights, apart from the step itself.
 
-    In order: ``whole`` (whenever weights are read), ``gradient`` (before momentum), ``update``, ``shrink``, then the
-    step ``w <- shrink w - length d``, then ``weight``. Tensors have the batch's layout ``(..., out, in)`` and are never
-    modified in place; the constraint's own state is updated in place.
+    Methods that are not overridden cost nothing. In order: ``whole`` (whenever weights are read), ``gradient`` (before
+    momentum), ``update``, ``shrink``, then the step ``w <- shrink w - length d``, then ``weight``. Tensors have the
+    batch's layout ``(..., out, in)`` and are never modified in place; the constraint's own state is updated in place.
     """
 
     #: What one entry of the result depends on, as for stages: ``"entry"``, ``"row"`` ...
