@@ -1,26 +1,54 @@
 """normopt: optimizers as steepest descent under a norm chosen for each tensor's role."""
 
 from normopt import constraints, directions, momentum, nn, norms, polar, roles, stepsize, zoo
-from normopt.constraints.base import Constraint
-from normopt.constraints.bounds import Ball, FrobeniusSphere, RowBound, Sphere
-from normopt.constraints.decay import L2, FrankWolfe, WeightDecay
-from normopt.constraints.precision import KahanSum, StochasticRounding
-from normopt.constraints.spectrum import SoftSpectralCap, SpectralCap, SpectralNormalize
-from normopt.constraints.tangent import TangentProjection
-from normopt.directions.algebra import Chain, Clipped, Decayed, Grafted, Identity
-from normopt.directions.balanced import CoshScaled, Sinkhorn
-from normopt.directions.bases import Basis, Eigenbasis
-from normopt.directions.complement import Complement
-from normopt.directions.coordinates import Blocked, Rotated
-from normopt.directions.factored import Factored
-from normopt.directions.smoothed import Smoothed
-from normopt.directions.subspace import Aligned, LowRank
-from normopt.directions.whitening import KLWhitened
+from normopt.constraints import (
+    L2,
+    Ball,
+    Constraint,
+    FrankWolfe,
+    FrobeniusSphere,
+    KahanSum,
+    RowBound,
+    SoftSpectralCap,
+    SpectralCap,
+    SpectralNormalize,
+    Sphere,
+    StochasticRounding,
+    TangentProjection,
+    WeightDecay,
+)
+from normopt.directions import (
+    Aligned,
+    Basis,
+    Blocked,
+    Chain,
+    Clipped,
+    Complement,
+    CoshScaled,
+    Decayed,
+    Eigenbasis,
+    Factored,
+    Grafted,
+    Identity,
+    KLWhitened,
+    LowRank,
+    Rotated,
+    Sinkhorn,
+    Smoothed,
+)
 from normopt.ingredient import Option
 from normopt.ingredient.view import View
-from normopt.momentum.averages import EMA, HeavyBall, LionMomentum, Nesterov, TwoSpeed, WarmNesterov
-from normopt.momentum.base import Momentum, NoMomentum
-from normopt.momentum.recursive import Recursive
+from normopt.momentum import (
+    EMA,
+    HeavyBall,
+    LionMomentum,
+    Momentum,
+    Nesterov,
+    NoMomentum,
+    Recursive,
+    TwoSpeed,
+    WarmNesterov,
+)
 from normopt.norms import Column, Direction, Euclidean, KyFan, Max, Norm, Nuclear, PerBlock, Row, Schatten, Spectral
 from normopt.optimizer import SteepestDescent
 from normopt.polar import PolarCoefficients
@@ -29,10 +57,20 @@ from normopt.roles.geometries import GEOMETRIES, width_scaled
 from normopt.roles.groups import param_groups
 from normopt.roles.infer import Role, infer_roles
 from normopt.rule import Rule
-from normopt.stepsize.base import StepSize
-from normopt.stepsize.fixed import Constant, Dual, InverseTime, Sharp, Storm
-from normopt.stepsize.free import DAdaptation, LearningRateFree, Prodigy
-from normopt.stepsize.trust import GradientTrust, Relative, TrustRatio
+from normopt.stepsize import (
+    Constant,
+    DAdaptation,
+    Dual,
+    GradientTrust,
+    InverseTime,
+    LearningRateFree,
+    Prodigy,
+    Relative,
+    Sharp,
+    StepSize,
+    Storm,
+    TrustRatio,
+)
 from normopt.torch_state import from_torch_state
 from normopt.zoo import create, list_optimizers
 

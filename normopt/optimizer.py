@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from normopt.constraints.base import Constraint
 from normopt.engine import loop
@@ -22,20 +23,21 @@ from normopt.engine.checks import (
     check_lr,
     check_numbers,
     check_parameters,
+    check_policy,
     dtype_name,
 )
-from normopt.engine.finite import FiniteGuard, check_capture, watched
-from normopt.engine.kernels import AdamKernel
+from normopt.engine.finite import FiniteGuard, check_capture
 from normopt.engine.look_back import look_back
-from normopt.engine.names import Names
-from normopt.engine.prepare import Plans, adopt, prepared
+from normopt.engine.names import follow_names, learn_names
+from normopt.engine.plan import Plan
+from normopt.engine.prepare import adopt, prepared
 from normopt.engine.schedulers import first_weight
 from normopt.engine.totals import share
 from normopt.ingredient import Stage, nearest
 from normopt.ingredient.view import View
 from normopt.momentum.base import Momentum, NoMomentum
 from normopt.roles.geometries import overlaid
-from normopt.roles.groups import param_groups
+from normopt.roles.groups import param_groups, vectors_by_adam
 from normopt.roles.options import Geometry, entry, with_beta
 from normopt.rule import INGREDIENTS, Rule, rule_of
 from normopt.stepsize.base import StepSize, double
@@ -51,7 +53,8 @@ class SteepestDescent(Optimizer):
 
     Args:
         params: parameters, named parameters or param groups as in torch.optim, or a whole model. Of a model, every
-            parameter gets the ingredients that ``geometry`` gives to its role; of a param group, those that it names
+            parameter gets the ingredients that ``geometry`` gives to its role; vectors and scalars that ``norm`` cannot
+            take, and for which no other is named, move by Adam. Param groups name their own ingredients
             (``{"params": ..., "norm": "max", "lr": 1e-3}``).
         lr: learning rate, a number or a tensor with one entry.
         norm: a norm or another direction, such as ``"spectral"``, ``Column(scale="unit")``, ``Smoothed(Max())``.
@@ -77,8 +80,8 @@ class SteepestDescent(Optimizer):
             rounded up or down at random, so that nothing is lost on average; the same run rounds alike. What must be
             exact stays in float32: bases, matrices of second moments, sums over the whole run. Every group can have
             its own.
-        foreach: taken for torch's sake; tensors are always batched.
-        fused: likewise.
+        foreach: accepted for compatibility with torch.optim; has no effect: tensors are always batched.
+        fused: accepted for compatibility with torch.optim; has no effect.
         capturable: keep step counters on the parameters' device and look at no number, so that ``step`` can be captured
             in a CUDA graph, after a first step outside of it; with ``lr`` as a tensor the schedule is captured too.
             Every param group can have its own, all must have it to be captured. Bad gradients are left out of replayed
@@ -95,8 +98,8 @@ class SteepestDescent(Optimizer):
         TypeError: a param group with an entry that none of its ingredients reads.
     """
 
-    #: What each role of a whole model gets; ``{}`` is the optimizer's own rule.
-    geometry: ClassVar[Geometry] = {"*": {}}
+    #: What ``table`` and ``rest`` said when the optimizer was made.
+    own_table: Geometry
     #: Whether updates run through ``torch.compile``.
     compiles: bool = False
     #: Every subclass by its lower-case name, for :func:`normopt.create`; of two with one name the first.
@@ -104,11 +107,29 @@ class SteepestDescent(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if vars(cls).get("_abstract", False):
+        if cls._is_abstract():
             return
         known = SteepestDescent.registry.setdefault(cls.__name__.lower(), cls)
         if (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__):
             SteepestDescent.registry[cls.__name__.lower()] = cls  # defined anew, as in a notebook
+
+    @classmethod
+    def _is_abstract(cls) -> bool:
+        return bool(vars(cls).get("_abstract", False))
+
+    def table(self) -> Geometry:
+        """What a whole model's roles get, role -> norm or dict of param-group options; ``{}`` is the own rule.
+
+        Roles that it does not name, neither by themselves nor by ``"*"``, get what ``rest`` says.
+        """
+        return {}
+
+    def rest(self) -> dict[str, Any]:
+        """The param-group options of roles that ``table`` does not name; by default the optimizer's own rule.
+
+        Vectors and scalars that the own rule's direction cannot take, and for which no other is named, move by Adam.
+        """
+        return {}
 
     def __init__(
         self,
@@ -139,12 +160,16 @@ class SteepestDescent(Optimizer):
         numbers = {**({"momentum": momentum} if isinstance(momentum, (int, float)) else {}), **(options or {})}
         for name in numbers.keys() - rule.options():
             raise TypeError(f"options: no ingredient of {rule} reads {name!r}; {nearest(name, rule.options())}")
+        self.own_table = {"*": self.rest(), **self.table()}
         if isinstance(params, nn.Module):
-            params = param_groups(params, overlaid(self.geometry, geometry), overrides)
+            params = param_groups(params, overlaid(self.own_table, geometry), overrides)
+            params = (
+                params if rule.norm.takes_vectors else list(vectors_by_adam(params, rule.step_size, rule.constraint))
+            )
         elif geometry is not None or overrides is not None:
             raise ValueError("geometry and overrides need a whole model: pass the module instead of its parameters")
         self.compiles = compile
-        self._names = Names()
+        self._names: MutableMapping[Tensor, list[Any]] = WeakTensorKeyDictionary()
         self._forget_steps()
         fixed = {"lr": lr, "maximize": maximize, "nonfinite": nonfinite, "capturable": capturable, "rule": repr(rule)}
         super().__init__(params, {**fixed, "state_dtype": dtype_name(state_dtype), **numbers})
@@ -154,7 +179,7 @@ class SteepestDescent(Optimizer):
             self.defaults |= {} if weight is None else {"momentum": weight}  # for schedulers that cycle it
 
     def _forget_steps(self) -> None:
-        self._plans: Plans = {}
+        self._plans: dict[int, list[Plan]] = {}
         self._guard = FiniteGuard()
         self._compiled = torch.compile(loop.advance) if self.compiles else loop.advance
 
@@ -162,16 +187,16 @@ class SteepestDescent(Optimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch's, which groups that are added later would get
         self.defaults = {**ADDED, **self.defaults}
-        self._names = Names()
+        self._names = WeakTensorKeyDictionary()
         self._forget_steps()
         for group in self.param_groups:
-            self._names.learn(group)
+            learn_names(self._names, group)
             for name, value in {**ADDED, "state_version": VERSION}.items():
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         self._guard.settle(self.param_groups, self.state)
-        return {**super().__getstate__(), "geometry": self.geometry, "compiles": self.compiles}
+        return {**super().__getstate__(), "own_table": self.own_table, "compiles": self.compiles}
 
     # Param groups ---------------------------------------------------------------------------------------------
 
@@ -189,7 +214,7 @@ class SteepestDescent(Optimizer):
         except Exception:
             del self.param_groups[-1]
             raise
-        self._names.learn(group)
+        learn_names(self._names, group)
         for name, value in rule.step_size.init_shared().items():
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             fresh = torch.full((), value, dtype=double(device), device=device)
@@ -205,15 +230,15 @@ class SteepestDescent(Optimizer):
         if "lr_ratio" in group:
             check_lr(self.defaults["lr"])
             group["lr"] = self.defaults["lr"] * group.pop("lr_ratio")
-        own = {name for role in self.geometry for name in entry(self.geometry, role)} if "role" in group else set()
+        own = {name for role in self.own_table for name in entry(self.own_table, role)} if "role" in group else set()
         check_known(group.keys(), rule, self.defaults.keys() | own)
         check_numbers({**self.defaults, **group}, rule)
         return rule
 
     def _check_geometry(self) -> None:
         """Check what the optimizer's own table says of roles that no parameter plays, too."""
-        for role in self.geometry:
-            self._check_group({"role": role, **entry(self.geometry, role)})
+        for role in self.own_table:
+            self._check_group({"role": role, **entry(self.own_table, role)})
 
     def _rule_of(self, group: dict[str, Any]) -> Rule:
         """The optimizer's own rule with the ingredients and bounds that the group names, which are taken out of it."""
@@ -239,7 +264,7 @@ class SteepestDescent(Optimizer):
         """Param groups and state as in torch.optim: tensors, numbers, strings, lists and dicts."""
         self._guard.settle(self.param_groups, self.state)
         for group in self.param_groups:
-            self._names.follow(group)
+            follow_names(self._names, group)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -295,46 +320,48 @@ class SteepestDescent(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._names.follow(group)
+            follow_names(self._names, group)
+            check_policy(group["nonfinite"])
             check_gradients(group)
         with _without_autocast():
             found = prepared(self.param_groups, self._plans, self.state, self.defaults, self.compiles)
-            batches = [(batch, loop.kernel_for(batch)) for each in found for batch in each]
-        if not self._guard.may_go([*watched(self.param_groups)], [(b, kernel is not None) for b, kernel in batches]):
+        batches = [batch for each in found for batch in each]
+        if not self._guard.may_go(batches):
             return loss
         adopt(found, self._plans, self.state)
-        past = look_back([batch for batch, _ in batches], self.param_groups, closure)
-        if past and not self._guard.may_go([(b.group, b.params, g) for b, g in past.items() if b.is_watched]):
+        if look_back(batches, self.param_groups, closure) and not self._guard.may_go(batches, again=True):
             return loss
         with _without_autocast():
-            self._move(batches, past)
+            self._move(batches)
         return loss
 
-    def _move(self, batches: list[tuple[Batch, AdamKernel | None]], past: dict[Batch, list[Tensor]]) -> None:
+    def _move(self, batches: list[Batch]) -> None:
         """Run the step. On accelerators it is masked out on the device if a gradient was not finite."""
         found_inf, guard = self._guard.found_inf(), self._guard
-        going: list[loop.Part] = []
-        for batch, kernel in batches:
+        going: list[Batch] = []
+        for batch in batches:
             batch.found_inf = found_inf
             batch.clamps &= not guard.is_small
             guard.note_count(batch)
             if batch.look():
                 continue
             batch.count()
-            if kernel is not None and found_inf is None and not guard.is_large:
-                loop.run_kernel(batch, kernel)
+            if batch.kernel is not None and found_inf is None and not guard.is_large:
+                loop.run_kernel(batch, batch.kernel)
             else:
-                going.append((batch, past.get(batch)))
+                going.append(batch)
         # Where all have kernels nothing is left to compile, and the compiler would skip the function ever after.
-        traced = self.compiles and going and not any(batch.rule.decides_on_host for batch, _ in going)
+        traced = self.compiles and going and not any(batch.rule.decides_on_host for batch in going)
         concluded = (self._compiled if traced else loop.advance)(going)
         share(self.param_groups, concluded, found_inf)
 
 
-def _without_autocast() -> ExitStack:
+def _without_autocast() -> AbstractContextManager[Any]:
     """Products and state in the working dtype, also where ``step`` is called under autocast; closures keep theirs."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
     stack = ExitStack()
-    for kind in ("cpu", "cuda", "mps", "xpu") if torch._C._is_any_autocast_enabled() else ():
+    for kind in ("cpu", "cuda", "mps", "xpu"):
         if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
     return stack

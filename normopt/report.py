@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normopt.directions.bases import Eigenbasis
-from normopt.directions.coordinates import Rotated
-from normopt.directions.smoothed import Smoothed
+from normopt.directions import Eigenbasis, Rotated, Smoothed
 from normopt.ingredient import choices, parse
 from normopt.ingredient.stage import NO_MEMORY, ROTATED, SECOND_MOMENT, Direction
 from normopt.norms.base import Norm
 from normopt.optimizer import SteepestDescent
-from normopt.rule import Rule
+from normopt.rule import Rule, rule_of
 
 COLUMNS = (
     "parameter",
@@ -56,17 +54,18 @@ MEMORIES: dict[str, Callable[[Norm], Direction]] = {
 def periodic_table() -> str:
     """The grid of norms and memories, from the registry, with the optimizers that stand in each cell.
 
-    An optimizer stands where its direction for a matrix does. A cell without one holds, in brackets, the ingredient
+    An optimizer stands where its direction for a matrix does; one that cannot be made with its default arguments stands
+    nowhere, nor has a norm that cannot be made a row. A cell without one holds, in brackets, the ingredient
     that runs it (``SteepestDescent(params, norm="Smoothed(Column())")``), or a dash where there is none: norms without
     a second moment, and rotations that change nothing. Directions that are no norm's duality map have rows of their
     own, below.
     """
     names: dict[tuple[str, str], list[str]] = defaultdict(list)
     for cls in SteepestDescent.registry.values():
-        direction = _direction_of(cls)
-        if direction is not None:
-            names[direction.cell].append(cls.__name__)
-    norms: dict[str, Any] = {cls.__name__: cls() for cls in choices(Norm).values()}
+        cell = _default(_cell_of, cls)
+        if cell is not None:
+            names[cell].append(cls.__name__)
+    norms = {cls.__name__: norm for cls in choices(Norm).values() if isinstance(norm := _default(cls), Norm)}
     rows = [
         (name, *(", ".join(sorted(names[name, memory])) or _hole(norm, memory) for memory in MEMORIES))
         for name, norm in norms.items()
@@ -76,21 +75,22 @@ def periodic_table() -> str:
     return _table(("norm", *MEMORIES), rows, width=44)
 
 
-def _direction_of(cls: type[SteepestDescent]) -> Direction | None:
-    """What an optimizer does to a matrix with its default arguments; ``None`` if it has not got enough of them."""
+def _cell_of(cls: type[SteepestDescent]) -> tuple[str, str]:
+    """Where an optimizer with its default arguments puts a matrix."""
+    return rule_of(cls([torch.zeros(2, 2, requires_grad=True)]).param_groups[0]).norm.cell
+
+
+def _default(make: Callable[..., Any], *arguments: Any) -> Any:
+    """What comes of a class that the user may not be done with; ``None`` if that fails, whatever the reason."""
     try:
-        rule = parse(cls([torch.zeros(2, 2, requires_grad=True)]).param_groups[0]["rule"])
-    except TypeError:
+        return make(*arguments)
+    except Exception:
         return None
-    assert isinstance(rule, Rule)
-    return rule.norm
 
 
 def _hole(norm: Norm, memory: str) -> str:
-    try:
-        return f"({MEMORIES[memory](norm)})"
-    except ValueError:
-        return "-"
+    found = _default(MEMORIES[memory], norm)
+    return "-" if found is None else f"({found})"
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:

@@ -131,8 +131,17 @@ class Rule(Ingredient):
         known = self.momentum.averages | self.norm.averages
         return [name for name in state if name.rstrip("0123456789") in known]
 
-    def check_fits(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise a ``ValueError`` unless a parameter of this shape can be seen and measured as the rule says."""
+    def check_fits(self, name: str, shape: tuple[int, ...], role: str = "") -> None:
+        """Raise a ``ValueError`` unless a parameter of this shape can be seen and measured as the rule says.
+
+        ``role`` is what it plays in a model; empty where parameters were given.
+        """
+        if len(shape) < 2 and not self.norm.takes_vectors and role:
+            raise ValueError(
+                f"{name} has shape {shape}, but {self.norm}, which its role {role!r} has been given, is a norm of "
+                f"matrices. Give the role a norm of vectors, geometry={{{role!r}: 'max'}}, or the parameter, "
+                "overrides={name: {'norm': 'max'}}."
+            )
         if len(shape) < 2 and not self.norm.takes_vectors:
             raise ValueError(
                 f"{name} has shape {shape}, but {self.norm} is a norm of matrices. Give vectors and scalars a norm of "

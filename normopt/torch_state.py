@@ -9,19 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normopt.constraints.base import Constraint
-from normopt.constraints.decay import L2, WeightDecay
-from normopt.directions.algebra import Identity
-from normopt.directions.smoothed import Smoothed
+from normopt.constraints import L2, Constraint, WeightDecay
+from normopt.directions import Identity, Smoothed
 from normopt.engine.checkpoint import VERSION, difference
 from normopt.engine.checks import name_of
-from normopt.momentum.averages import EMA, HeavyBall
+from normopt.momentum import EMA, HeavyBall
 from normopt.norms import Max, Spectral
 from normopt.norms.base import Scale
 from normopt.optimizer import SteepestDescent
 from normopt.polar import JORDAN, PolarCoefficients
 from normopt.rule import Rule, rule_of
-from normopt.stepsize.fixed import Constant
+from normopt.stepsize import Constant
 
 Numbers = Mapping[str, Any]
 

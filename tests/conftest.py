@@ -9,6 +9,9 @@ from hypothesis import settings
 from normopt.ingredient import Ingredient
 from normopt.optimizer import SteepestDescent
 
+# Its asserts say what they compared, as those of the tests do.
+pytest.register_assert_rewrite("tests.support")
+
 # The tensors are small; waiting for a second thread costs more than it saves, above all on a busy machine.
 torch.set_num_threads(1)
 

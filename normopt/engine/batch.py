@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import reduce
 from operator import mul
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from normopt.engine import plan as plans
+from normopt.engine.kernels import AdamKernel
 from normopt.engine.plan import Plan, State, age
 from normopt.ingredient.stage import Context, Rate
 from normopt.numerics.host import can_read_values
@@ -33,6 +35,7 @@ class Batch:
     Args:
         plan: which parameters of the group, and how they are laid out.
         group: their param group.
+        params: the parameters.
         rule: their rule with this step's numbers.
         state: what ``optimizer.state`` is.
         shared: the numbers of the whole optimizer that the group holds.
@@ -47,6 +50,7 @@ class Batch:
         self,
         plan: Plan,
         group: Mapping[str, Any],
+        params: list[Tensor],
         rule: Rule,
         state: State,
         shared: Shared,
@@ -54,8 +58,10 @@ class Batch:
         joined: dict[str, list[Tensor]] | None = None,
     ) -> None:
         self.plan, self.group, self.rule, self.shared = plan, group, rule, shared
-        self.params = plan.params(group)
-        self.gradients: list[Tensor] = [p.grad for p in self.params]  # type: ignore[misc]
+        self.params = params
+        self.gradients: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
+        #: The gradients at the weights before the last step, for momenta that look back.
+        self.past: list[Tensor] | None = None
         self.working, self.flat, self.captured = plan.working, plan.flat, plan.captured
         self.is_vector = not plan.flat and self.params[0].ndim < 2
         #: Whether gradients that are not finite keep these parameters from moving.
@@ -75,7 +81,9 @@ class Batch:
             self._state = self._laid_out(state)
             self.steps = self._state.pop("step")
         else:
-            self.steps = plan.entries["step"].whole(joined["step"])
+            self.steps = plan.whole("step", joined["step"])
+        #: The kernel that takes this step, if torch has one for the rule and its tensors.
+        self.kernel = self._find_kernel()
         if self._in_tensors:  # so that the compiled part sees tensors, not how they are found
             self._state = self.state
         self._read_numbers()
@@ -93,7 +101,7 @@ class Batch:
         return laid_out
 
     def _check_shapes(self, state: State) -> None:
-        for name, wanted in self.plan.entries.items():
+        for name, wanted in self.plan.layouts.items():
             for shape, held in zip(wanted.shapes, (state.get(p, {}) for p in self.params), strict=True):
                 if isinstance(held.get(name), Tensor) and held[name].shape != shape:
                     shapes = f"{tuple(held[name].shape)} where its parameter needs {tuple(shape)}"
@@ -106,7 +114,7 @@ class Batch:
 
     def adopt(self, state: State) -> None:
         """Copy what ``optimizer.state`` has into a new layout, of which it holds views from now on."""
-        self._entries = {name: self.entries(name) for name in self.plan.entries}
+        self._entries = {name: self.entries(name) for name in self.plan.layouts}
         for name, parts in self._entries.items():
             for p, part in zip(self.params, parts, strict=True):
                 known = state[p].get(name)
@@ -127,8 +135,7 @@ class Batch:
         """Each piece of state save ``step`` as one tensor for all parameters."""
         if self._state is None:
             assert self._entries is not None
-            wanted = self.plan.entries
-            self._state = {n: wanted[n].whole(parts) for n, parts in self._entries.items() if n != "step"}
+            self._state = {n: self.plan.whole(n, parts) for n, parts in self._entries.items() if n != "step"}
         return self._state
 
     def loaded(self) -> dict[str, Tensor]:
@@ -140,6 +147,12 @@ class Batch:
         for salt, name in enumerate(self.plan.rounded):
             kept = self.state[name]
             kept.copy_(stochastically(state[name], kept.dtype, self.number, salt, self.first))
+
+    def _find_kernel(self) -> AdamKernel | None:
+        kernel = self.plan.kernel
+        if kernel is None or self.working != self.params[0].dtype or self.plan.rounded:
+            return None
+        return kernel if kernel.takes(self.params, self.gradients, self.entries("momentum")) else None
 
     # Numbers ----------------------------------------------------------------------------------------------------------
 
@@ -221,51 +234,50 @@ class Batch:
         """The parameters as they are stored, in float32 or better."""
         return self.gather(self.params)
 
-    def norm_of_gradient(self, by_kernel: bool) -> float:
+    def norm_of_gradient(self) -> float:
         """The Euclidean norm of the gradients, which are gathered now and kept until the step asks for them.
 
         Kernels take gradients as they are; then it is the sum of their norms.
         """
-        if by_kernel:
+        if self.kernel is not None:
             return sum(norm.item() for norm in torch._foreach_norm(self.gradients))
         self._gathered = self.gather(self.gradients)
         return norm_on_host(self._gathered)
 
-    def context(self, shared: Shared, past: list[Tensor] | None = None) -> Context:
+    def context(self, shared: Shared) -> Context:
         """What ingredients see: the gradient as constraints want it (L2), the weights, the numbers of this step.
 
         Args:
             shared: the numbers of the whole optimizer, as far as they are known.
-            past: the gradients at the weights before the last step, for momenta that look back.
         """
         numbers = self.readable(shared)
+        at_previous = None if self.past is None else lambda: self._gradient_at_previous(numbers)
+        return self._context(self.gradient(), self.weights, numbers, at_previous)
 
-        def seen(raw: Tensor, weights: Any, before: Any = None) -> Context:
-            def context(g: Tensor) -> Context:
-                return Context(
-                    g,
-                    raw,
-                    self.number,
-                    self.rate,
-                    self.rule.norm,
-                    weights,
-                    shared=numbers,
-                    shrink=self.shrink,
-                    is_vector=self.is_vector,
-                    past=before,
-                    dtype=self.params[0].dtype,
-                    first=self.first,
-                )
+    def _context(
+        self, raw: Tensor, weights: Callable[[], Tensor], shared: Numbers, past: Callable[[], Tensor] | None = None
+    ) -> Context:
+        context = Context(
+            raw,
+            raw,
+            self.number,
+            self.rate,
+            self.rule.norm,
+            weights,
+            shared=shared,
+            shrink=self.shrink,
+            is_vector=self.is_vector,
+            past=past,
+            dtype=self.params[0].dtype,
+            first=self.first,
+        )
+        for constraint in self.rule.acting("gradient"):
+            context = replace(context, g=constraint.gradient(context.g, context))
+        return context
 
-            found = context(raw)
-            for constraint in self.rule.acting("gradient"):
-                found = context(constraint.gradient(found.g, found))
-            return found
-
-        def at_previous() -> Tensor:
-            return seen(self.gradient(past), lambda: self.state["previous"]).g
-
-        return seen(self.gradient(), self.weights, at_previous if past is not None else None)
+    def _gradient_at_previous(self, shared: Numbers) -> Tensor:
+        """The gradient at the weights before the last step, with what constraints add to it there."""
+        return self._context(self.gradient(self.past), lambda: self.state["previous"], shared).g
 
     # Parts, and steps that are taken back -----------------------------------------------------------------------------
 

@@ -118,7 +118,7 @@ def check_parameters(group: Mapping[str, Any], rule: Rule) -> None:
             raise ValueError(f"{name} has dtype {p.dtype}; only real floating-point ones can be trained")
         if p.dtype == torch.float16 and group["state_dtype"] == "parameter":
             raise ValueError(f"{name} has dtype float16, which cannot hold second moments; give state_dtype 'bfloat16'")
-        rule.check_fits(name, tuple(p.shape))
+        rule.check_fits(name, tuple(p.shape), group.get("role", ""))
 
 
 def _part_of(p: Tensor) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,33 +13,12 @@ from torch import Tensor
 
 from normopt.engine import plan
 from normopt.engine.batch import LARGEST, Batch, norm_on_host
-from normopt.engine.checks import check_policy, name_of
+from normopt.engine.checks import name_of
 from normopt.engine.plan import State
 from normopt.numerics import host
 
 #: Devices whose results are read without waiting for whatever else has been queued.
 _WITH_EVENTS = {"cuda", "xpu"}
-
-Groups = Sequence[Mapping[str, Any]]
-
-#: A param group, some of its parameters, and their gradients.
-Watched = tuple[Mapping[str, Any], list[Tensor], list[Tensor]]
-
-
-def watched(groups: Groups) -> Iterator[Watched]:
-    """The gradients that must be finite: those of all param groups that do not propagate."""
-    for group in groups:
-        check_policy(group["nonfinite"])
-        if group["nonfinite"] != "propagate":
-            params = [p for p in group["params"] if p.grad is not None and not p.grad.is_meta]
-            yield group, params, [p.grad for p in params]
-
-
-def on_host(gradients: Iterable[Watched]) -> bool:
-    """Whether all gradients live where reading a number costs nothing."""
-    return not host.DEFERRED and all(
-        g.device.type == "cpu" and not group["capturable"] for group, _, each in gradients for g in each
-    )
 
 
 def capturing() -> bool:
@@ -47,38 +26,42 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def check_capture(groups: Groups) -> None:
+def check_capture(groups: Iterable[Mapping[str, Any]]) -> None:
     """Raise a ``ValueError`` if a CUDA graph is being captured and the host looks at numbers of some param group."""
     if capturing() and not all(group["capturable"] for group in groups):
         raise ValueError("a step is being captured in a CUDA graph: give the optimizer capturable=True")
 
 
-def sum_of_norms(gradients: Iterable[Watched]) -> float:
+def on_host(batches: Sequence[Batch]) -> bool:
+    """Whether all gradients live where reading a number costs nothing."""
+    return not host.DEFERRED and all(batch.params[0].is_cpu and not batch.captured for batch in batches)
+
+
+def sum_of_norms(batches: Sequence[Batch]) -> float:
     """The sum of the Euclidean norms of all gradients, read by the host. If it is finite, so are the gradients."""
-    return sum(norm_on_host(g) for _, params, each in gradients for g in _cast(params, each))
+    return sum(norm_on_host(g) for batch in batches for g in _gradients(batch))
 
 
-def sum_of_gathered_norms(batches: Iterable[tuple[Batch, bool]]) -> float | None:
-    """The same from batches, each with whether a kernel takes its step; ``None`` if it took the memory of all batches.
+def sum_of_gathered_norms(batches: Sequence[Batch]) -> float | None:
+    """The same from gradients as the step gathers them; ``None`` if that took the memory of all batches at once.
 
     Nothing is gathered for this sum alone, so that it costs next to nothing.
     """
-    asked = [(batch, by_kernel) for batch, by_kernel in batches if batch.is_watched]
-    if sum(p.numel() for batch, _ in asked for p in batch.params) > plan.MAX_ENTRIES:
+    if sum([p.numel() for batch in batches for p in batch.params]) > plan.MAX_ENTRIES:
         return None
-    return sum(batch.norm_of_gradient(by_kernel) for batch, by_kernel in asked)
+    return sum([batch.norm_of_gradient() for batch in batches])
 
 
-def all_finite(gradients: Iterable[Watched]) -> bool:
+def all_finite(batches: Sequence[Batch]) -> bool:
     """Whether the step can be taken, read by the host from every entry: norms can overflow where entries do not.
 
     Raises:
         ValueError: NaN or Inf in a param group with ``nonfinite="raise"``.
     """
     broken = [
-        (group, p)
-        for group, params, each in gradients
-        for p, g in zip(params, _cast(params, each), strict=True)
+        (batch.group, p)
+        for batch in batches
+        for p, g in zip(batch.params, _gradients(batch), strict=True)
         if not g.isfinite().all()
     ]
     culprits = [name_of(group, p) for group, p in broken if group["nonfinite"] == "raise"]
@@ -87,9 +70,10 @@ def all_finite(gradients: Iterable[Watched]) -> bool:
     return not broken
 
 
-def _cast(params: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+def _gradients(batch: Batch) -> list[Tensor]:
     """The gradients as the step will see them: float64 ones of other parameters may overflow."""
-    return [g.float() if g.dtype == torch.float64 != p.dtype else g for p, g in zip(params, gradients, strict=True)]
+    double = torch.float64 if batch.params[0].dtype != torch.float64 else None
+    return [g.float() if g.dtype == double else g for g in (batch.past or batch.gradients)]
 
 
 def message(culprits: list[str], outcome: str) -> str:
@@ -118,25 +102,25 @@ class FiniteGuard:
         self._counted: list[weakref.ref[Tensor]] = []
         self._refused = ""
 
-    def may_go(self, gradients: list[Watched], batches: Sequence[tuple[Batch, bool]] | None = None) -> bool:
+    def may_go(self, batches: Sequence[Batch], *, again: bool = False) -> bool:
         """Whether gradients are finite as far as the host can tell; what a device finds is in ``found_inf``.
 
         Args:
-            gradients: to be asked one by one, on accelerators or if need be.
-            batches: those that will gather the gradients for the step, and can be asked first, each with whether a
-                kernel takes its step.
+            batches: of the step; where momenta look back, their ``past`` gradients are asked.
+            again: whether the batches' own gradients have been asked before.
 
         Raises:
             ValueError: see :func:`all_finite`.
         """
-        if not on_host(gradients):
-            self._flags.append(_Flags(gradients))
+        asked = [batch for batch in batches if batch.is_watched and not (again and batch.past is None)]
+        if not on_host(asked):
+            self._flags.append(_Flags(asked))
             return True
-        total = None if batches is None else sum_of_gathered_norms(batches)
-        total = sum_of_norms(gradients) if total is None else total
-        self.is_small = total <= LARGEST and (batches is not None or self.is_small)
+        total = None if again else sum_of_gathered_norms(asked)
+        total = sum_of_norms(asked) if total is None else total
+        self.is_small = total <= LARGEST and (not again or self.is_small)
         self.is_large |= not math.isfinite(total)
-        return math.isfinite(total) or all_finite(gradients)
+        return math.isfinite(total) or all_finite(asked)
 
     def found_inf(self) -> Tensor | None:
         """Whether this step must change nothing, as a flag of the device; ``None`` if the host knows that it can go."""
@@ -150,8 +134,11 @@ class FiniteGuard:
         if batch.found_inf is not None and not batch.captured:
             self._counted += map(weakref.ref, batch.params)
 
-    def settle(self, groups: Groups, state: State) -> None:
+    def settle(self, groups: Sequence[Mapping[str, Any]], state: State) -> None:
         """Find out whether the device took the last step; if not, take back its count, and keep the error if any."""
+        self.is_large = self.is_small = False
+        if not self._flags:
+            return
         if capturing():
             self._flags, self._counted = [], []
         culprits = [p for flags in self._flags for p in flags.culprits()]
@@ -164,7 +151,6 @@ class FiniteGuard:
             names = dict.fromkeys(name_of(group, p) for group, p in refusing if id(p) in ids)
             self._refused = message([*names], "that step was left out") if names else ""
         self._flags, self._counted = [], []
-        self.is_large = self.is_small = False
 
     def raise_late(self) -> None:
         """Raise the error of the last step, once."""
@@ -176,11 +162,11 @@ class FiniteGuard:
 class _Flags:
     """Whether each of many gradients is finite, known to the device at once and to the host later."""
 
-    def __init__(self, gradients: Iterable[Watched]) -> None:
+    def __init__(self, batches: Sequence[Batch]) -> None:
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         owners: dict[tuple[torch.device, torch.dtype], list[weakref.ref[Tensor]]] = defaultdict(list)
-        for _, params, each in gradients:
-            for p, g in zip(params, _cast(params, each), strict=True):
+        for batch in batches:
+            for p, g in zip(batch.params, _gradients(batch), strict=True):
                 if g.numel():
                     kinds[g.device, g.dtype].append(g)
                     owners[g.device, g.dtype].append(weakref.ref(p))

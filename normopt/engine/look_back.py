@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from normopt.engine.batch import Batch
 
 
-def look_back(
-    batches: Sequence[Batch], groups: Sequence[dict[str, Any]], closure: Callable[[], Any] | None
-) -> dict[Batch, list[Tensor]]:
-    """The gradients at the weights before the last step, for those batches whose momentum asks for them.
+def look_back(batches: Sequence[Batch], groups: Sequence[Mapping[str, Any]], closure: Callable[[], Any] | None) -> bool:
+    """Give those batches whose momentum asks for them the gradients at the weights before the last step.
 
-    Weights and gradients are put back, also when the closure raises.
+    Weights and gradients are put back, also when the closure raises. Returns whether there were any.
     """
     asking = [batch for batch in batches if batch.rule.momentum.looks_back and batch.taken() > 0]
     if not asking or closure is None:
-        return {}
+        return False
     every = [p for group in groups for p in group["params"]]
     moved = [p for batch in asking for p in batch.params]
     gradients, weights = [p.grad for p in every], [p.detach().clone() for p in moved]
@@ -31,8 +28,10 @@ def look_back(
             torch._foreach_copy_(batch.params, batch.scatter(batch.state["previous"]))
         with torch.enable_grad():
             closure()
-        return {batch: [torch.zeros_like(p) if p.grad is None else p.grad for p in batch.params] for batch in asking}
+        for batch in asking:
+            batch.past = [torch.zeros_like(p) if p.grad is None else p.grad for p in batch.params]
     finally:
         torch._foreach_copy_(moved, weights)
         for p, gradient in zip(every, gradients, strict=True):
             p.grad = gradient
+    return True

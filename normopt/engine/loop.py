@@ -19,10 +19,6 @@ from normopt.stepsize.base import Shared
 NEAR_ONE = 1e-5
 
 
-#: A batch or a chunk of one, with the gradients at the weights before the last step, for momenta that look back.
-Part = tuple[Batch, list[Tensor] | None]
-
-
 class Pending(NamedTuple):
     """A batch whose direction is known and whose weights have not moved yet."""
 
@@ -33,28 +29,28 @@ class Pending(NamedTuple):
     direction: Tensor
 
 
-def advance(batches: Sequence[Part]) -> dict[str, Shared]:
+def advance(batches: Sequence[Batch]) -> dict[str, Shared]:
     """Move the parameters of all batches, and return what step sizes have concluded.
 
     One batch goes after the other, so that temporary memory stays small, unless a step size must see all of them.
     """
-    parts = [(part, past) for batch, past in batches for part in batch.chunks()]
-    for part, _ in parts:
+    parts = [part for batch in batches for part in batch.chunks()]
+    for part in parts:
         part.snapshot()
     totals = Totals()
     survey(parts, totals)
-    pending: Iterable[Pending] = (steepest(part, past, totals) for part, past in parts)
-    if any(part.rule.step_size.overrides("measure") for part, _ in parts):
+    pending: Iterable[Pending] = (steepest(part, totals) for part in parts)
+    if any(part.rule.step_size.overrides("measure") for part in parts):
         pending = measured([*pending], totals)
     for each in pending:
         move(each)
     return totals.concluded
 
 
-def steepest(batch: Batch, past: list[Tensor] | None, totals: Totals) -> Pending:
+def steepest(batch: Batch, totals: Totals) -> Pending:
     """Which gradient do we trust, and which direction is steepest? Nothing but state changes."""
     rule, state = batch.rule, batch.loaded()
-    context = batch.context(totals.of(rule, batch.shared), past)  # gather
+    context = batch.context(totals.of(rule, batch.shared))  # gather
     trusted, memory, scale = rule.step_size.weigh(context.g, context, context.shared)
     if memory is not context.g or isinstance(scale, Tensor) or scale != 1.0:
         context = replace(context, g=memory, scale=scale)
@@ -112,7 +108,7 @@ def store(batch: Batch, context: Context, new: Tensor) -> None:
 
 def run_kernel(batch: Batch, kernel: AdamKernel) -> None:
     """The whole step in one pass over memory, and what bounds say of the new weights, at which alone they look."""
-    entries = {name: batch.entries(name) for name in batch.plan.entries}
+    entries = {name: batch.entries(name) for name in batch.plan.layouts}
     kernel(batch.params, batch.gradients, entries, batch.number, batch.rate, batch.group["maximize"])
     if batch.moves and batch.rule.acting("weight"):
         nothing = torch.empty(0)
@@ -120,19 +116,11 @@ def run_kernel(batch: Batch, kernel: AdamKernel) -> None:
         store(batch, context, batch.weights())
 
 
-def kernel_for(batch: Batch) -> AdamKernel | None:
-    """The kernel that takes the step of a batch, if torch has one for its rule and its tensors."""
-    kernel = batch.plan.kernel
-    if kernel is None or batch.working != batch.params[0].dtype or batch.plan.rounded:
-        return None
-    return kernel if kernel.takes(batch.params, batch.gradients, batch.entries("momentum")) else None
-
-
-def survey(parts: Sequence[Part], totals: Totals) -> None:
+def survey(batches: Sequence[Batch], totals: Totals) -> None:
     """Let step sizes look at all gradients before momentum sees any of them."""
-    for batch, past in parts:
+    for batch in batches:
         if batch.rule.step_size.overrides("survey"):
-            context = batch.context(totals.of(batch.rule, batch.shared), past)
+            context = batch.context(totals.of(batch.rule, batch.shared))
             totals.add(batch.rule, batch.shared, batch.rule.step_size.survey(batch.loaded(), context, context.shared))
     totals.conclude()
 

@@ -27,7 +27,7 @@ State = MutableMapping[Tensor, dict[str, Any]]
 _kind = attrgetter("shape", "dtype", "device")
 
 
-class Entries(NamedTuple):
+class _Layout(NamedTuple):
     """One piece of state of a plan's parameters: the tensor that holds it all, and where each parameter's part is."""
 
     shape: torch.Size
@@ -42,7 +42,7 @@ class Entries(NamedTuple):
     offsets: list[int]
 
     @classmethod
-    def of(cls, whole: Tensor, parts: Iterable[Tensor], device: torch.device) -> Entries:
+    def of(cls, whole: Tensor, parts: Iterable[Tensor], device: torch.device) -> _Layout:
         """From a tensor with memory of its own on ``device``, or one of the same layout on the device ``meta``."""
         views, size = [*parts], whole.element_size()
         filled = [i for i, view in enumerate(views) if view.numel()]
@@ -106,7 +106,7 @@ class Plan:
         steps = torch.empty(len(params), dtype=torch.float32, device="meta")
         #: Where steps are counted.
         self.home = params[0].device if self.captured else torch.device("cpu")
-        self.entries: dict[str, Entries] = {}
+        self.layouts: dict[str, _Layout] = {}
         self.learn({"step": steps, **state}, params)
         # Which tensors the entries were, and where, when they were last looked at.
         self._seen: list[int] = []
@@ -116,7 +116,11 @@ class Plan:
         """Remember how state is laid out: on a device its strides may follow those of gradients."""
         for name, whole in state.items():
             parts = whole.unbind() if name == "step" else self.parts(whole, params)
-            self.entries[name] = Entries.of(whole, parts, self.home if name == "step" else params[0].device)
+            self.layouts[name] = _Layout.of(whole, parts, self.home if name == "step" else params[0].device)
+
+    def whole(self, name: str, entries: Sequence[Tensor]) -> Tensor:
+        """The tensor that each parameter's entries of this name are parts of."""
+        return self.layouts[name].whole(entries)
 
     def params(self, group: Mapping[str, Any]) -> list[Tensor]:
         """The parameters themselves."""
@@ -135,7 +139,7 @@ class Plan:
             return False
         if rule is not self.rule:
             x = torch.empty(self.shape, device="meta")
-            if rule.elementwise != self.flat or rule.init_state(x, x.clone).keys() != self.entries.keys() - {"step"}:
+            if rule.elementwise != self.flat or rule.init_state(x, x.clone).keys() != self.layouts.keys() - {"step"}:
                 return False
             self.rule, self.kernel, self.squares = rule, kernels.find(rule), rule.squares
         return True
@@ -148,7 +152,7 @@ class Plan:
         Args:
             held: what ``optimizer.state`` has for each parameter, at this moment.
         """
-        found: dict[str, list[Any]] = {name: [each.get(name) for each in held] for name in self.entries}
+        found: dict[str, list[Any]] = {name: [each.get(name) for each in held] for name in self.layouts}
         every = [entry for entries in found.values() for entry in entries]
         now = [*map(id, every)]
         if now != self._seen:
@@ -157,12 +161,12 @@ class Plan:
             self._places = []
         places = _addresses(every)
         if places != self._places:
-            each = zip(self.entries.values(), found.values(), _split(places, len(held)), strict=True)
+            each = zip(self.layouts.values(), found.values(), _split(places, len(held)), strict=True)
             if not all(wanted.are_parts(entries, begins) for wanted, entries, begins in each):
                 return None
-        if not all(map(Entries.own_their_memory, self.entries.values(), found.values())):
+        if not all(map(_Layout.own_their_memory, self.layouts.values(), found.values())):
             return None
-        if len(held) > 1 and not self.captured and len({*self.entries["step"].whole(found["step"]).tolist()}) > 1:
+        if len(held) > 1 and not self.captured and len({*self.layouts["step"].whole(found["step"]).tolist()}) > 1:
             return None
         self._seen, self._places = now, places
         return found

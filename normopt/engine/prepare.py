@@ -14,20 +14,21 @@ from normopt.engine.schedulers import forward
 from normopt.engine.totals import shared_by
 from normopt.rule import Rule, rule_of
 
-#: The plans of each param group, by its place.
-Plans = dict[int, list[Plan]]
-
 
 def prepared(
-    groups: Iterable[dict[str, Any]], plans: Plans, state: State, defaults: Mapping[str, Any], in_tensors: bool
+    groups: Iterable[dict[str, Any]],
+    plans: dict[int, list[Plan]],
+    state: State,
+    defaults: Mapping[str, Any],
+    in_tensors: bool,
 ) -> list[list[Batch]]:
     """The batches of each param group for one step.
 
     Args:
         groups: the optimizer's param groups.
-        plans: those of the last step.
+        plans: the plans of the last step, by the group's place.
         state: what ``optimizer.state`` is.
-        defaults: the optimizer's, which say what schedulers cycle.
+        defaults: the optimizer's defaults, which say what schedulers cycle.
         in_tensors: for a compiler, see :class:`~normopt.engine.batch.Batch`.
 
     Raises:
@@ -39,19 +40,18 @@ def prepared(
         forward(group, rule, defaults)
         resolved, shared = rule.at(group), shared_by(group, rule)
         present = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-        batches = _as_planned(plans.get(place, []), present, group, resolved, state, shared, in_tensors)
+        batches = _from(plans.get(place, []), present, group, resolved, state, shared, in_tensors)
         if batches is None:
             check_keeping(group, resolved)
             check_parameters(group, rule)
             fresh = [*partition(group, present, resolved, state)]
-            batches = [
-                Batch(plan, group, resolved, state, shared, in_tensors, _joined(plan, group, state)) for plan in fresh
-            ]
+            batches = _from(fresh, present, group, resolved, state, shared, in_tensors, are_new=True)
+            assert batches is not None
         found.append(batches)
     return found
 
 
-def _as_planned(
+def _from(
     plans: list[Plan],
     present: list[int],
     group: Mapping[str, Any],
@@ -59,25 +59,27 @@ def _as_planned(
     state: State,
     shared: dict[str, Tensor],
     in_tensors: bool,
+    *,
+    are_new: bool = False,
 ) -> list[Batch] | None:
-    """Batches as in the last step; ``None`` if parameters, gradients, rule or state are no longer what they were."""
-    if sorted(i for plan in plans for i in plan.members) != present:
+    """Batches by these plans; ``None`` if parameters, gradients, rule or state are no longer what they were.
+
+    New plans may lay out state anew.
+    """
+    if sorted([i for plan in plans for i in plan.members]) != present:
         return None
-    if not all(plan.holds(plan.params(group), group, rule) for plan in plans):
-        return None
-    states = [_joined(plan, group, state) for plan in plans]
-    if None in states:
-        return None
-    return [
-        Batch(plan, group, rule, state, shared, in_tensors, joined) for plan, joined in zip(plans, states, strict=True)
-    ]
+    batches = []
+    for plan in plans:
+        params = plan.params(group)
+        holds = are_new or plan.holds(params, group, rule)
+        joined = plan.joined([state.get(p, {}) for p in params]) if holds else None
+        if joined is None and not are_new:
+            return None
+        batches.append(Batch(plan, group, params, rule, state, shared, in_tensors, joined))
+    return batches
 
 
-def _joined(plan: Plan, group: Mapping[str, Any], state: State) -> dict[str, list[Tensor]] | None:
-    return plan.joined([state.get(p, {}) for p in plan.params(group)])
-
-
-def adopt(found: list[list[Batch]], plans: Plans, state: State) -> None:
+def adopt(found: list[list[Batch]], plans: dict[int, list[Plan]], state: State) -> None:
     """Let the step that is about to be taken have its state: from now on ``state`` holds views of new layouts."""
     plans.clear()
     plans.update({place: [batch.plan for batch in batches] for place, batches in enumerate(found)})

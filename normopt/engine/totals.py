@@ -45,7 +45,8 @@ class Totals:
                 for key, summand in several[0].items()
             }
             self.concluded[name] = step_size.conclude(sums, before)
-        self._summands, self._first = defaultdict(list), {}
+        self._summands.clear()
+        self._first.clear()
 
 
 def kind(step_size: StepSize) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from normopt.directions.smoothed import Smoothed
+from normopt.ingredient.base import option
 from normopt.ingredient.registry import nearest
 from normopt.momentum.averages import EMA
 from normopt.norms.entrywise import Euclidean, Max
@@ -14,8 +14,20 @@ from normopt.norms.rows_columns import Column, Row
 from normopt.norms.spectral import Spectral
 from normopt.roles.options import ROLES, Geometry, entry, merged
 
+
+def adam_ingredients(beta1: float, beta2: float, eps: float = 1e-8) -> dict[str, Any]:
+    """Adam's norm and momentum, for these numbers or options."""
+    return {"norm": Smoothed(Max(), beta2, eps), "momentum": EMA(beta1, bias_correction=True)}
+
+
+def adam_options(betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8) -> dict[str, Any]:
+    """Adam as the options of a param group, its numbers among them."""
+    ingredients = adam_ingredients(option("betas", 0), option("betas", 1), option("eps"))
+    return {**ingredients, "betas": betas, "eps": eps}
+
+
 #: Adam's ingredients, as options of a param group.
-ADAM: Mapping[str, Any] = {"norm": Smoothed(Max(), beta=0.95), "momentum": EMA(0.9, bias_correction=True)}
+ADAM = adam_ingredients(0.9, 0.95)
 
 #: The geometries by name. ``adam``: the max norm everywhere. ``muon``: spectral for hidden matrices, max elsewhere
 #: (with Adam's memory when the optimizer is ``normopt.zoo.Muon``). ``scion``: arXiv 2502.07529, table 3, for one-hot

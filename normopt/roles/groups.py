@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
+from normopt.constraints.base import Constraint
+from normopt.constraints.decay import L2, WeightDecay
 from normopt.ingredient.registry import nearest
-from normopt.roles.geometries import GEOMETRIES
+from normopt.roles.geometries import GEOMETRIES, adam_options
 from normopt.roles.infer import Role, infer_roles
 from normopt.roles.options import ROLES, Geometry, entry, merged
+from normopt.stepsize.base import StepSize
+from normopt.stepsize.fixed import Constant
+from normopt.stepsize.free import LearningRateFree
 
 
 def param_groups(
@@ -60,3 +65,25 @@ def param_groups(
         }
         for key, options in groups.items()
     ]
+
+
+def vectors_by_adam(
+    groups: Iterable[dict[str, Any]], step_size: StepSize, constraint: tuple[Constraint, ...]
+) -> Iterator[dict[str, Any]]:
+    """A model's param groups, for an optimizer whose direction takes matrices only.
+
+    Vectors and scalars whose group names no norm move by Adam, ``lr`` far or, where the optimizer finds the learning
+    rate, as far as it says. Of the optimizer's constraints they keep weight decay.
+    """
+    decay = tuple(each for each in constraint if isinstance(each, (WeightDecay, L2)))
+    adam = {
+        **adam_options(),
+        "step_size": step_size if isinstance(step_size, LearningRateFree) else Constant(),
+        "constraint": decay,
+    }
+    for group in groups:
+        is_small = [p.ndim < 2 for _, p in group["params"]]
+        for small in [None] if "norm" in group else sorted(set(is_small)):
+            kept = [i for i, each in enumerate(is_small) if small is None or each == small]
+            part = {**group, **{name: [group[name][i] for i in kept] for name in ("params", "reasons")}}
+            yield merged(adam, part) if small else part

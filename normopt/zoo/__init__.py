@@ -8,29 +8,19 @@ from torch.optim.optimizer import ParamsT
 
 from normopt.ingredient import nearest
 from normopt.optimizer import SteepestDescent
-from normopt.zoo.adaptive import DAdaptAdam, Prodigy
-from normopt.zoo.bare import ColumnDescent, NormalizedSGD, NuclearDescent, RowDescent, SpectralDescent
-from normopt.zoo.elementwise import (
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    AdEMAMix,
-    Lion,
-    NAdam,
-    RMSprop,
-    SignSGD,
-    Signum,
-)
-from normopt.zoo.euclidean import SGD
+from normopt.zoo.adam import Adafactor, Adagrad, Adam, Adamax, AdamW, AdEMAMix, NAdam, RMSprop
 from normopt.zoo.hyperball import AdamH, MuonH, NaP
-from normopt.zoo.layerwise import LAMB, LARS, Adafactor, NovoGrad
-from normopt.zoo.orthogonal import AdaMuon, Dion, MuonPlus, NorMuon, PolarGrad
-from normopt.zoo.preconditioned import ASGO, DASGO, SOAP, KLShampoo, Shampoo
-from normopt.zoo.projected import SGDP, AdamP
-from normopt.zoo.spectral import Muon, MuonPlusPlus, Scion
-from normopt.zoo.stateless import ARO, SCALE, SWAN, AuON, HybridAuON, SinkGD
-from normopt.zoo.variance import STORMPlus
+from normopt.zoo.layerwise import LAMB, LARS, NovoGrad
+from normopt.zoo.learning_rate_free import DAdaptAdam, Prodigy
+from normopt.zoo.muon import Muon, MuonPlusPlus
+from normopt.zoo.muon_variants import AdaMuon, AuON, Dion, HybridAuON, MuonPlus, NorMuon, PolarGrad
+from normopt.zoo.norm_descent import ColumnDescent, NormalizedSGD, NuclearDescent, RowDescent, SpectralDescent
+from normopt.zoo.scale_invariant import SGDP, AdamP
+from normopt.zoo.scion import Scion
+from normopt.zoo.sgd import SGD, STORMPlus
+from normopt.zoo.shampoo import ASGO, DASGO, SOAP, KLShampoo, Shampoo
+from normopt.zoo.sign import Lion, SignSGD, Signum
+from normopt.zoo.stateless import ARO, SCALE, SWAN, SinkGD
 
 __all__ = [
     "ARO",

@@ -9,167 +9,138 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.constraints.bounds import FrobeniusSphere
-from normopt.directions.smoothed import Smoothed
-from normopt.ingredient import nearest, option, parse
-from normopt.momentum.averages import EMA
+from normopt.constraints import FrobeniusSphere
+from normopt.directions import Smoothed
+from normopt.ingredient import nearest, option
+from normopt.momentum import EMA
 from normopt.norms import Max, Spectral
 from normopt.optimizer import SteepestDescent
 from normopt.polar import PolarCoefficients
+from normopt.roles.geometries import adam_options
+from normopt.roles.options import ROLES, Geometry, entry, merged
 from normopt.rule import Rule
-from normopt.stepsize.fixed import Constant
-from normopt.stepsize.trust import TrustRatio
-from normopt.zoo.common import Fixed, Unpack
+from normopt.stepsize import Constant, TrustRatio
+from normopt.zoo.base import Declared, FixedStepOptimizer, arg, is_declared
 
-#: Adam's momentum and direction, with its numbers in the param group.
-ADAM: Mapping[str, Any] = {
-    "norm": Smoothed(Max(), option("betas", 1), option("eps")),
-    "momentum": EMA(option("betas", 0), bias_correction=True),
-}
-FREE: Mapping[str, Any] = {**ADAM, "step_size": Constant(), "constraint": None}
+#: What moves off the spheres.
+FREE: Mapping[str, Any] = {"step_size": Constant(), "constraint": None}
 
 
-class AdamH(SteepestDescent):
+class AdamH(FixedStepOptimizer):
     """Adam on spheres: every matrix keeps the Frobenius norm ``R`` that it starts with (Hyperball, Wen et al. 2025).
 
     ``w <- R n(w - lr R n(u))``, ``n(x) = x / ||x||_F``, ``u`` Adam's update: ``lr`` is the distance moved relative to
-    the weights. No weight decay. With a model this holds for hidden matrices and for the head; embeddings, vectors and
-    scalars move by Adam. Gains must be there to scale what the matrices no longer can, as those of RMSNorm do. A matrix
-    that starts at 0 has no sphere: its step is ``lr u`` until it has moved, then ``lr`` times its norm.
-
-    Args:
-        params: matrices, param groups or a model.
-        lr: learning rate, relative to the weights: 2.5e-3 to 1e-2 in the source.
-        betas: weights of the past in the averages of the gradient and of its square.
-        eps: added to the root of the second moment.
-        aux_lr: learning rate of Adam for everything else; ``None``: ``lr``.
-        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    the weights, 2.5e-3 to 1e-2 in the source. No weight decay. Gains must be there to scale what the matrices no longer
+    can, as those of RMSNorm do. A matrix that starts at 0 has no sphere: its step is ``lr u`` until it has moved, then
+    ``lr`` times its norm.
     """
 
-    def __init__(
-        self,
-        params: ParamsT | nn.Module,
-        lr: float | Tensor = 5e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        aux_lr: float | None = None,
-        **common: Unpack[Fixed],
-    ) -> None:
-        free = {**FREE, **({} if aux_lr is None else {"lr": aux_lr})}
-        self.geometry = {"linear": {}, "conv": {}, "unembedding": {}, "*": free}  # type: ignore[misc]
-        super().__init__(
-            params,
-            lr,
-            ADAM["norm"],
-            ADAM["momentum"],
-            TrustRatio(),
-            FrobeniusSphere(),
-            options={"betas": betas, "eps": eps},
-            **common,
-        )
+    lr: float | Tensor = arg(default=5e-3, doc="learning rate, relative to the weights.")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    aux_lr: float | None = arg(default=None, doc="learning rate of Adam for everything else; ``None``: ``lr``.")
+
+    def table(self) -> Geometry:
+        """Given a whole model, hidden matrices and the head stay on spheres, everything else moves by Adam."""
+        return {"linear": {}, "conv": {}, "unembedding": {}}
+
+    def rest(self) -> dict[str, Any]:
+        """Adam."""
+        return {**adam_options(self.betas, self.eps), **FREE, **({} if self.aux_lr is None else {"lr": self.aux_lr})}
+
+    def rule(self) -> Rule:
+        adam = Smoothed(Max(), option("betas", 1), option("eps"))
+        return Rule(adam, EMA(option("betas", 0), bias_correction=True), TrustRatio(), (FrobeniusSphere(),))
 
 
-class MuonH(SteepestDescent):
+class MuonH(FixedStepOptimizer):
     """Muon on spheres: :class:`AdamH` with Muon's update for hidden matrices (Hyperball, Wen et al. 2025).
 
-    ``w <- R n(w - lr R n(polar(m)))``, with Muon's Nesterov average ``m``. With a model, hidden matrices move by this
-    rule, the head by :class:`AdamH` at the same rate, everything else by Adam.
-
-    Args:
-        params: matrices, param groups or a model.
-        lr: learning rate, relative to the weights.
-        momentum: weight of the past.
-        nesterov: average once more with the gradient.
-        orthogonalize: the method of :func:`normopt.polar.polar`.
-        orthogonalize_dtype: the dtype of its iteration.
-        aux_lr: learning rate of Adam for embeddings, vectors and scalars; ``None``: ``lr``.
-        aux_betas: Adam's betas, those of the head too.
-        aux_eps: Adam's eps.
-        common: ``geometry``, ``overrides`` and ``maximize`` of :class:`~normopt.SteepestDescent`.
+    ``w <- R n(w - lr R n(polar(m)))``, ``n(x) = x / ||x||_F``, with Muon's Nesterov average ``m`` and ``R`` the
+    Frobenius norm that ``w`` starts with.
     """
 
-    def __init__(
-        self,
-        params: ParamsT | nn.Module,
-        lr: float | Tensor = 5e-3,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        *,
-        orthogonalize: str | PolarCoefficients = "newton-schulz",
-        orthogonalize_dtype: torch.dtype | str | None = torch.bfloat16,
-        aux_lr: float | None = None,
-        aux_betas: tuple[float, float] = (0.9, 0.95),
-        aux_eps: float = 1e-8,
-        **common: Unpack[Fixed],
-    ) -> None:
-        head = {**ADAM, "betas": aux_betas, "eps": aux_eps}
-        free = {**FREE, **head, **({} if aux_lr is None else {"lr": aux_lr})}
-        self.geometry = {"linear": {}, "conv": {}, "unembedding": head, "*": free}  # type: ignore[misc]
-        super().__init__(
-            params,
-            lr,
-            Spectral("unit", orthogonalize, None, orthogonalize_dtype),
-            EMA(option("momentum"), option("nesterov")),
-            TrustRatio(),
-            FrobeniusSphere(),
-            options={"momentum": momentum, "nesterov": nesterov},
-            **common,
-        )
+    lr: float | Tensor = arg(default=5e-3, doc="learning rate, relative to the weights.")
+    momentum: float = 0.95
+    nesterov: bool = True
+    orthogonalize: str | PolarCoefficients = arg(default="newton-schulz", kw_only=True)
+    orthogonalize_dtype: torch.dtype | str | None = arg(default=torch.bfloat16, kw_only=True)
+    aux_lr: float | None = arg(
+        default=None, doc="learning rate of Adam for embeddings, vectors and scalars; ``None``: ``lr``.", kw_only=True
+    )
+    aux_betas: tuple[float, float] = arg(default=(0.9, 0.95), doc="Adam's betas, for the head too.", kw_only=True)
+    aux_eps: float = arg(default=1e-8, doc="Adam's eps, for the head too.", kw_only=True)
+
+    def table(self) -> Geometry:
+        """Given a whole model, the head moves by :class:`AdamH` at the same rate, embeddings and vectors by Adam."""
+        return {"linear": {}, "conv": {}, "unembedding": adam_options(self.aux_betas, self.aux_eps)}
+
+    def rest(self) -> dict[str, Any]:
+        """Adam."""
+        rate = {} if self.aux_lr is None else {"lr": self.aux_lr}
+        return {**adam_options(self.aux_betas, self.aux_eps), **FREE, **rate}
+
+    def rule(self) -> Rule:
+        polar = Spectral("unit", self.orthogonalize, None, self.orthogonalize_dtype)
+        return Rule(polar, EMA(option("momentum"), option("nesterov")), TrustRatio(), (FrobeniusSphere(),))
 
 
-class NaP(SteepestDescent):
-    """Normalize-and-Project on top of any optimizer (Lyle et al., arXiv 2407.01800).
+class NaP(Declared):
+    """Normalize-and-Project on top of any optimizer of this package (Lyle et al., arXiv 2407.01800).
 
     After every step of ``base`` each hidden matrix gets the Frobenius norm back that it started with,
-    ``w <- R w / ||w||_F``; the learning rate then alone says how fast directions turn, and needs a schedule.
-    Embeddings, the output layer, vectors and scalars are left to ``base``. The network should normalize before its
-    nonlinearities, so that the norms of hidden matrices do not matter. Given parameters in place of a model, all
-    matrices are projected.
+    ``w <- R w / ||w||_F``; the learning rate then alone says how fast directions turn, and needs a schedule. The
+    network should normalize before its nonlinearities, so that the norms of hidden matrices do not matter. Given
+    parameters in place of a model, all matrices are projected; of a model, embeddings, the output layer, vectors and
+    scalars are left to ``base``.
 
     Args:
-        params: parameters, param groups or a model.
+        params: parameters, param groups or a whole model.
         lr: learning rate of ``base``.
         base: the name of an optimizer.
-        options: its other arguments.
+        options: its other arguments, such as ``weight_decay``, ``geometry``, ``overrides`` or ``maximize``.
 
     Raises:
-        ValueError: no optimizer has that name.
+        ValueError: no optimizer has that name, or it has a constructor that was written by hand.
     """
 
-    #: Roles that keep their norm; ``None`` is that of parameters without a model.
-    projected: ClassVar[tuple[str | None, ...]] = (None, "linear", "conv")
+    #: Roles that keep their norm.
+    projected: ClassVar[tuple[str, ...]] = ("linear", "conv")
+    _base: Declared
+    _own: Rule
 
     def __init__(
         self, params: ParamsT | nn.Module, lr: float | Tensor = 1e-3, base: str = "adam", **options: Any
     ) -> None:
-        if base not in SteepestDescent.registry:
+        vars(self).update(vars(self.declared(params, lr, base, **options)))
+        self._construct(set())
+
+    @classmethod
+    def declared(
+        cls, params: ParamsT | nn.Module, lr: float | Tensor = 1e-3, base: str = "adam", **options: Any
+    ) -> NaP:
+        """The optimizer with the arguments of ``base``, but without param groups."""
+        made = SteepestDescent.registry.get(base)
+        if made is None:
             raise ValueError(f"NaP: unknown base {base!r}; {nearest(base, SteepestDescent.registry)}")
-        of_base = SteepestDescent.registry[base](params, lr, **options)
-        rule, numbers = parse(of_base.defaults["rule"]), dict(of_base.defaults)
-        assert isinstance(rule, Rule)
-        self.geometry = of_base.geometry  # type: ignore[misc]
-        super().__init__(
-            [_fresh(group) for group in of_base.param_groups],
-            *(numbers.pop("lr"), rule.norm, rule.momentum, rule.step_size, rule.constraint),
-            view=rule.view,
-            maximize=numbers.pop("maximize"),
-            nonfinite=numbers.pop("nonfinite"),
-            state_dtype=numbers.pop("state_dtype"),
-            capturable=numbers.pop("capturable"),
-            compile=of_base.compiles,
-            options={name: numbers[name] for name in rule.options() & numbers.keys()},
-        )
+        if not issubclass(made, Declared) or not (is_declared(made) or issubclass(made, NaP)):
+            raise ValueError(
+                f"NaP: {base!r} has a constructor that was written by hand; declare its arguments as fields"
+            )
+        found, of_base = cls.__new__(cls), made.declared(params, lr, **options)
+        own = of_base.completed_rule()
+        vars(found).update({**vars(of_base), "_base": of_base, "_own": own})
+        return found
 
-    def _rule_of(self, group: dict[str, Any]) -> Rule:
-        rule = super()._rule_of(group)
-        is_new = group.get("role") in self.projected and FrobeniusSphere() not in rule.constraint
-        return rule.bounded(FrobeniusSphere()) if is_new else rule
+    def table(self) -> Geometry:
+        """What the table of ``base`` says, and only what is projected keeps its norm."""
+        own: Geometry = {"*": self._base.rest(), **self._base.table()}
+        return {role: self._bounded(role, entry(own, role)) for role in dict.fromkeys(("*", *ROLES, *own))}
 
+    def _bounded(self, role: str, said: dict[str, Any]) -> dict[str, Any]:
+        if role not in self.projected:
+            return {"constraint": self._own.constraint, **said}
+        return merged(said, {"bounds": FrobeniusSphere()}) if "constraint" in said else said
 
-def _fresh(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A param group of one optimizer as it can be given to another."""
-    rule = parse(group["rule"])
-    assert isinstance(rule, Rule)
-    kept = {name: value for name, value in group.items() if name not in rule.step_size.init_shared()}
-    names = kept.pop("param_names", None)
-    return kept if names is None else {**kept, "params": list(zip(names, kept["params"], strict=True))}
+    def rule(self) -> Rule:
+        return self._own if FrobeniusSphere() in self._own.constraint else self._own.bounded(FrobeniusSphere())

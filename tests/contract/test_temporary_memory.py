@@ -1,0 +1,50 @@
+"""A step needs the memory of one batch beside parameters, gradients and state, however many batches there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch.profiler import ProfilerActivity, profile
+
+from normopt.engine import batch
+from tests.support.optimizers import EVERY, Make
+from tests.support.steps import give_gradients, tensors
+
+#: Step sizes that must see all directions before they say how long a step is.
+HOLDS_ALL = {"dual"}
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most bytes in use at one time, of those that a call has asked for."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    now, peak = 0, 0
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def peak_of_step(make: Make, matrices: int) -> int:
+    """The largest of two steps after the first, which makes the state; the profiler may lose one's events."""
+    params = tensors([(16, 16)] * matrices)
+    optimizer = make(params)
+    peaks = []
+    for i in range(3):
+        give_gradients(params, i)
+        peaks.append(peak_bytes(optimizer.step))
+    return max(peaks[1:])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_temporary_memory_does_not_grow_with_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "MAX_ENTRIES", 1024)
+    monkeypatch.setattr(batch, "FLAT_ENTRIES", 512)
+    few, many = (peak_of_step(EVERY[name], matrices) for matrices in (8, 32))
+    if name in HOLDS_ALL:
+        assert many > 2 * few
+    else:
+        assert many < 1.5 * few + 4096, (few, many)  # some matrices need an SVD where others do without
