@@ -1,4 +1,4 @@
-"""Where may the weights live? Decay, projections of updates, and bounds that hold after every step."""
+"""Where may the weights live? Weight decay, projections of updates, and bounds that hold after every step."""
 
 from normopt.constraints.base import Constraint
 from normopt.constraints.bounds import Ball, FrobeniusSphere, RowBound, Sphere, Transposed

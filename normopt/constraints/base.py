@@ -1,4 +1,4 @@
-"""What a constraint is: what happens to weights beside the update."""
+"""The base class of constraints."""
 
 from __future__ import annotations
 
@@ -9,59 +9,65 @@ from torch import Tensor
 
 from normopt.ingredient.base import Ingredient
 from normopt.ingredient.stage import Context, Direction, Rate
+from normopt.ingredient.traits import overrides
 from normopt.ingredient.view import View
 
 
 class Constraint(Ingredient):
-    """What happens to the weights beside the update. Override any of these methods; the others cost nothing.
+    """A change of gradients, updates or weights, apart from the step itself.
 
-    In order: ``whole`` (whenever weights are looked at), ``gradient`` (before momentum and memory), ``update``,
-    ``shrink``, then the step ``w <- shrink w - length d``, then ``weight``. Tensors have the batch's layout
-    ``(..., out, in)`` and are never modified in place; a constraint's own state is, as a stage's.
+    Methods that are not overridden cost nothing. In order: ``whole`` (whenever weights are read), ``gradient`` (before
+    momentum), ``update``, ``shrink``, then the step ``w <- shrink w - length d``, then ``weight``. Tensors have the
+    batch's layout ``(..., out, in)`` and are never modified in place; the constraint's own state is updated in place.
     """
 
     #: What one entry of the result depends on, as for stages: ``"entry"``, ``"row"`` ...
     reduces: ClassVar[str] = "matrix"
-    #: Whether it holds only if the step's length is the rate times a constant.
+    #: Whether the constraint holds only if the length of a step is the rate times a constant.
     needs_bounded_step: ClassVar[bool] = False
-    #: Bounds beside an optimizer's own constraints are applied in the order of this number.
+    #: The order of bounds (those that a model or a geometry adds to an optimizer's constraints): the smallest first.
     place: ClassVar[int] = 0
 
     def whole(self, w: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """The weights, of which ``w`` in float32 or better is what the parameters have room for."""
+        """The full-precision ("master") weights: ``w`` plus what this constraint keeps of them in its state.
+
+        ``w`` are the parameters, in float32 or better. Kahan summation adds its compensation.
+        """
         return w
 
     def gradient(self, g: Tensor, context: Context) -> Tensor:
-        """The gradient that the optimizer works with."""
+        """The gradient that all other ingredients get (L2 adds its part)."""
         return g
 
     def update(self, d: Tensor, context: Context) -> tuple[Tensor, Rate]:
-        """The update ``d``, to be multiplied by ``-length``, and a factor of the weights beside ``shrink``.
+        """The update ``d``, before it is multiplied by ``-length``, and one more factor of the weights.
 
-        The context has the weights and the raw gradient. A decay that depends on the update returns its factor here, a
-        number or a tensor that broadcasts to the weights; 1.0 is no decay.
+        The factor, by which ``shrink`` is multiplied, is for decays that depend on the update: a number or a tensor
+        that broadcasts to the weights; 1.0 is no decay. The context has the weights and the raw gradient.
         """
         return d, 1.0
 
     def shrink(self, rate: Rate) -> Rate:
-        """What the weights are multiplied by before the update is added."""
+        """The factor by which the weights are multiplied before the update is added."""
         return 1.0
 
     def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
-        """State for each parameter, like a stage's; ``weights`` returns the initial weights."""
+        """The state of a batch ``x`` of shape ``(..., out, in)``; ``weights`` returns the initial weights."""
         return {}
 
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        """The weights after the update ``w``, in float32 or better, brought to where they may live."""
+        """The weights after the update, ``w`` in float32 or better, projected to where they may live."""
         return w
 
     def seen_through(self, view: View) -> Constraint:
-        """The same constraint of a parameter as it is stored, where the optimizer sees it through ``view``."""
+        """The constraint to use where the optimizer sees the parameter through ``view``; this one is for the parameter
+        as it is stored.
+        """
         return self
 
     def check_composes(self, direction: Direction, reach: float | None) -> None:
-        """Raise a ``ValueError`` for a direction and a step size's ``reach`` that this constraint cannot work with."""
+        """Raise a ``ValueError`` if this constraint does not work with the direction or the step size's ``reach``."""
 
     def overrides(self, *methods: str) -> bool:
-        """Whether this constraint does anything in one of ``methods``."""
-        return any(getattr(type(self), method) is not getattr(Constraint, method) for method in methods)
+        """Whether this constraint does anything in one of ``methods``; if not, they are not called."""
+        return overrides(self, Constraint, *methods)

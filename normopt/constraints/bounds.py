@@ -1,10 +1,9 @@
-"""What holds for weights after every step: bounds of rows and columns, spheres and balls."""
+"""Bounds that hold for the weights after every step: bounds of rows and columns, spheres and balls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,15 +20,10 @@ from normopt.numerics.lengths import euclidean
 
 @dataclass(frozen=True)
 class _AlongAxis(Constraint):
-    """What rows (or columns) may be, each by itself.
+    """A bound of each row (``axis=-1``) or column (``axis=-2``) by itself."""
 
-    Args:
-        radius: positive.
-        axis: -1 for rows, the default: the weights of one output. -2 for columns: those of one input.
-    """
-
-    _abstract: ClassVar[bool] = True
-    place: ClassVar[int] = 1
+    _abstract = True
+    place = 1
     radius: float = 1.0
     axis: int = -1
 
@@ -52,8 +46,12 @@ class _AlongAxis(Constraint):
 class RowBound(_AlongAxis):
     """No row longer than ``radius``: ``w_i <- w_i / max(1, ||w_i|| / radius)`` after every step.
 
-    The weights of anGPT, which also start with rows of length ``radius`` (Franke et al., arXiv 2505.22014, section
+    anGPT's bound, whose weights also start with rows of length ``radius`` (Franke et al., arXiv 2505.22014, section
     4.2). ``Ball(Row(scale="unit"), radius)`` is the same.
+
+    Args:
+        radius: the largest length of a row, positive.
+        axis: -1, the default: rows, the weights of one output. -2: columns, the weights of one input.
     """
 
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
@@ -62,9 +60,13 @@ class RowBound(_AlongAxis):
 
 @dataclass(frozen=True)
 class Sphere(_AlongAxis):
-    """All rows exactly as long as ``radius``: ``w_i <- radius w_i / ||w_i||`` after every step; rows of 0 stay 0.
+    """All rows exactly of length ``radius``: ``w_i <- radius w_i / ||w_i||`` after every step; rows of 0 stay 0.
 
-    The weights of nGPT (Loshchilov et al., arXiv 2410.01131, section 2.6).
+    nGPT's bound (Loshchilov et al., arXiv 2410.01131, section 2.6).
+
+    Args:
+        radius: the length of a row, positive.
+        axis: -1, the default: rows, the weights of one output. -2: columns, the weights of one input.
     """
 
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
@@ -73,14 +75,14 @@ class Sphere(_AlongAxis):
 
 @dataclass(frozen=True)
 class FrobeniusSphere(Constraint):
-    """Each matrix as long as ``radius`` in the Frobenius norm: ``w <- radius w / ||w||_F`` after every step.
+    """Each matrix of Frobenius norm ``radius``: ``w <- radius w / ||w||_F`` after every step.
 
     The projection of Normalize-and-Project (Lyle et al., arXiv 2407.01800) and of Hyperball (Wen et al. 2025). Vectors
     and scalars are left alone.
 
     Args:
-        radius: positive; ``None``, the default, is the length of each matrix before its first step, which is kept in
-            the state. A matrix that starts at 0 has none to keep and is left alone.
+        radius: positive; ``None``, the default: the Frobenius norm of each matrix before its first step, which is kept
+            in the state. A matrix that starts at 0 is then left alone.
     """
 
     radius: float | None = None
@@ -99,7 +101,7 @@ class FrobeniusSphere(Constraint):
 
 
 def _factor(w: Tensor, dim: int | tuple[int, ...], radius: float | Tensor) -> Tensor:
-    """What makes ``w`` as long as ``radius`` along ``dim``: 1 where either is 0, or where it is to rounding already."""
+    """The factor that brings ``w`` to length ``radius`` along ``dim``; 1 where it is that long to rounding, or 0."""
     lengths = euclidean(w, dim, keepdim=True)
     factor = radius / lengths
     there = ((factor - 1).abs() <= 8 * torch.finfo(w.dtype).eps) | (lengths == 0) | (factor == 0) | factor.isinf()
@@ -111,9 +113,9 @@ class Ball(Constraint):
     """The norm ball ``norm(w) <= radius``: the weights are projected onto it after every step.
 
     Args:
-        norm: any norm with a projection, exact for all of the library's; spectral norms take a singular value
-            decomposition: see :class:`SpectralCap` for one by polar factors.
-        radius: positive.
+        norm: any norm with a projection, or its name. The projections of the library's norms are exact; norms of
+            singular values need a singular value decomposition, for which :class:`SpectralCap` uses polar factors.
+        radius: the radius of the ball, positive.
     """
 
     norm: Norm = Spectral()
@@ -136,10 +138,10 @@ class Ball(Constraint):
 
 @dataclass(frozen=True)
 class Transposed(Constraint):
-    """A bound of the matrices that an optimizer sees transposed, such as embeddings: ``bound(w^T)^T``.
+    """A bound for parameters that the optimizer sees transposed, such as embeddings: ``bound(w^T)^T``.
 
     Args:
-        bound: what holds for the weights as they are stored.
+        bound: the bound of the weights as they are stored.
     """
 
     bound: Constraint

@@ -1,9 +1,8 @@
-"""What pulls weights back: decoupled decay, L2 and Frank-Wolfe."""
+"""Weight decay: decoupled decay, L2 regularization and Frank-Wolfe."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,16 +16,16 @@ class WeightDecay(Constraint):
     """Decoupled weight decay: ``w <- (1 - rate * weight_decay) w`` before the update (AdamW, arXiv 1711.05101).
 
     Args:
-        weight_decay: not negative.
-        after: decay the new weights instead, the update included (SOAP).
-        cautious: decay only entries that the update does not move away from 0: update and weight do not differ in sign
-            (arXiv 2510.12402, algorithm 1).
+        weight_decay: the rate of decay, not negative.
+        after: decay the weights after the update in place of the weights before it (SOAP).
+        cautious: decay only entries that the update does not move away from 0, where update ``d`` and weight do not
+            differ in sign (arXiv 2510.12402, algorithm 1).
 
     Raises:
         ValueError: ``after`` with ``cautious``, or a number out of range.
     """
 
-    reduces: ClassVar[str] = "entry"
+    reduces = "entry"
     weight_decay: float = 0.1
     after: bool = False
     cautious: bool = False
@@ -47,20 +46,20 @@ class WeightDecay(Constraint):
         return d, 1 - context.rate * self.weight_decay * agree
 
     def overrides(self, *methods: str) -> bool:
-        """``update`` only with ``after``, or a cautious decay that is not 0."""
+        """Whether it does anything in ``methods``: in ``update`` only with ``after`` or a cautious decay above 0."""
         updates = self.after or (self.cautious and self.weight_decay != 0)
         return super().overrides(*(method for method in methods if method != "update" or updates))
 
 
 @dataclass(frozen=True)
 class L2(Constraint):
-    """L2 regularization: ``g <- g + weight_decay w`` before momentum and memory (torch.optim.SGD and Adam).
+    """L2 regularization: ``g <- g + weight_decay w`` before momentum and second moments (torch.optim.SGD and Adam).
 
     Args:
-        weight_decay: not negative.
+        weight_decay: the coefficient, not negative.
     """
 
-    reduces: ClassVar[str] = "entry"
+    reduces = "entry"
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -70,23 +69,26 @@ class L2(Constraint):
         return g.add(context.w, alpha=self.weight_decay)
 
     def overrides(self, *methods: str) -> bool:
-        """Nothing at weight decay 0."""
+        """Whether it does anything in ``methods``: nothing at weight decay 0."""
         return self.weight_decay != 0 and super().overrides(*methods)
 
 
 @dataclass(frozen=True)
 class FrankWolfe(Constraint):
-    """``w <- (1 - rate) w - rate * radius * d``: a convex combination of the weights and a vertex of the ball.
+    """Frank-Wolfe: ``w <- (1 - rate) w - rate * radius * d``, a convex combination of ``w`` and a vertex of the ball.
 
     With a norm's duality map as ``d`` and ``Constant(radius)`` as step size, weights that start in the ball of that
     radius never leave it, for any gradient (constrained Scion, arXiv 2502.07529). It is decoupled weight decay of
     ``1 / radius`` at learning rate ``lr * radius``. An inexact duality map (a Newton-Schulz iteration) enlarges the
-    ball by as much as its result exceeds norm 1. The learning rate must not exceed 1, and step sizes that go further
-    where the gradient is larger (``Dual``, ``Sharp``, trust ratios) are refused.
+    ball by the factor by which the norm of its result exceeds 1.
+
+    Raises:
+        ValueError: the learning rate exceeds 1; or the step size is one whose length is not the rate times a constant
+            (``Dual``, ``Sharp``, trust ratios).
     """
 
-    reduces: ClassVar[str] = "entry"
-    needs_bounded_step: ClassVar[bool] = True
+    reduces = "entry"
+    needs_bounded_step = True
 
     def shrink(self, rate: Rate) -> Rate:
         if (not isinstance(rate, Tensor) or rate.device.type == "cpu") and rate > 1:

@@ -1,10 +1,9 @@
-"""What holds for singular values of weights after every step."""
+"""Bounds that hold for the singular values of the weights after every step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,32 +18,32 @@ from normopt.norms.spectral import Spectral
 from normopt.numerics.lengths import euclidean, normalize
 from normopt.polar.factor import polar
 
-#: Of the Polar Express, to the last bits of float32 for singular values above 1e-3 of the Frobenius norm.
+#: Steps of the Polar Express that reach the last bits of float32 for singular values above 1e-3 of the Frobenius norm.
 POLAR_STEPS = 10
 
-#: The largest value that the soft cap can press down to 1 without lifting smaller ones above it.
+#: The largest singular value that the soft cap can reduce to 1 without raising smaller ones above 1.
 SOFT_LIMIT = 1.3
 
-#: Newton steps from the start that ``soft_coefficient`` takes, to the last bits of float64.
+#: Newton steps with which ``soft_coefficient`` reaches the last bits of float64 from its starting point.
 NEWTON_STEPS = 8
 
 
 @dataclass(frozen=True)
 class _OfSpectrum(Constraint):
-    """What the singular values of each matrix may be. Vectors and scalars are left alone.
+    """A bound of the singular values of each matrix. Vectors and scalars are left alone.
 
     Args:
-        radius: positive, in the units of ``Spectral(scale)``.
+        radius: the largest spectral norm, in units of ``Spectral(scale)``; positive.
         scale: see :class:`~normopt.norms.Norm`; the default is the RMS -> RMS norm, whose factor is sqrt(out/in).
     """
 
-    _abstract: ClassVar[bool] = True
+    _abstract = True
     radius: float = 1.0
     scale: Scale = "rms"
 
     def __post_init__(self) -> None:
         check_positive(self, "radius", self.radius)
-        Spectral(self.scale)  # knows what is wrong with it
+        Spectral(self.scale)  # raises if the scale is unknown
 
     def seen_through(self, view: View) -> Constraint:
         return Transposed(self) if view.transpose else self
@@ -56,19 +55,23 @@ class _OfSpectrum(Constraint):
         return self.into_unit_ball(w / unit, state, context) * unit
 
     def into_unit_ball(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        """The same for radius 1 at scale 1."""
+        """``weight`` for radius 1 at scale 1."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class SpectralCap(_OfSpectrum):
-    """Singular values cut at ``radius``, ``min(s, radius)``, by two polar factors: the hard cap of arXiv 2507.13338.
+    """Singular values clipped at ``radius``, ``min(s, radius)``, by two polar factors: the hard cap of 2507.13338.
 
     In units of the radius, with ``O = polar(w)`` and ``S = polar(w^T w - I)``, whose eigenvalues are the signs of
-    ``s - 1``: ``w <- w + (O - w) P``, ``P = (I + S) / 2``. This is the nearest point of the ball of the spectral norm
-    by matrix products alone. Singular values so near to the radius that ``S`` has not converged, by about 1e-3 of
-    ``||w^T w - I||_F``, end between the radius and where they were; the others are right to rounding.
+    ``s - 1``: ``w <- w + (O - w) P``, ``P = (I + S) / 2`` (arXiv 2507.13338). This is the projection onto the spectral
+    norm's ball, by matrix products alone. Singular values within about 1e-3 of ``||w^T w - I||_F`` of the radius, for
+    which ``S`` has not converged, end between the radius and their old values; all others are exact to rounding.
     ``Ball(Spectral())`` is exact, by a singular value decomposition.
+
+    Args:
+        radius: the largest spectral norm, in units of ``Spectral(scale)``; positive.
+        scale: see :class:`~normopt.norms.Norm`; the default is the RMS -> RMS norm, whose factor is sqrt(out/in).
     """
 
     def into_unit_ball(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
@@ -83,25 +86,26 @@ class SpectralCap(_OfSpectrum):
 
 @dataclass(frozen=True)
 class SoftSpectralCap(_OfSpectrum):
-    """Singular values pressed below ``radius`` by two odd cubics: the soft cap of arXiv 2507.13338, section 3.
+    """Singular values reduced below ``radius`` by two odd cubics: the soft cap of arXiv 2507.13338, section 3.
 
-    In units of the radius ``x <- w - a w w^T w``, ``w <- x + a x x^T x``: four matrix products. ``a`` brings the
-    largest value that a step from inside the ball can lead to, ``k = shrink + rate max_update / radius``, to 1 exactly,
-    so that weights that start in the ball stay there. All smaller values shrink, by ``3 a^2 s^5`` and less.
+    In units of the radius ``x <- w - a w w^T w``, ``w <- x + a x x^T x``: four matrix products. ``a`` maps the largest
+    value that a step from inside the ball can reach, ``k = shrink + rate max_update / radius``, to exactly 1, so that
+    weights that start in the ball stay there. All smaller values shrink, by at most ``3 a^2 s^5``.
 
     Args:
-        scale: that of the direction, which must be ``Spectral`` with this scale; steps must be ``Constant()``.
+        radius: the largest spectral norm, in units of ``Spectral(scale)``; positive.
+        scale: the scale of the direction, which must be ``Spectral(scale)``; the step size must be ``Constant()``.
         max_update: the largest spectral norm of an update at rate 1, in units of ``Spectral(scale)``: 1.2 for Jordan's
             Newton-Schulz steps, the default, and 1.01 for other methods.
 
     Raises:
         ValueError: another direction or step size, whose updates have no such bound; ``rate max_update`` is more than
-            0.3 of the radius, or a matrix starts outside the ball: cubics that must press so hard lift other values.
-            Before anything has moved.
+            0.3 of the radius, or a matrix starts outside the ball: a cubic for so large a ``k`` raises other values.
+            The error comes before any weight has changed.
     """
 
-    needs_bounded_step: ClassVar[bool] = True
-    decides_on_host: ClassVar[bool] = True
+    needs_bounded_step = True
+    decides_on_host = True
     max_update: float = 1.2
 
     def __post_init__(self) -> None:
@@ -166,11 +170,14 @@ def _with_cube(w: Tensor, a: Rate) -> Tensor:
 class SpectralNormalize(_OfSpectrum):
     """Each matrix divided by ``max(1, sigma / radius)``, ``sigma`` its largest singular value (arXiv 2507.13338).
 
-    ``sigma`` comes from a power iteration that goes on from the last step's vector, a singular value decomposition
-    before the first one. It is at most too small, so that the norm may exceed the radius by what has not converged.
+    ``sigma`` comes from a power iteration that starts from the last step's vector, and before the first step from a
+    singular value decomposition. It is never too large, but may be too small before it has converged: the norm then
+    exceeds the radius.
 
     Args:
-        iterations: power iterations a step, ``4 out in`` FLOPs each.
+        radius: the largest spectral norm, in units of ``Spectral(scale)``; positive.
+        scale: see :class:`~normopt.norms.Norm`.
+        iterations: number of power iterations a step, ``4 out in`` FLOPs each.
     """
 
     iterations: int = 2

@@ -1,4 +1,4 @@
-"""AdamP's projection of updates."""
+"""AdamP's projection of updates to the tangent space."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from normopt.ingredient.validate import check_range
 
 @dataclass(frozen=True)
 class TangentProjection(Constraint):
-    """AdamP's projection: updates of weights whose scale does not matter lose their part along the weights.
+    """AdamP's projection: the part along the weights is removed from updates of scale-invariant weights.
 
-    Scale-invariant weights (before a normalization) have gradients at right angles to them, and grow with every step.
-    Where all rows are at right angles to their gradients, ``|cos| < delta / sqrt(in)``, each row of the update loses
-    its part along the row of weights; otherwise, where the matrix as a whole is, ``|cos| < delta / sqrt(out in)``, it
-    loses its part along the matrix; otherwise nothing happens. Vectors and scalars are left alone. Brings its own
-    weight decay, ``rate * weight_decay / (1 - momentum)``, which is multiplied by ``wd_ratio`` where there was a
-    projection (Heo et al., arXiv 2006.08217).
+    Scale-invariant weights (before a normalization) are orthogonal to their gradients, and grow with every step. If all
+    rows are orthogonal to their gradients, ``|cos| < delta / sqrt(in)``, the part along the row of weights is removed
+    from each row of the update; otherwise, if the matrix as a whole is, ``|cos| < delta / sqrt(out in)``, the part
+    along the matrix; otherwise nothing. Vectors and scalars are left alone. It includes weight decay, ``rate *
+    weight_decay / (1 - momentum)``, multiplied by ``wd_ratio`` where there was a projection (Heo et al., arXiv
+    2006.08217).
 
     Args:
-        delta: largest ``|cos|``, in units of that of random vectors.
-        eps: least length of a row or matrix that is divided by.
+        delta: threshold of ``|cos|``, relative to the cosine of random vectors.
+        eps: smallest length of a row or matrix to divide by.
         wd_ratio: factor of the decay of projected matrices.
         weight_decay: decoupled weight decay, not negative.
-        momentum: of a heavy ball, whose steps are ``1 / (1 - momentum)`` times as long, for the decay to follow.
+        momentum: coefficient of a heavy ball, whose steps are ``1 / (1 - momentum)`` times as long, as is the decay.
     """
 
     delta: float = 0.1
@@ -61,7 +61,7 @@ class TangentProjection(Constraint):
         return d, 1 - decay * ratio
 
     def _at_right_angles(self, products: Tensor, sizes: Tensor, slopes: Tensor, entries: int) -> Tensor:
-        """Whether all vectors of so many entries are, from their products and lengths; shape ``(..., 1, 1)``."""
+        """Whether all pairs of vectors are orthogonal, from their products and lengths; shape ``(..., 1, 1)``."""
         cosines = products / sizes.clamp(min=self.eps) / slopes.clamp(min=self.eps)
         return cosines.abs().amax(dim=-2, keepdim=True) < self.delta / math.sqrt(entries)
 
@@ -72,4 +72,5 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _total(x: Tensor) -> Tensor:
+    """The sum over rows, shape ``(..., 1, in)``."""
     return x.sum(dim=-2, keepdim=True)

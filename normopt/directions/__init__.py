@@ -1,4 +1,4 @@
-"""Which direction is steepest? The algebra over norms: memory, chains, rotations, grafting, blocks."""
+"""Which direction is steepest? Combinations of norms: with memory, in chains, rotated, grafted, in blocks."""
 
 from normopt.directions.algebra import Chain, Clipped, Decayed, Grafted, Identity
 from normopt.directions.balanced import CoshScaled, Sinkhorn

@@ -1,15 +1,16 @@
-"""Directions made of directions: one after the other, one with the length of another, clipped, decayed."""
+"""Directions made of directions: in a chain, one with the length of another, clipped, decayed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from normopt.ingredient.registry import get, read
 from normopt.ingredient.stage import Context, Direction, Stage, coarsest, substate
+from normopt.ingredient.traits import like, trait
 from normopt.ingredient.validate import check_range
 from normopt.norms.base import Norm
 from normopt.norms.entrywise import Euclidean
@@ -20,11 +21,11 @@ from normopt.numerics.lengths import axes, euclidean, normalize
 class Identity(Direction):
     """The gradient itself: the Euclidean norm's duality map at its dual norm's length, ``||g|| g / ||g||`` (SGD)."""
 
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    reduces = "entry"
 
     @property
     def cell(self) -> tuple[str, str]:
-        """The Euclidean norm's."""
+        """The Euclidean norm's cell."""
         return Euclidean().cell
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
@@ -33,17 +34,19 @@ class Identity(Direction):
 
 @dataclass(frozen=True)
 class Clipped(Direction):
-    """The nearest point of a norm's ball: ``norm.project(x, radius)``.
+    """Clipping to a norm's ball: ``norm.project(x, radius)``, the nearest point of the ball.
 
-    ``Clipped(Euclidean())`` shortens updates to a root mean square of at most 1, as Adafactor does.
+    ``Clipped(Euclidean())`` clips updates to a root mean square of 1, as Adafactor does.
 
     Args:
-        norm: whose ball.
-        radius: of the ball.
+        norm: the norm, or its name.
+        radius: the radius of the ball, not negative.
     """
 
-    degree: ClassVar[None] = None  # type: ignore[misc]
-    sets_length: ClassVar[bool] = False  # type: ignore[misc]
+    reduces = like("norm")
+    needs_matrix = like("norm")
+    degree = None
+    sets_length = False
     norm: Norm
     radius: float = 1.0
 
@@ -53,17 +56,7 @@ class Clipped(Direction):
 
     @property
     def decides_on_host(self) -> bool:
-        return self.norm.reduces == "matrix"  # decompositions
-
-    @property
-    def reduces(self) -> str:  # type: ignore[override]
-        """That of the norm."""
-        return self.norm.reduces
-
-    @property
-    def needs_matrix(self) -> bool:  # type: ignore[override]
-        """That of the norm."""
-        return self.norm.needs_matrix
+        return self.norm.reduces == "matrix"  # such norms project by decompositions, which synchronize
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         return self.norm.project(x, self.radius)
@@ -71,17 +64,17 @@ class Clipped(Direction):
 
 @dataclass(frozen=True)
 class Decayed(Direction):
-    """``x + weight_decay w``: weight decay as a part of the direction, before what comes after it sees the result.
+    """``x + weight_decay w``: weight decay as a stage of a ``Chain``; the next stages and the step size see the sum.
 
-    In a ``Chain``, for methods that average decayed directions (NovoGrad) or measure their length (LAMB).
+    For methods that average the sums (NovoGrad) or measure their length (LAMB).
 
     Args:
         weight_decay: not negative.
     """
 
-    degree: ClassVar[None] = None  # type: ignore[misc]
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
-    sets_length: ClassVar[bool] = False  # type: ignore[misc]
+    degree = None
+    reduces = "entry"
+    sets_length = False
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -93,10 +86,17 @@ class Decayed(Direction):
 
 @dataclass(frozen=True, init=False, repr=False)
 class Chain(Direction):
-    """Stages one after the other: ``Chain(Row(), Spectral())`` normalizes rows, then takes the polar factor.
+    """Stages applied one after the other: ``Chain(Row(), Spectral())`` normalizes rows, then takes the polar factor.
 
-    The first stage sees the gradient beside the momentum; for each later stage both are what the stage before returned.
-    A :class:`~normopt.momentum.Momentum` is a stage too: ``Chain(Euclidean(), EMA(0.9))`` averages unit gradients.
+    The first stage's input is what momentum returned, and its second moments are taken of the gradient. For each later
+    stage, both are the result of the previous stage. A :class:`~normopt.momentum.Momentum` is a stage too:
+    ``Chain(Euclidean(), EMA(0.9))`` averages unit gradients.
+
+    Args:
+        names_or_stages: norms, directions and momenta, or their names.
+
+    Raises:
+        ValueError: no stage, a stage other than the first with ``looks_first``, or a momentum with ``looks_back``.
     """
 
     stages: tuple[Stage, ...]
@@ -107,7 +107,7 @@ class Chain(Direction):
         stages = tuple(get(Stage, stage) for stage in names_or_stages)
         for late in (stage for stage in stages[1:] if stage.looks_first):
             raise ValueError(f"Chain: {late} must come first, because it has to see the first gradient before it moves")
-        for back in (stage for stage in stages if getattr(stage, "looks_back", False)):
+        for back in (stage for stage in stages if stage.looks_back):
             raise ValueError(f"Chain: {back} compares gradients at two points; only a rule's momentum can")
         object.__setattr__(self, "stages", stages)
 
@@ -120,35 +120,35 @@ class Chain(Direction):
     def resolve(self, options: Mapping[str, Any]) -> Chain:
         return Chain(*(stage.resolve(options) for stage in self.stages))
 
-    @property
-    def reduces(self) -> str:  # type: ignore[override]
-        """The common level of all stages."""
+    @trait
+    def reduces(self) -> str:
+        """The coarsest level of the stages, see :func:`coarsest`."""
         return coarsest(stage.reduces for stage in self.stages)
 
-    @property
-    def needs_matrix(self) -> bool:  # type: ignore[override]
-        """Whether any stage does."""
+    @trait
+    def needs_matrix(self) -> bool:
+        """Whether any stage works on matrices."""
         return any(stage.needs_matrix for stage in self.stages)
 
     @property
     def takes_vectors(self) -> bool:
-        """Whether all stages do."""
+        """Whether all stages take vectors."""
         return all(stage.takes_vectors for stage in self.stages)
 
     @property
     def cell(self) -> tuple[str, str]:
-        """That of the first direction."""
+        """The cell of the first direction."""
         return next((stage.cell for stage in self.stages if isinstance(stage, Direction)), super().cell)
 
-    @property
-    def degree(self) -> int | None:  # type: ignore[override]
-        """The product of all stages'."""
+    @trait
+    def degree(self) -> int | None:
+        """The product of the stages' degrees."""
         degrees = [stage.degree for stage in self.stages]
         return None if None in degrees else min(degree for degree in degrees if degree is not None)
 
-    @property
-    def looks_first(self) -> bool:  # type: ignore[override]
-        """Whether the first stage does."""
+    @trait
+    def looks_first(self) -> bool:
+        """Whether the first stage initializes its state from the first gradient."""
         return self.stages[0].looks_first
 
     @property
@@ -174,16 +174,16 @@ class Chain(Direction):
         return x
 
     def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the last direction that sets the length."""
+        """The root mean square of the last direction that sets the length."""
         return self._last()[0].rms(shape)
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """That of the last direction that sets the length."""
+        """The steepness of the last direction that sets the length."""
         last, prefix = self._last()
         return last.steepness(g, substate(state, prefix))
 
     def _last(self) -> tuple[Direction, str]:
-        """The last stage that sets the length, and the prefix of its state; the gradient itself where none does."""
+        """The last direction that sets the length, and the prefix of its state; ``Identity()`` if there is none."""
         for i, stage in reversed([*enumerate(self.stages)]):
             if isinstance(stage, Direction) and stage.sets_length:
                 return stage, f"{i}."
@@ -192,15 +192,17 @@ class Chain(Direction):
 
 @dataclass(frozen=True)
 class Grafted(Direction):
-    """The direction of one, the length of another: ``direction(x) ||magnitude(x)|| / ||direction(x)||`` (Frobenius).
+    """Grafting: one stage's direction, another's length: ``direction(x) ||magnitude(x)|| / ||direction(x)||``.
+
+    Norms are Frobenius norms of each matrix. Source: Agarwal et al., "Disentangling adaptive gradient methods", arXiv
+    2002.11803.
 
     Args:
-        direction: where to go; its length is dropped.
-        magnitude: how far: the Frobenius norm of its result for each matrix.
-
-    Source: Agarwal et al., "Disentangling adaptive gradient methods", arXiv 2002.11803.
+        direction: the stage whose result is rescaled, or its name.
+        magnitude: the stage whose result has the length, or its name.
     """
 
+    degree = like("magnitude")
     direction: Stage
     magnitude: Stage
 
@@ -208,39 +210,34 @@ class Grafted(Direction):
         read(self, "direction", Stage)
         read(self, "magnitude", Stage)
 
-    @property
-    def reduces(self) -> str:  # type: ignore[override]
-        """The common level of both and of the Frobenius norm."""
+    @trait
+    def reduces(self) -> str:
+        """The coarsest level of both and of the Frobenius norm, ``"all"``."""
         return coarsest(("all", self.direction.reduces, self.magnitude.reduces))
 
-    @property
-    def needs_matrix(self) -> bool:  # type: ignore[override]
-        """Whether either does."""
+    @trait
+    def needs_matrix(self) -> bool:
+        """Whether either works on matrices."""
         return self.direction.needs_matrix or self.magnitude.needs_matrix
 
     @property
     def takes_vectors(self) -> bool:
-        """Whether both do."""
+        """Whether both take vectors."""
         return self.direction.takes_vectors and self.magnitude.takes_vectors
 
     @property
     def cell(self) -> tuple[str, str]:
-        """That of the direction."""
+        """The cell of the direction."""
         return self.direction.cell if isinstance(self.direction, Direction) else super().cell
 
-    @property
-    def degree(self) -> int | None:  # type: ignore[override]
-        """That of the magnitude."""
-        return self.magnitude.degree
-
-    @property
-    def looks_first(self) -> bool:  # type: ignore[override]
-        """Whether either does."""
+    @trait
+    def looks_first(self) -> bool:
+        """Whether either initializes its state from the first gradient."""
         return any(part.looks_first for part in self._parts().values())
 
-    @property
-    def sets_length(self) -> bool:  # type: ignore[override]
-        """Whether the magnitude is another than the input's."""
+    @trait
+    def sets_length(self) -> bool:
+        """False where the magnitude is the input itself."""
         return self.magnitude != Identity()
 
     def _parts(self) -> dict[str, Stage]:
@@ -268,11 +265,11 @@ class Grafted(Direction):
         return normalize(d, axes(d)).mul_(euclidean(length, axes(length), keepdim=True))
 
     def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the magnitude."""
+        """The magnitude's root mean square."""
         return self.magnitude.rms(shape) if isinstance(self.magnitude, Direction) else float("nan")
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The Euclidean norm times the magnitude's usual length."""
+        """The Euclidean norm of ``g`` times the usual length of the magnitude, where that is known."""
         size = self.rms(tuple(g.shape[-2:]))
         if size != size:
             return super().steepness(g, state)

@@ -1,36 +1,34 @@
-"""Directions that rescale a gradient without being one norm's duality map: balanced rows and columns, and a brake."""
+"""Directions that rescale a gradient and are no norm's duality map: SinkGD's balancing and AuON's cosh scaling."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from normopt.directions.base import UnitRMS
 from normopt.ingredient.stage import Context, Direction
 from normopt.ingredient.validate import check_count, check_range
-from normopt.norms.entrywise import Euclidean
 from normopt.norms.rows_columns import Column, Row
 from normopt.numerics.lengths import axes, normalize
 
 
 @dataclass(frozen=True)
-class Sinkhorn(Direction):
-    """Rows, then columns, brought to a root mean square of 1, again and again (SinkGD, arXiv 2502.06742).
+class Sinkhorn(UnitRMS):
+    """Rows, then columns, normalized to a root mean square of 1, repeatedly (SinkGD, arXiv 2502.06742).
 
     The limit is the one matrix ``D1 x D2``, with positive diagonal ``D1`` and ``D2``, whose rows and columns all have a
-    root mean square of 1: Sinkhorn's iteration on the squares of the entries. It alternates the duality maps of two
-    norms, :class:`~normopt.Row` and :class:`~normopt.Column`, and is that of neither. After a finite number of
+    root mean square of 1: Sinkhorn's iteration on the squares of the entries. It alternates the duality maps of
+    :class:`~normopt.Row` and :class:`~normopt.Column`, and is the duality map of neither norm. After a finite number of
     iterations the columns are exact. Rows and columns of zeros stay 0.
 
     Args:
-        iterations: how often both are done.
+        iterations: number of iterations; each normalizes rows and columns once.
     """
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    degree: ClassVar[int] = 0  # type: ignore[misc]
+    needs_matrix = True
+    degree = 0
     iterations: int = 5
 
     def __post_init__(self) -> None:
@@ -42,29 +40,21 @@ class Sinkhorn(Direction):
             x = columns.dualize(rows.dualize(x))
         return x
 
-    def rms(self, shape: tuple[int, ...]) -> float:
-        """1."""
-        return 1.0
-
-    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """``sqrt(numel) ||g||``: the update has root mean square 1."""
-        return Euclidean().dual_norm(g)
-
 
 @dataclass(frozen=True)
 class CoshScaled(Direction):
-    """``x / rms(cosh(gamma x / ||x||))``, AuON's brake (arXiv 2509.24320).
+    """AuON's scaling: ``x / rms(cosh(gamma x / ||x||))`` (arXiv 2509.24320).
 
-    The brake is nearly inert: since ``cosh^2 = 1 + sinh^2`` and the argument has length ``gamma``, the square of what
-    is divided by lies between ``1 + gamma^2 / size`` and ``1 + sinh(gamma)^2 / size``, which for ``gamma=1.5`` and 128
-    x 128 entries is within 0.03% of 1. What is left is the gradient itself.
+    It hardly changes ``x``: since ``cosh^2 = 1 + sinh^2`` and the argument has length ``gamma``, the square of the
+    divisor lies between ``1 + gamma^2 / size`` and ``1 + sinh(gamma)^2 / size``, which for ``gamma=1.5`` and 128 x 128
+    entries is within 0.03% of 1.
 
     Args:
-        gamma: length of the argument of cosh.
+        gamma: Euclidean length of the argument of cosh, not negative.
     """
 
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
-    sets_length: ClassVar[bool] = False  # type: ignore[misc]
+    reduces = "all"
+    sets_length = False
     gamma: float = 1.5
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""In which coordinates? Orthonormal bases of rows and columns, learnt from the gradients."""
+"""The coordinates of ``Rotated``: orthonormal bases of rows and columns, learnt from the gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from normopt.numerics.eigen import average_, eigh, gram_matrix, power_iteration_
 class Basis(Ingredient):
     """Orthonormal coordinates ``x -> L^T x R`` for :class:`~normopt.directions.Rotated`."""
 
-    #: Whether the first gradient only prepares the basis and moves nothing.
+    #: Whether the first gradient only initializes the basis, while the weights stay.
     looks_first: ClassVar[bool] = False
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ class Basis(Ingredient):
         raise NotImplementedError
 
     def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
-        """Prepare the basis from the first gradient; only called if ``looks_first``."""
+        """Initialize the basis, in place, from the first gradient; only called if ``looks_first``."""
 
     def rotate(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """``L^T x R``, a new tensor or ``x`` itself."""
@@ -37,29 +37,35 @@ class Basis(Ingredient):
         raise NotImplementedError
 
     def learn(self, g: Tensor, state: dict[str, Tensor], context: Context, memory: Sequence[Tensor]) -> None:
-        """Change the basis after a step, for the next one; ``memory`` are tensors in its coordinates, shape
-        ``(..., out or 1, in or 1)``, to be reordered in place where the new basis has another order.
+        """Update the basis after a step, for the next step.
+
+        Args:
+            g: the gradient, shape ``(..., out, in)``.
+            state: the basis' tensors, updated in place.
+            context: the context of the step.
+            memory: tensors in the coordinates of the basis, shape ``(..., out or 1, in or 1)``, whose rows and columns
+                are reordered in place when the basis vectors are.
         """
 
 
 @dataclass(frozen=True)
 class Eigenbasis(Basis):
-    """The eigenvectors of averages of ``g g^T`` and ``g^T g``, followed by one step of power iteration at a time.
+    """SOAP's basis: the eigenvectors of EMAs of ``g g^T`` and ``g^T g``, updated by one step of power iteration.
 
-    The first gradient only builds the bases, from its own eigendecompositions. Then, after each step, ``S <- beta S +
-    (1 - beta) g g^T``; every ``frequency`` steps the basis is sorted by its Rayleigh quotients, the largest first, and
-    replaced by the orthonormal factor ``Q`` of ``S Q`` (SOAP, arXiv 2409.11321). Statistics and bases are kept in
-    float32 or better; gradients whose squares overflow are not learnt from.
+    The first gradient only initializes the bases, by its own eigendecompositions. Then, after each step, ``S <- beta S
+    + (1 - beta) g g^T``; every ``frequency`` steps the basis is sorted by its Rayleigh quotients, the largest first,
+    and replaced by the orthonormal factor ``Q`` of ``S Q`` (SOAP, arXiv 2409.11321). Averages and bases are kept in
+    float32 or better; gradients whose squares overflow are left out of the averages.
 
     Args:
-        beta: weight of the past in the averages, in [0, 1).
-        frequency: steps from one change of basis to the next.
+        beta: decay rate of the averages, in [0, 1).
+        frequency: number of steps between updates of the bases.
         max_dim: longer sides are not rotated.
-        vectors: rotate vectors too, matrices with a single row or column among them.
+        vectors: whether vectors, and matrices with a single row or column, are rotated too.
     """
 
-    looks_first: ClassVar[bool] = True
-    decides_on_host: ClassVar[bool] = True
+    looks_first = True
+    decides_on_host = True
     beta: float = 0.95
     frequency: int = 10
     max_dim: int = 10000

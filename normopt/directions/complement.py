@@ -1,16 +1,16 @@
-"""Directions at right angles to the leading singular vectors of the weights."""
+"""Muon++: directions orthogonal to the leading singular vectors of the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import Context, Direction
+from normopt.ingredient.traits import like
 from normopt.ingredient.validate import check_count
 from normopt.norms.base import Norm
 from normopt.norms.spectral import Spectral
@@ -19,19 +19,20 @@ from normopt.numerics.lengths import euclidean, normalized
 
 @dataclass(frozen=True)
 class Complement(Direction):
-    """A norm's direction that leaves the largest singular values of the weights, and their vectors, as they are.
+    """Muon++: a norm's direction that leaves the weights' largest singular values, and their vectors, unchanged.
 
-    ``P dualize(P(x))`` with ``P(x) = (I - U U^T) x (I - V V^T)``, where ``U`` and ``V`` are the first ``protect`` left
-    and right singular vectors of the weights (Muon++, arXiv 2601.01306). Without the second projection rounding errors
-    in the protected directions, which a polar iteration magnifies, would stay. Where nothing but rounding errors is
-    left of ``x``, the result is 0.
+    ``P(dualize(P(x)))`` with ``P(x) = (I - U U^T) x (I - V V^T)``, where ``U`` and ``V`` are the first ``protect`` left
+    and right singular vectors of the weights (arXiv 2601.01306). The second projection removes rounding errors along
+    the protected vectors, which a polar iteration magnifies. Where ``P(x)`` is no more than rounding errors, the result
+    is 0.
 
     Args:
-        norm: one that is the same in every basis.
-        protect: how many singular vectors, at most ``min(out, in) - 1``: a matrix with one row or column has none.
-        iterations: of the block power method, from the last step's vectors: ``4 out in protect`` FLOPs each, and a
-            small QR decomposition. ``None``, and at the first step: a singular value decomposition of the weights,
-            exact, and several times as expensive as a polar factor.
+        norm: a norm that is the same in every basis, or its name.
+        protect: number of singular vectors; ``min(out, in) - 1`` at most are protected, none of a matrix with one row
+            or column.
+        iterations: number of block power iterations a step, from the last step's vectors: ``4 out in protect`` FLOPs
+            each, and a small QR decomposition. ``None``, and at the first step: a singular value decomposition of the
+            weights, exact, and several times as expensive as a polar factor.
 
     Memory: ``(out + in) protect`` numbers for each matrix.
 
@@ -39,8 +40,10 @@ class Complement(Direction):
         ValueError: the norm changes with the basis, or a number is out of range.
     """
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    decides_on_host: ClassVar[bool] = True
+    cell = like("norm")
+    degree = like("norm")
+    needs_matrix = True
+    decides_on_host = True
     norm: Norm = Spectral()
     protect: int = 1
     iterations: int | None = None
@@ -52,16 +55,6 @@ class Complement(Direction):
             check_count(self, "iterations", self.iterations)
         if not self.norm.rotation_invariant:
             raise ValueError(f"Complement: {self.norm} changes with the basis, and would leave the complement")
-
-    @property
-    def cell(self) -> tuple[str, str]:
-        """That of the norm."""
-        return self.norm.cell
-
-    @property
-    def degree(self) -> int | None:  # type: ignore[override]
-        """That of the norm."""
-        return self.norm.degree
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         m, n = x.shape[-2:]
@@ -83,22 +76,23 @@ class Complement(Direction):
         return _projected(self.norm.dualize(torch.where(size > noise, inside, 0.0)), state)
 
     def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the norm, a little too much."""
+        """The norm's root mean square, a slight overestimate: the protected part is missing."""
         return self.norm.rms(shape)
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The norm's, in the complement."""
+        """The norm's steepness of the projected gradient."""
         return self.norm.steepness(_projected(g, state), state)
 
 
 def _projected(x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """``P(x)``."""
     left, right = state["left"], state["right"]
     x = x - left @ (left.mT @ x)
     return x - (x @ right) @ right.mT
 
 
 def _leading(w: Tensor, right: Tensor, iterations: int | None) -> tuple[Tensor, Tensor]:
-    """The first singular vectors of ``w``, as many as ``right`` has columns; 0 in place of those of 0."""
+    """The first singular vectors of ``w``, as many as ``right`` has columns; 0 where the singular value is 0."""
     k, w = right.shape[-1], normalized(w)
     if iterations is None:
         left, values, right = torch.linalg.svd(w, full_matrices=False)

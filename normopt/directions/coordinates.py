@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,79 +13,61 @@ from normopt.directions.bases import Basis
 from normopt.directions.smoothed import Smoothed
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import ROTATED, Context, Direction, Stage, substate
+from normopt.ingredient.traits import like
 from normopt.ingredient.validate import check_count
+from normopt.numerics.blocks import Parts, cut_blocks, join_blocks, of_equal_length
 from normopt.numerics.lengths import axes, euclidean
 
 
-class _Elsewhere(Direction):
-    """A direction at work on the matrices in another form; what can be said of the two is the same."""
+class _Wrapper(Direction):
+    """A direction applied to matrices that have been rotated or cut; its traits are those of the direction inside."""
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    needs_matrix = True
+    takes_vectors = like("direction")
+    cell = like("direction")
+    degree = like("direction")
+    looks_first = like("direction")
+    sets_length = like("direction")
     direction: Direction
 
-    @property
-    def takes_vectors(self) -> bool:
-        """That of the direction."""
-        return self.direction.takes_vectors
-
-    @property
-    def cell(self) -> tuple[str, str]:
-        """That of the direction."""
-        return self.direction.cell
-
-    @property
-    def degree(self) -> int | None:  # type: ignore[override]
-        """That of the direction."""
-        return self.direction.degree
-
-    @property
-    def looks_first(self) -> bool:  # type: ignore[override]
-        """That of the direction."""
-        return self.direction.looks_first
-
-    @property
-    def sets_length(self) -> bool:  # type: ignore[override]
-        """That of the direction."""
-        return self.direction.sets_length
-
     def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the direction."""
+        """The root mean square of the direction inside."""
         return self.direction.rms(shape)
 
 
 @dataclass(frozen=True)
-class Rotated(_Elsewhere):
+class Rotated(_Wrapper):
     """A direction in rotated coordinates: ``L direction(L^T x R) R^T`` with orthonormal ``L`` and ``R`` of the basis.
 
     ``Rotated(Smoothed(Max()), Eigenbasis())`` is SOAP: Adam in the eigenbasis of Shampoo's statistics. The basis is
-    learnt from the gradients; after it has changed, the direction's memory, which lives in the old coordinates, is
-    kept as it is, its rows and columns in the order of the new basis.
+    learnt from the gradients. When it changes, the direction's memory is not rotated, as in SOAP: only its rows and
+    columns are put in the order of the new basis.
 
     Args:
-        direction: what happens in the rotated coordinates. Norms that are the same in every basis are refused.
-        basis: which coordinates.
+        direction: the direction, or its name.
+        basis: the basis, or its name.
+
+    Raises:
+        ValueError: the direction is the same in every basis, or has a memory with signs (an average of gradients),
+            which would have to be rotated when the basis changes.
     """
 
+    looks_first = like("basis")
     direction: Direction
     basis: Basis
 
     def __post_init__(self) -> None:
         read(self, "direction", Direction)
         read(self, "basis", Basis)
-        if getattr(self.direction, "rotation_invariant", False):
+        if self.direction.rotation_invariant:
             raise ValueError(f"Rotated: {self.direction} is the same in every basis; leave the rotation out")
         if self.direction.looks_first or _remembers_directions(self.direction):
             raise ValueError(f"Rotated: {self.direction} has a memory of directions, which would have to turn")
 
     @property
     def cell(self) -> tuple[str, str]:
-        """The direction's row, rotated."""
+        """The direction's row of the periodic table, in the column of rotated second moments."""
         return self.direction.cell[0], ROTATED
-
-    @property
-    def looks_first(self) -> bool:  # type: ignore[override]
-        """That of the basis."""
-        return self.basis.looks_first
 
     @property
     def averages(self) -> frozenset[str]:
@@ -112,7 +93,7 @@ class Rotated(_Elsewhere):
         return basis.unrotate(self.direction.apply(self._seen(x, state), substate(state, "rotated."), there), state)
 
     def _seen(self, x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """``L^T x R`` without its rounding errors, which divided by those of the memory could be of any size."""
+        """``L^T x R`` without rounding errors, which divided by a second moment near 0 could have any size."""
         turned = self.basis.rotate(x, state)
         if turned is x:
             return x
@@ -120,12 +101,12 @@ class Rotated(_Elsewhere):
         return torch.where(turned.abs() > noise, turned, 0.0)
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """That of the direction in the rotated coordinates."""
+        """The direction's steepness in the rotated coordinates."""
         return self.direction.steepness(self.basis.rotate(g, state), substate(state, "rotated."))
 
 
 def _remembers_directions(stage: Stage) -> bool:
-    """Whether a stage's memory has signs: averages of gradients, which turn with the basis; not those of squares."""
+    """Whether a stage's memory has signs: averages of gradients rotate with the basis, averages of squares do not."""
     if isinstance(stage, Chain):
         return any(map(_remembers_directions, stage.stages))
     if isinstance(stage, Grafted):
@@ -134,17 +115,18 @@ def _remembers_directions(stage: Stage) -> bool:
 
 
 @dataclass(frozen=True)
-class Blocked(_Elsewhere):
-    """A direction for each block of a large matrix: sides longer than ``size`` are cut into equal parts.
+class Blocked(_Wrapper):
+    """A direction applied to each block of a large matrix: sides longer than ``size`` are cut into equal parts.
 
     Bounds the cost of directions that keep or decompose square matrices (Shampoo's block size). A matrix whose sides
-    cannot be cut evenly is filled up with zeros.
+    cannot be cut into equal parts is padded with zeros.
 
     Args:
-        direction: what happens in each block.
+        direction: the direction, or its name.
         size: the longest side of a block.
     """
 
+    averages = like("direction")
     direction: Direction
     size: int = 1024
 
@@ -154,25 +136,14 @@ class Blocked(_Elsewhere):
 
     def cut(self, x: Tensor) -> Tensor:
         """``x`` of shape ``(..., out, in)`` as blocks ``(..., blocks, out / rows, in / columns)``."""
-        (rows, height), (columns, width) = (self._parts(n) for n in x.shape[-2:])
-        x = torch.nn.functional.pad(x, (0, columns * width - x.shape[-1], 0, rows * height - x.shape[-2]))
-        return x.reshape(*x.shape[:-2], rows, height, columns, width).transpose(-3, -2).flatten(-4, -3)
+        return cut_blocks(x, *self._parts(x.shape))
 
     def join(self, blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of ``cut``; ``shape`` ends in ``(out, in)``."""
-        m, n = shape[-2:]
-        rows, columns = self._parts(m)[0], self._parts(n)[0]
-        whole = blocks.reshape(*blocks.shape[:-3], rows, columns, *blocks.shape[-2:]).transpose(-3, -2)
-        return whole.flatten(-4, -3).flatten(-2, -1)[..., :m, :n]
+        return join_blocks(blocks, shape, *self._parts(shape))
 
-    def _parts(self, n: int) -> tuple[int, int]:
-        """How many parts a side of ``n`` is cut into, and how long each is."""
-        parts = max(1, -(-n // self.size))
-        return parts, -(-n // parts)
-
-    @property
-    def averages(self) -> frozenset[str]:
-        return self.direction.averages
+    def _parts(self, shape: tuple[int, ...]) -> tuple[Parts, Parts]:
+        return of_equal_length(shape[-2], self.size), of_equal_length(shape[-1], self.size)
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return self.direction.init_state(self.cut(x))
@@ -187,10 +158,11 @@ class Blocked(_Elsewhere):
         return self.join(self.direction.apply(self.cut(x), state, context.through(self.cut)), x.shape)
 
     def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the direction for a block."""
+        """The direction's root mean square for a block."""
         m, n = shape[-2:] if len(shape) > 1 else (1, *shape)
-        return self.direction.rms((self._parts(m)[1], self._parts(n)[1]))
+        rows, columns = self._parts((m, n))
+        return self.direction.rms((rows.length, columns.length))
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The sum over all blocks."""
+        """The sum of the direction's steepness over all blocks."""
         return self.direction.steepness(self.cut(g), state).sum(dim=-1)

@@ -1,35 +1,34 @@
-"""Adafactor's second moment: one number a row and one a column."""
+"""Adafactor's factored second moment: one number a row and one a column."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from normopt.ingredient.stage import Context, Direction
+from normopt.directions.base import UnitRMS
+from normopt.ingredient.stage import Context
 from normopt.ingredient.validate import check_range
-from normopt.norms.entrywise import Euclidean
 
 
 @dataclass(frozen=True)
-class Factored(Direction):
-    """Adafactor's memory: a column and a row in place of the whole second moment (arXiv 1804.04235).
+class Factored(UnitRMS):
+    """Adafactor's second moment: averages of row means and column means of ``g^2`` (arXiv 1804.04235).
 
-    ``r <- r + t^decay (row means of g^2 - r)``, ``c`` likewise of columns, ``v = r c / mean(r)``, result
-    ``x / max(sqrt(v), eps)``. A vector is one row, so that ``v`` is its own second moment. This is no norm's duality
-    map: without memory (``decay=0``) it divides each entry by the sizes of its row and of its column at once, one step
-    of a Sinkhorn iteration.
+    ``r <- r + t^decay (row means of g^2 - r)``, ``c <- c + t^decay (column means of g^2 - c)``, ``v = r c / mean(r)``,
+    result ``x / max(sqrt(v), eps)``. A vector is one row, for which ``v`` is the whole second moment. This is no norm's
+    duality map: without memory (``decay=0``) it divides each entry by the sizes of its row and of its column at once,
+    one step of a Sinkhorn iteration.
 
     Args:
-        decay: exponent of the step number in the weight of the newest gradient, at most 0.
-        eps: the least that is divided by; ``None``: the smallest ``eps`` with ``1 + eps > 1`` in the working dtype.
+        decay: exponent of the step number ``t`` in the weight of the newest gradient, at most 0.
+        eps: the smallest divisor; ``None``: the working dtype's epsilon, ``torch.finfo(dtype).eps``.
     """
 
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
+    reduces = "all"
+    needs_matrix = True
+    takes_vectors = True
     decay: float = -0.8
     eps: float | None = None
 
@@ -38,17 +37,12 @@ class Factored(Direction):
         if self.eps is not None:
             check_range(self, "eps", self.eps, 0, float("inf"))
 
-    @property
-    def takes_vectors(self) -> bool:
-        """Always."""
-        return True
-
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"row": torch.zeros_like(x[..., :1]), "column": torch.zeros_like(x[..., :1, :])}
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         square = context.g.square()
-        square.clamp_(max=torch.finfo(square.dtype).max / (2 * max(1, *square.shape[-2:])))  # so that sums are finite
+        square.clamp_(max=torch.finfo(square.dtype).max / (2 * max(1, *square.shape[-2:])))  # keeps the sums finite
         newest = context.step**self.decay
         newest = newest.to(square.dtype) if isinstance(newest, Tensor) else newest
         state["row"].lerp_(square.mean(dim=-1, keepdim=True), newest)
@@ -61,11 +55,3 @@ class Factored(Direction):
         if x.shape[-2] > 1:
             size = size * row.div(row.mean(dim=-2, keepdim=True).clamp_(min=eps)).sqrt_()
         return torch.div(x, size.clamp_(min=eps), out=size)
-
-    def rms(self, shape: tuple[int, ...]) -> float:
-        """1."""
-        return 1.0
-
-    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """``sqrt(numel) ||g||``: the update has root mean square 1."""
-        return Euclidean().dual_norm(g)

@@ -1,10 +1,9 @@
-"""A norm with memory: its duality map divided by averages of second moments."""
+"""A norm with memory: the EMA of second moments in place of the gradient's own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from normopt.ingredient.base import Option
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import SECOND_MOMENT, Context, Direction
+from normopt.ingredient.traits import like
 from normopt.ingredient.validate import check_choice, check_count, check_range
 from normopt.norms.base import Norm
 
@@ -22,36 +22,40 @@ EPS_AT = ("corrected", "raw", "moment")
 
 @dataclass(frozen=True)
 class Smoothed(Direction):
-    """A norm with memory: ``norm.whiten`` with the second moments of all gradients so far instead of this one's.
+    """The EMA of second moments: ``norm.whiten`` by an average over steps, as in Adam and Shampoo.
 
     ``s <- beta s + (1 - beta) second_moment(g)``, then ``whiten(x, s / (1 - beta^step), eps)``. ``Smoothed(Max())`` is
-    Adam's denominator, ``Smoothed(Spectral())`` Shampoo's, ``Smoothed(Euclidean())`` NovoGrad's. With ``beta=0`` and
-    ``eps=0`` it is the norm's duality map.
+    Adam's and RMSprop's denominator (optax's ``scale_by_rms``), ``Smoothed(Spectral())`` Shampoo's preconditioner,
+    ``Smoothed(Euclidean())`` NovoGrad's. With ``beta=0`` and ``eps=0`` it is the norm's duality map.
 
     Args:
-        norm: the norm; it needs a second moment.
-        beta: weight of the past, in [0, 1); not used by ``accumulate="sum"``.
+        norm: the norm, with a second moment, or its name.
+        beta: decay rate of the average, in [0, 1); not used by ``accumulate="sum"``.
         eps: added to the root of the second moment; under the spectral norm to the diagonal of the second moment
-            itself, as in Shampoo. It follows the scale that a step size gives to gradients (Prodigy).
+            itself, as in Shampoo. It is multiplied by the factor that a step size gives to gradients (Prodigy).
         bias_correction: divide by ``1 - beta^step``.
         accumulate: ``"ema"``; ``"sum"`` over all steps (Adagrad, the Shampoo of arXiv 1802.09568); or ``"max"``,
-            ``sqrt(s) <- max(beta sqrt(s), sqrt(second_moment(g)) + eps)`` (Adamax, arXiv 1412.6980, section 7.1). The
-            latter two have no bias to correct.
-        initial: what every entry of the second moment starts from; ``"first"``: the first gradient's second moment,
+            ``sqrt(s) <- max(beta sqrt(s), sqrt(second_moment(g)) + eps)`` (Adamax, arXiv 1412.6980, section 7.1). Sum
+            and maximum have no bias to correct.
+        initial: first value of every entry of the second moment; ``"first"``: the first gradient's second moment,
             without bias correction (NovoGrad).
         maximum: divide by the largest second moment so far, before the bias correction (AMSGrad as in torch.optim).
         centered: subtract the second moment of the average gradient (RMSprop's variance).
-        eps_at: where ``eps`` is added: to the root, ``"corrected"`` for bias or still ``"raw"`` (SOAP), or to the
-            ``"moment"`` under the root (DASGO).
-        frequency: compute the roots at the first step and at every step that is a multiple of this, and keep them in
-            between, as another state; for the spectral norm, whose roots are expensive. While the gradients of a matrix
-            are 0, its root waits, at most to the first multiple.
+        eps_at: where ``eps`` is added: to the root, after the bias correction (``"corrected"``) or before it
+            (``"raw"``, SOAP), or to the second moment under the root (``"moment"``, DASGO).
+        frequency: compute the roots at the first step and at every multiple of this step, and keep them as state in
+            between; for the spectral norm, whose roots are expensive. While the gradients of a matrix are 0, its first
+            root is postponed, at most to the first multiple.
 
     Raises:
         ValueError: the norm has no second moment, a number is out of range, or options exclude each other.
     """
 
-    squares: ClassVar[bool] = True  # type: ignore[misc]
+    reduces = like("norm")
+    needs_matrix = like("norm")
+    takes_vectors = like("norm", "remembers_vectors")
+    rotation_invariant = like("norm")
+    squares = True
     norm: Norm
     beta: float = 0.999
     eps: float = 1e-8
@@ -85,28 +89,8 @@ class Smoothed(Direction):
             raise ValueError("Smoothed: accumulate='max' starts from 0 and is neither centered nor a maximum besides")
 
     @property
-    def reduces(self) -> str:  # type: ignore[override]
-        """That of the norm."""
-        return self.norm.reduces
-
-    @property
-    def needs_matrix(self) -> bool:  # type: ignore[override]
-        """That of the norm."""
-        return self.norm.needs_matrix
-
-    @property
-    def takes_vectors(self) -> bool:
-        """Whether the norm remembers them."""
-        return self.norm.remembers_vectors
-
-    @property
-    def rotation_invariant(self) -> bool:
-        """That of the norm."""
-        return self.norm.rotation_invariant
-
-    @property
     def cell(self) -> tuple[str, str]:
-        """The norm's row, with memory."""
+        """The norm's row of the periodic table, in the column of second moments."""
         return self.norm.cell[0], SECOND_MOMENT
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
@@ -135,16 +119,16 @@ class Smoothed(Direction):
         return self.frequency > 1 or self.initial == "first" or self.norm.matrix_memory
 
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        kept = _all(state, "root")
+        kept = _named(state, "root")
         roots = kept or self._roots(state, context)
         d = self.norm.divide(x, roots, out=None if kept else roots[0])
-        # (s / c^2)^(-1/2) = c s^(-1/2): of matrices, the bias correction costs nothing.
+        # (s / c^2)^(-1/2) = c s^(-1/2), so the result is multiplied by c; matrices were divided by c^2 in _roots.
         correction = 1.0 if self.norm.matrix_memory else self._correction(context.step)
         return d if isinstance(correction, float) and correction == 1.0 else d.mul_(correction)
 
     def _refresh(self, state: dict[str, Tensor], context: Context) -> None:
-        """Compute the roots that are kept: all when they are due, before that those that are still 0."""
-        kept = _all(state, "root")
+        """Recompute the kept roots: all of them every ``frequency`` steps, before the first time those that are 0."""
+        kept = _named(state, "root")
         if context.step % self.frequency == 0:
             for root, new in zip(kept, self._roots(state, context), strict=True):
                 root.copy_(new)
@@ -155,7 +139,7 @@ class Smoothed(Direction):
                     root.copy_(torch.where(each, new, root))
 
     def _remember(self, g: Tensor, state: dict[str, Tensor], context: Context) -> None:
-        stats = _all(state, "second_moment")
+        stats = _named(state, "second_moment")
         if self.accumulate == "max":
             for s, new in zip(stats, self.norm.second_moment(g), strict=True):
                 torch.maximum(s.mul_(self.beta**2), new.sqrt_().add_(self.eps * context.scale).square_(), out=s)
@@ -164,19 +148,19 @@ class Smoothed(Direction):
         if self.initial == "first" and context.step == 1:
             keep, add = 0.0, 1.0
         self.norm.remember_(stats, g, keep, add)
-        for s, largest in zip(stats, _all(state, "max_second_moment"), strict=False):
+        for s, largest in zip(stats, _named(state, "max_second_moment"), strict=False):
             torch.maximum(s, largest, out=largest)
         if self.centered:
             state["mean"].mul_(keep).add_(g, alpha=add)
 
     def _correction(self, step: float) -> float:
-        """The root of what the second moment is to be divided by."""
+        """The root of the bias correction, ``sqrt(1 - beta^step)``; 1 if there is none."""
         plain = not self.bias_correction or self.accumulate != "ema" or self.initial == "first"
         return 1.0 if plain else (1 - self.beta**step) ** 0.5
 
     def _roots(self, state: dict[str, Tensor], context: Context) -> tuple[Tensor, ...]:
-        """The roots of the second moments, plus eps, both without bias correction unless the moments are matrices."""
-        stats = _all(state, "max_second_moment" if self.maximum else "second_moment")
+        """The roots of the second moments plus eps; bias-corrected only if the moments are matrices (see ``apply``)."""
+        stats = _named(state, "max_second_moment" if self.maximum else "second_moment")
         if self.centered:
             means = self.norm.second_moment(state["mean"])
             stats = tuple(s - mean for s, mean in zip(stats, means, strict=True))
@@ -192,14 +176,14 @@ class Smoothed(Direction):
         return self.norm.unit_roots(stats, eps)
 
     def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the norm: the size of a step whose gradient is as large as those before it."""
+        """The norm's root mean square: the size of a step whose gradient is as large as the gradients before it."""
         return self.norm.rms(shape)
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """That of the norm."""
+        """The norm's steepness."""
         return self.norm.steepness(g, state)
 
 
-def _all(state: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
-    """The tensors called ``name``, ``name1`` ..."""
+def _named(state: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    """The tensors named ``name``, ``name1``, ``name2`` ... in ``state``."""
     return tuple(tensor for key, tensor in state.items() if key.rstrip("0123456789") == name)

@@ -1,11 +1,10 @@
-"""Directions that follow the gradients' leading subspace from step to step: low rank, and rows turned to fit a norm."""
+"""Directions with a basis that is updated by one step of subspace iteration: Dion's low rank and ARO's rotation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,27 +18,27 @@ from normopt.numerics.lengths import euclidean, normalize, normalized
 
 @dataclass(frozen=True)
 class LowRank(Direction):
-    """A power iteration a step in place of the polar factor, and what it misses is kept for later (Dion, 2504.05295).
+    """Dion: a low-rank polar factor by one power iteration a step, with error feedback (arXiv 2504.05295).
 
     ``M <- M + x``; ``P``: the orthonormal factor of ``M Q``; ``R = M^T P``; ``M <- M - (1 - mu) P R^T``; ``Q``: ``R``
     with columns of length 1; result ``sqrt(out/in) P Q^T``. Wide matrices are transposed first, so that ``Q`` belongs
-    to the shorter side. ``M`` is the momentum (use none before it): what ``P R^T`` has of it decays by ``mu``, the rest
-    is kept whole. The result has Frobenius norm ``sqrt(rank out/in)``; at full rank it approaches the polar factor
-    while gradients stay the same.
+    to the shorter side. ``M`` is the momentum (use none before it): its low-rank part ``P R^T`` decays at the rate
+    ``mu``, the rest does not decay. The result has Frobenius norm ``sqrt(rank out/in)``; at full rank it converges to
+    the polar factor while gradients stay the same.
 
-    Columns of ``R`` beyond the rank of ``M``, those shorter than 2e-5 (in float32) of the Frobenius norm, add nothing,
-    and leave their columns of ``Q`` as they are. ``Q`` starts from fixed random numbers.
+    Columns of ``R`` beyond the rank of ``M``, shorter than 2e-5 (in float32) of the Frobenius norm, are dropped from
+    the result, and the columns of ``Q`` in their place are kept. ``Q`` starts from fixed random numbers.
 
     Args:
-        rank_fraction: the rank over the shorter side, in (0, 1]; rounded up.
-        mu: weight of the past in what the low-rank part leaves, in [0, 1).
+        rank_fraction: the rank divided by the shorter side, in (0, 1]; the rank is rounded up.
+        mu: decay rate of the low-rank part of the momentum, in [0, 1).
 
     Memory: ``M``, and ``rank x min(out, in)`` numbers.
     """
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    decides_on_host: ClassVar[bool] = True
-    degree: ClassVar[int] = 0  # type: ignore[misc]
+    needs_matrix = True
+    decides_on_host = True
+    degree = 0
     rank_fraction: float = 1.0
     mu: float = 0.95
 
@@ -71,7 +70,7 @@ class LowRank(Direction):
         return self._product(p, q, x.shape)
 
     def _factors(self, x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``P``, ``R`` and the new ``Q``, in which columns without meaning are 0, of tall matrices."""
+        """``P``, ``R`` and the new ``Q`` of tall matrices; columns of ``Q`` beyond the rank are 0."""
         p = torch.linalg.qr(x @ basis)[0]
         r = x.mT @ p
         known = euclidean(r, -2, keepdim=True) > rounding(x) * euclidean(x, (-2, -1), keepdim=True)
@@ -93,31 +92,34 @@ class LowRank(Direction):
 
 @dataclass(frozen=True)
 class Aligned(Direction):
-    """A direction in rotated rows, ``R f(R^T x)``, where ``R`` is chosen to suit the direction ``f`` (ARO, 2602.09006).
+    """ARO: a direction in rotated rows, ``R f(R^T x)``, with the rotation ``R`` aligned to ``f`` (arXiv 2602.09006).
 
-    At each step, ``R``: the orthonormal factor ``Q`` of ``x f(R^T x)^T``, a step towards the rotation in which
-    ``<R^T x, f(R^T x)>`` is largest; it starts from 1. While ``x`` stays the same and ``f`` divides rows by their
-    lengths, this is a subspace iteration that ends at the polar factor. ``x`` is what momentum returns.
+    At each step, ``R`` becomes the orthonormal factor ``Q`` of ``x f(R^T x)^T``, a step towards the rotation in which
+    ``<R^T x, f(R^T x)>`` is largest; it starts from the identity. While ``x`` stays the same and ``f`` divides rows by
+    their lengths, this is a subspace iteration that converges to the polar factor. ``x`` is the output of momentum.
 
-    Tall matrices are transposed first: it is the shorter side that is rotated, and ``f`` sees it as rows. Rows of
-    ``R^T x`` shorter than 2e-5 (in float32) of the Frobenius norm count as 0, so that ``f`` does not blow up what ``x``
-    has not got to the size of the rest. That ends where ``x f(R^T x)^T`` has a lower rank than ``x``, as if two rows of
-    ``R^T x`` have the same signs under ``Max()``: then ``R`` leaves the range of ``x``.
+    Tall matrices are transposed first: the shorter side is rotated, and ``f`` sees it as rows. Rows of ``R^T x``
+    shorter than 2e-5 (in float32) of the Frobenius norm are set to 0, so that ``f`` does not magnify rounding errors
+    outside the range of ``x``. This fails where ``x f(R^T x)^T`` has a lower rank than ``x``, for example if two rows
+    of ``R^T x`` have the same signs under ``Max()``: then ``R`` leaves the range of ``x``.
 
     Args:
-        direction: ``f``, without memory, which ignores the length of its input: ``Sinkhorn()``, ``Max()``, ``Row()``.
+        direction: ``f``, without memory and of degree 0: ``Sinkhorn()``, ``Max()``, ``Row()``; or its name.
 
-    Memory: the square of the shorter side.
+    Memory: one square matrix of the size of the shorter side.
+
+    Raises:
+        ValueError: ``f`` is the same in every basis, has memory, or depends on the length of its input.
     """
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    decides_on_host: ClassVar[bool] = True
-    degree: ClassVar[int] = 0  # type: ignore[misc]
+    needs_matrix = True
+    decides_on_host = True
+    degree = 0
     direction: Direction = Sinkhorn()
 
     def __post_init__(self) -> None:
         read(self, "direction", Direction)
-        if getattr(self.direction, "rotation_invariant", False):
+        if self.direction.rotation_invariant:
             raise ValueError(f"Aligned: {self.direction} is the same in every basis; leave the rotation out")
         if self.direction.degree != 0 or self.direction.init_state(torch.zeros(2, 2)):
             raise ValueError(f"Aligned: {self.direction} must have no memory and ignore the length of its input")
@@ -146,11 +148,11 @@ class Aligned(Direction):
         return self.direction(rows * known, {}, context)
 
     def rms(self, shape: tuple[int, ...]) -> float:
-        """That of the direction."""
+        """The direction's root mean square."""
         return self.direction.rms((min(shape[-2:]), max(shape[-2:])))
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """That of the direction in the rotated coordinates."""
+        """The direction's steepness in the rotated coordinates."""
         return self.direction.steepness(state["rotation"].mT @ _wide(g), {})
 
 
@@ -165,8 +167,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def rounding(x: Tensor) -> float:
-    """What counts as rounding errors beside 1: the dtype's epsilon to the power 2/3, 2e-5 in float32.
+    """The size, relative to 1, up to which numbers count as rounding errors: epsilon^(2/3), 2e-5 in float32.
 
-    What a factorization leaves of directions that a matrix has not got is its condition number times epsilon.
+    Outside the range of a matrix, a factorization leaves errors of its condition number times epsilon.
     """
     return float(torch.finfo(x.dtype).eps ** (2 / 3))

@@ -1,46 +1,44 @@
-"""Gradients whitened from both sides."""
+"""KL-Shampoo: gradients whitened from both sides."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from normopt.ingredient.stage import Context, Direction
+from normopt.directions.base import UnitRMS
+from normopt.ingredient.stage import Context
 from normopt.ingredient.validate import check_count, check_range
-from normopt.norms.entrywise import Euclidean
 from normopt.numerics.eigen import average_, eigh, gram_matrix, power_iteration_
 
-#: Inverse roots of a factor's eigenvalues do not exceed its size, brought into this interval.
+#: Inverse roots of a factor's eigenvalues are at most the factor's size, which is clamped to this interval.
 LARGEST_ROOTS = (10, 4000)
 
 
 @dataclass(frozen=True)
-class KLWhitened(Direction):
-    """``L^(-1/2) x R^(-1/2)``, where each factor is learnt from gradients that the other has whitened (KL-Shampoo).
+class KLWhitened(UnitRMS):
+    """KL-Shampoo: ``L^(-1/2) x R^(-1/2)``, where each factor averages gradients whitened by the other factor.
 
     ``L <- beta L + (1 - beta) g R^-1 g^T / in`` and ``R <- beta R + (1 - beta) g^T L^-1 g / out``: the Kronecker
     factors nearest to the gradients' covariance in Kullback-Leibler divergence (arXiv 2509.03378). At a fixed point the
     result ``u`` has ``mean(u u^T) / in = 1`` and ``mean(u^T u) / out = 1``.
 
-    The inverses are those of eigenvalues in a basis. The first gradient only builds the bases, from its own
-    eigendecompositions. Each step uses the factors as the step before left them, then averages the eigenvalues in their
-    bases, and the factors; every ``frequency`` steps a basis becomes the orthonormal factor ``Q`` of ``L Q``. All are
-    kept in float32 or better, in units of the gradients before a step size scales them; gradients whose squares
-    overflow are not learnt from.
+    The inverse roots are computed from estimated eigenvalues in an orthonormal basis of each factor. The first gradient
+    only initializes the bases, by its own eigendecompositions. Each step uses the factors of the previous step, then
+    updates the averages of the eigenvalues in these bases, and of the factors; every ``frequency`` steps a basis
+    becomes the orthonormal factor ``Q`` of ``L Q``. All of them are kept in float32 or better, in units of the
+    gradients before a step size scales them; gradients whose squares overflow are left out of the averages.
 
     Args:
-        beta: weight of the past in the averages, in [0, 1).
+        beta: decay rate of the averages, in [0, 1).
         eps: added to the roots of the products of eigenvalues.
-        frequency: steps from one change of basis to the next.
-        init_factor: what all eigenvalues start from.
+        frequency: number of steps between updates of the bases.
+        init_factor: first value of all eigenvalues.
     """
 
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    looks_first: ClassVar[bool] = True  # type: ignore[misc]
-    decides_on_host: ClassVar[bool] = True
+    needs_matrix = True
+    looks_first = True
+    decides_on_host = True
     beta: float = 0.98
     eps: float = 1e-8
     frequency: int = 10
@@ -95,16 +93,8 @@ class KLWhitened(Direction):
         average_(left, rows, self.beta).clamp_(min=_least(m))
         average_(right, columns, self.beta).clamp_(min=_least(n))
 
-    def rms(self, shape: tuple[int, ...]) -> float:
-        """1: of gradients like those before."""
-        return 1.0
-
-    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """``sqrt(numel) ||g||``: the update has root mean square 1."""
-        return Euclidean().dual_norm(g)
-
 
 def _least(size: int) -> float:
-    """The smallest eigenvalue of a factor of this size."""
+    """The smallest eigenvalue that a factor of this size may have."""
     low, high = LARGEST_ROOTS
     return float(max(low, min(size, high))) ** -2

@@ -17,7 +17,7 @@ from normopt.engine import plan as plans
 from normopt.engine.kernels import AdamKernel
 from normopt.engine.plan import Plan, State, age
 from normopt.ingredient.stage import Context, Rate
-from normopt.numerics.host import host_may_look
+from normopt.numerics.host import can_read_values
 from normopt.numerics.rounding import stochastically
 from normopt.rule import Rule
 from normopt.stepsize.base import Numbers, Shared, double
@@ -189,7 +189,7 @@ class Batch:
     @property
     def can_read_values(self) -> bool:
         """Whether ``.item()`` is free here: CPU tensors, not compiling, not capturing a CUDA graph."""
-        return host_may_look(self.steps) and self.params[0].is_cpu and not (self.captured or self._in_tensors)
+        return can_read_values(self.steps) and self.params[0].is_cpu and not (self.captured or self._in_tensors)
 
     def readable(self, shared: Shared) -> Numbers:
         """Numbers of the whole optimizer as floats where reading them is free: multiplying by floats is faster."""

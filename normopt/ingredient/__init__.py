@@ -1,8 +1,9 @@
-"""What an ingredient is: found by name, written as text and read back; what it sees of a step."""
+"""What an ingredient is: found by name, written as text and read back; the context that it sees at a step."""
 
 from normopt.ingredient.base import Ingredient, Option, option
 from normopt.ingredient.registry import choices, get, nearest, parse, read
 from normopt.ingredient.stage import Context, Stage, coarsest, substate
+from normopt.ingredient.traits import like, trait
 from normopt.ingredient.validate import check_choice, check_count, check_positive, check_range
 from normopt.ingredient.view import View
 
@@ -19,9 +20,11 @@ __all__ = [
     "choices",
     "coarsest",
     "get",
+    "like",
     "nearest",
     "option",
     "parse",
     "read",
     "substate",
+    "trait",
 ]

@@ -14,12 +14,14 @@ class Ingredient:
     """A frozen dataclass without state of its own: a norm, a momentum, a direction, a step size, a constraint, a view.
 
     Every subclass registers itself under its class name, so that :func:`get` finds it as ``"heavy-ball"`` and
-    :func:`parse` rebuilds it from its ``repr``. Classes that are no dataclasses or that set ``_abstract`` are abstract.
+    :func:`parse` rebuilds it from its ``repr``. A class that is not a dataclass, or that sets ``_abstract``, is
+    abstract.
     """
 
     _classes: ClassVar[dict[str, type[Ingredient]]] = {}
     _parsed: ClassVar[dict[str, Ingredient]] = {}
     _place: ClassVar[str]
+    _abstract: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -28,14 +30,14 @@ class Ingredient:
         if known is not None and known._place != cls._place:
             raise TypeError(f"{known.__module__} has an ingredient named {cls.__name__} already; choose another name")
         if "<locals>" in cls.__qualname__:
-            cls.__qualname__ = cls.__name__  # the repr begins with it, and must read back
+            cls.__qualname__ = cls.__name__  # the repr begins with the qualified name, and must read back
         Ingredient._classes[cls.__name__] = cls
         Ingredient._parsed.clear()
 
     def resolve(self: T, options: Mapping[str, Any]) -> T:
-        """The same ingredient with every :class:`Option` replaced by its value in ``options`` (a param group)."""
+        """This ingredient with every :class:`Option` replaced by its value in ``options`` (a param group)."""
         changes = {name: _resolve(value, options) for name, value in _fields(self) if _options(value)}
-        return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
+        return _replace(self, changes) if changes else self
 
     def options(self) -> frozenset[str]:
         """The names of the param-group options that this ingredient reads."""
@@ -43,24 +45,21 @@ class Ingredient:
 
     @property
     def decides_on_host(self) -> bool:
-        """Whether the host looks at numbers to know what to do, so that a step cannot be captured as a CUDA graph."""
+        """Whether a step reads values of tensors on the host, and so cannot be captured as a CUDA graph or compiled."""
         return any(part.decides_on_host for part in self.parts())
 
     def parts(self) -> list[Ingredient]:
-        """The ingredients that this one is made of."""
+        """The ingredients in the fields of this one."""
         return _parts(self)
 
     def every_part(self) -> list[Ingredient]:
-        """Those, and what they are made of."""
+        """All ingredients inside this one, recursively."""
         return [each for part in self.parts() for each in (part, *part.every_part())]
 
     def __str__(self) -> str:
-        """The repr without what is left at its default."""
-        shown = [
-            f"{f.name}={_text(value)}"
-            for f, (_, value) in zip(dataclasses.fields(self), _fields(self), strict=True)  # type: ignore[arg-type]
-            if value != f.default
-        ]
+        """The repr without the fields that have their defaults."""
+        defaults = {field.name: field.default for field in _declared(self)}
+        shown = [f"{name}={_text(value)}" for name, value in _fields(self) if value != defaults[name]]
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -69,13 +68,21 @@ class Option(Ingredient):
     """A number kept in the param group rather than in the ingredient, so that a scheduler or a group can change it.
 
     ``EMA(beta=Option("betas", 0))`` reads ``group["betas"][0]`` at every step.
+
+    Args:
+        name: the key of the param group.
+        index: which entry of a tuple is meant; ``None`` if the option is a number.
     """
 
     name: str
     index: int | None = None
 
     def value(self, options: Mapping[str, Any]) -> Any:
-        """What ``options`` (a param group) holds under this name; a missing name is a ``ValueError``."""
+        """The value in ``options`` (a param group).
+
+        Raises:
+            ValueError: the option is missing, or is not a tuple with an entry ``index``.
+        """
         if self.name not in options:
             raise ValueError(f"option {self.name!r} is missing from the param group")
         found = options[self.name]
@@ -88,14 +95,20 @@ class Option(Ingredient):
 
 
 def option(name: str, index: int | None = None) -> Any:
-    """An :class:`Option`, typed to stand where an ingredient wants a number."""
+    """An :class:`Option`, typed ``Any`` so that type checkers take it where a field is a number."""
     return Option(name, index)
 
 
+def _replace(ingredient: Any, changes: dict[str, Any]) -> Any:
+    return dataclasses.replace(ingredient, **changes)
+
+
+def _declared(ingredient: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(ingredient) if dataclasses.is_dataclass(ingredient) else ()
+
+
 def _fields(ingredient: Ingredient) -> list[tuple[str, Any]]:
-    if not dataclasses.is_dataclass(ingredient):
-        return []
-    return [(field.name, getattr(ingredient, field.name)) for field in dataclasses.fields(ingredient)]
+    return [(field.name, getattr(ingredient, field.name)) for field in _declared(ingredient)]
 
 
 def _parts(value: Any) -> list[Ingredient]:

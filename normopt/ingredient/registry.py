@@ -1,4 +1,4 @@
-"""Ingredients by their names, and from their text."""
+"""Ingredients by name, and from text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 
 from normopt.ingredient.base import Ingredient, T
 
+#: How many texts ``parse`` remembers: optimizers parse the rules of their param groups at every step.
+MOST_PARSED = 4096
 
-def choices(kind: type[Ingredient]) -> dict[str, type[Ingredient]]:
-    """The concrete ingredients of a kind by their names, such as ``{"heavy-ball": HeavyBall, ...}``."""
+
+def choices(kind: type[T]) -> dict[str, type[T]]:
+    """The concrete ingredients of a kind by name, such as ``{"heavy-ball": HeavyBall, ...}``."""
     return {
         _dashed(name): cls
         for name, cls in Ingredient._classes.items()
@@ -25,7 +28,7 @@ def get(kind: type[T], spec: str | T) -> T:
 
     Raises:
         ValueError: the name is not known; the message holds the nearest one.
-        TypeError: ``spec`` is neither a string nor of that kind.
+        TypeError: ``spec`` is neither a string nor an ingredient of ``kind``.
     """
     found: Any = spec
     if isinstance(spec, str):
@@ -40,31 +43,40 @@ def _by_name(kind: type[T], name: str) -> T:
     cls = known.get(_dashed(name).replace("_", "-"))
     if cls is None:
         raise ValueError(f"unknown {kind.__name__.lower()} {name!r}; {nearest(name, known)}")
-    return cls()  # type: ignore[return-value]
+    return cls()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an error message: the known name most like ``name``, and all of them."""
+    """A hint for an error message: the known name most like ``name``, if one is, and all known names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return (f"did you mean {close[0]!r}? " if close else "") + f"Known: {', '.join(known)}"
 
 
 def _dashed(name: str) -> str:
+    """``"heavy-ball"`` for ``"HeavyBall"``."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
 
 
 def parse(text: str) -> Ingredient:
-    """Rebuild an ingredient from its ``repr``: calls of ingredient names on literals, nothing else is evaluated."""
-    if text not in Ingredient._parsed:
-        try:
-            found = _build(ast.parse(text, mode="eval").body)
-        except SyntaxError as error:
-            raise ValueError(f"cannot read the ingredient {text!r}: {error.msg}") from None
-        if not isinstance(found, Ingredient):
-            raise ValueError(f"cannot read the ingredient {text!r}: it is not the call of one")
-        Ingredient._parsed[text] = found
-    return Ingredient._parsed[text]
+    """Rebuild an ingredient from its ``repr``: calls of ingredient classes on literals; nothing else is evaluated.
+
+    Raises:
+        ValueError: ``text`` is not such a call, or names a class or field that is not known.
+    """
+    known = Ingredient._parsed.get(text)
+    if known is not None:
+        return known
+    try:
+        found = _build(ast.parse(text, mode="eval").body)
+    except SyntaxError as error:
+        raise ValueError(f"cannot read the ingredient {text!r}: {error.msg}") from None
+    if not isinstance(found, Ingredient):
+        raise ValueError(f"cannot read the ingredient {text!r}: it is not the call of one")
+    if len(Ingredient._parsed) >= MOST_PARSED:
+        Ingredient._parsed.clear()  # whatever is still in use is parsed again at its next step
+    Ingredient._parsed[text] = found
+    return found
 
 
 def _build(node: ast.expr) -> Any:
@@ -89,7 +101,11 @@ def _build(node: ast.expr) -> Any:
 
 
 def read(owner: Ingredient, name: str, kind: type[Ingredient]) -> None:
-    """Let the field ``name`` be given as :func:`get` takes it, ``Smoothed("max")``; its errors name ``owner`` too."""
+    """In ``__post_init__``: let field ``name`` be given by name or text too, as in ``Smoothed("max")``.
+
+    Raises:
+        ValueError, TypeError: those of :func:`get`; the message begins with the class of ``owner`` and the field.
+    """
     try:
         object.__setattr__(owner, name, get(kind, getattr(owner, name)))
     except (TypeError, ValueError) as error:

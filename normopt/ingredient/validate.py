@@ -1,4 +1,4 @@
-"""Checks of arguments: every error names the ingredient, the argument and what was given."""
+"""Checks of arguments: every error names the ingredient, the argument and the value that was given."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from normopt.ingredient.registry import nearest
 
 
 def check_range(owner: object, name: str, value: Any, low: float, high: float, *, closed: bool = False) -> None:
-    """Raise a ``ValueError`` that names ``owner`` unless ``low <= value < high`` (``<= high`` when ``closed``)."""
+    """Raise a ``ValueError`` that names ``owner`` unless ``low <= value < high`` (``<= high`` when ``closed``).
+
+    Here and below, an :class:`Option` passes: its value is checked in the param group. A value that is not a number is
+    a ``TypeError``.
+    """
     if isinstance(value, Option):
         return
     if not isinstance(value, (Real, Tensor)):
@@ -23,7 +27,7 @@ def check_range(owner: object, name: str, value: Any, low: float, high: float, *
         end = "]" if closed else ")"
         raise ValueError(f"{type(owner).__name__}: {name} must lie in [{low}, {high}{end}, got {value!r}")
     if type(value).__module__ != "builtins":
-        object.__setattr__(owner, name, number)  # numpy's numbers and tensors have reprs that do not read back
+        object.__setattr__(owner, name, number)  # reprs of NumPy numbers and of tensors cannot be parsed
 
 
 def check_positive(owner: object, name: str, value: Any) -> None:
@@ -40,6 +44,6 @@ def check_choice(owner: object, name: str, value: str, known: Iterable[str]) -> 
 
 
 def check_count(owner: object, name: str, value: Any) -> None:
-    """Raise a ``ValueError`` that names ``owner`` unless ``value`` is a whole number from 1 up."""
+    """Raise a ``ValueError`` that names ``owner`` unless ``value`` is an integer, 1 or more."""
     if not isinstance(value, Option) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError(f"{type(owner).__name__}: {name} must be a whole number from 1 up, got {value!r}")

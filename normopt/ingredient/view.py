@@ -14,16 +14,20 @@ from normopt.ingredient.base import Ingredient
 class View(Ingredient):
     """How a parameter is seen as a stack of ``(out, in)`` matrices.
 
-    Matrices are taken as they are; vectors and scalars are one row.
+    By default a matrix is one matrix, and a vector or scalar is a matrix with one row.
 
     Args:
-        flatten: of tensors with more than two dimensions, join all but the first: a convolution ``(out, in, k, k)``
-            becomes ``(out, in * k * k)``. ``False`` takes leading dimensions as a stack of matrices (experts).
-            ``None``, the default, flattens too, but norms of matrices refuse to guess at three dimensions.
-        transpose: swap the last two: an embedding stores ``(vocabulary, dim)``, one row a token, where the operator has
-            one column a token.
-        split: cut ``out`` into this many matrices, each with its own norm: a fused QKV is ``split=3``, heads are
-            ``split=n_heads``.
+        flatten: whether a tensor with more than two dimensions becomes one matrix by joining all dimensions but the
+            first: a convolution ``(out, in, k, k)`` becomes ``(out, in * k * k)``. ``False``: the leading dimensions
+            number a stack of matrices (experts). ``None``, the default: flatten, but norms of matrices refuse tensors
+            with three dimensions, for which either reading is common.
+        transpose: swap the last two dimensions: an embedding stores ``(vocabulary, dim)``, one row a token, where the
+            operator has one column a token.
+        split: cut ``out`` into this many matrices, each with its own norm: ``split=3`` for a fused QKV matrix,
+            ``split=n_heads`` for heads.
+
+    Raises:
+        ValueError: ``split`` is less than 1.
     """
 
     flatten: bool | None = None
@@ -35,7 +39,7 @@ class View(Ingredient):
             raise ValueError(f"View: split must be at least 1, got {self.split!r}")
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """The ``(matrices, out, in)`` that a parameter of ``shape`` is seen as.
+        """The shape ``(matrices, out, in)`` of the stack that a parameter of ``shape`` is seen as.
 
         Raises:
             ValueError: ``out`` cannot be cut into ``split`` equal parts.
@@ -50,7 +54,7 @@ class View(Ingredient):
         return (lead * self.split, m // self.split, n)
 
     def apply(self, x: Tensor) -> Tensor:
-        """``x`` as a stack of matrices ``(matrices, out, in)``; shares memory where strides allow."""
+        """``x`` as a stack of shape ``(matrices, out, in)``; it shares memory where strides allow."""
         shape = self.shape(x.shape)
         if x.ndim < 2:
             return x.reshape(shape)
@@ -58,7 +62,7 @@ class View(Ingredient):
         return (x.mT if self.transpose else x).reshape(shape)
 
     def invert(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A contiguous stack of matrices ``x`` as the parameter of ``shape`` that it was made from; shares memory."""
+        """The inverse of ``apply``: a contiguous stack ``x`` as a parameter of ``shape``; it shares memory."""
         if len(shape) < 2:
             return x.view(shape)
         lead = tuple(shape[:-2]) if self.flatten is False else ()

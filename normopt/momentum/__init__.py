@@ -1,4 +1,4 @@
-"""Which gradient do we trust? The gradient of this step, or an average over steps."""
+"""Which gradient do we trust? The gradient of this step, or an average over steps (momentum)."""
 
 from normopt.momentum.averages import EMA, HeavyBall, LionMomentum, Nesterov, TwoSpeed, WarmNesterov
 from normopt.momentum.base import Momentum, NoMomentum

@@ -1,10 +1,9 @@
-"""Moving averages and heavy balls."""
+"""Momentum from averages and sums of gradients."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,14 +17,14 @@ from normopt.momentum.base import Momentum
 class EMA(Momentum):
     """Exponential moving average: ``m <- beta m + (1 - beta) g``.
 
-    Returns ``m``; with ``nesterov``, ``beta m + (1 - beta) g`` of the new ``m`` (Muon's look-ahead); with
+    Returns ``m``; with ``nesterov``, ``beta m + (1 - beta) g`` of the new ``m`` (as in Muon); with
     ``bias_correction``, divided by ``1 - beta^step`` (Adam, arXiv 1412.6980). Under a duality map, which ignores the
-    length, it equals the heavy ball of the same beta.
+    length of its input, it equals the heavy ball of the same beta.
 
     Args:
-        beta: weight of the past, in [0, 1).
-        nesterov: average the new average once more with the gradient.
-        bias_correction: undo the pull of the zero that the average starts from.
+        beta: decay rate of the average, in [0, 1).
+        nesterov: use Nesterov momentum.
+        bias_correction: correct for the start from 0.
     """
 
     beta: float = 0.9
@@ -47,7 +46,7 @@ class EMA(Momentum):
 
 @dataclass(frozen=True)
 class Nesterov(EMA):
-    """The moving average with look-ahead, :class:`EMA` with ``nesterov=True`` and Muon's ``beta=0.95``."""
+    """Nesterov momentum as in Muon: :class:`EMA` with ``nesterov=True`` and ``beta=0.95``."""
 
     beta: float = 0.95
     nesterov: bool = True
@@ -55,11 +54,14 @@ class Nesterov(EMA):
 
 @dataclass(frozen=True)
 class LionMomentum(Momentum):
-    """Lion's interpolation: returns ``beta1 m + (1 - beta1) g``, then ``m <- beta2 m + (1 - beta2) g`` (2302.06675).
+    """Lion's interpolation: returns ``beta1 m + (1 - beta1) g``, then ``m <- beta2 m + (1 - beta2) g``.
+
+    Source: Chen et al., arXiv 2302.06675. It is not the Lookahead of Zhang et al. (arXiv 1907.08610), which averages
+    weights.
 
     Args:
-        beta1: weight of the past in what is returned, in [0, 1).
-        beta2: weight of the past in what is remembered, in [0, 1).
+        beta1: weight of ``m`` in the result, in [0, 1).
+        beta2: decay rate of ``m``, in [0, 1).
     """
 
     beta1: float = 0.9
@@ -83,13 +85,17 @@ class LionMomentum(Momentum):
 class HeavyBall(Momentum):
     """Polyak's heavy ball as in torch.optim.SGD: ``b <- beta b + (1 - dampening) g``, and ``b = g`` at the first step.
 
-    Returns ``b``; with ``nesterov``, ``g + beta b``. The sum is ``1 / (1 - beta)`` times as long as the average.
+    Returns ``b``; with ``nesterov``, ``g + beta b``. For equal gradients, ``b`` tends to ``1 / (1 - beta)`` times the
+    average of :class:`EMA`.
 
     Args:
-        beta: weight of the past, in [0, 1); 0 keeps no state.
-        dampening: how much of each later gradient is left out, in [0, 1].
-        nesterov: look ahead; needs ``beta > 0`` and no dampening.
+        beta: momentum coefficient (decay rate), in [0, 1); 0 keeps no state.
+        dampening: each gradient but the first is multiplied by ``1 - dampening``; in [0, 1].
+        nesterov: use Nesterov momentum; needs ``beta > 0`` and no dampening.
         damp_first: dampen the first gradient too.
+
+    Raises:
+        ValueError: a number is out of range, or ``nesterov`` without ``beta`` or with dampening.
     """
 
     beta: float = 0.9
@@ -121,17 +127,17 @@ class HeavyBall(Momentum):
 
 @dataclass(frozen=True)
 class WarmNesterov(Momentum):
-    """NAdam's look-ahead, with a weight ``mu`` that grows from ``beta / 2`` to ``beta`` over the steps (Dozat 2016).
+    """NAdam's Nesterov momentum, with a weight ``mu`` that grows from ``beta / 2`` to ``beta`` (Dozat 2016).
 
     ``m <- beta m + (1 - beta) g``; with ``mu_t = beta (1 - 0.96^(t decay) / 2)`` and ``P_t = mu_1 ... mu_t`` it returns
     ``(1 - mu_t) / (1 - P_t) g + mu_(t+1) / (1 - P_(t+1)) m``.
 
     Args:
-        beta: weight of the past, in [0, 1).
-        decay: how fast ``mu`` grows, not negative.
+        beta: decay rate of the average, in [0, 1).
+        decay: rate at which ``mu`` grows (torch.optim.NAdam's ``momentum_decay``), not negative.
     """
 
-    decides_on_host: ClassVar[bool] = True
+    decides_on_host = True
     beta: float = 0.9
     decay: float = 4e-3
 
@@ -151,7 +157,7 @@ class WarmNesterov(Momentum):
         return self.beta * (1 - 0.5 * 0.96 ** (step * self.decay))
 
     def _product(self, step: float) -> float:
-        """``P_step``, or a number so small that ``1 - P`` is 1 in either case."""
+        """``P_step``; once it is so small that ``1 - P_step`` rounds to 1, a product of fewer factors."""
         product, i = 1.0, 0
         while i < step and product > 1e-17:
             i += 1
@@ -161,16 +167,17 @@ class WarmNesterov(Momentum):
 
 @dataclass(frozen=True)
 class TwoSpeed(Momentum):
-    """AdEMAMix's fast and slow averages: returns ``m1 / (1 - beta^step) + alpha m2`` (arXiv 2409.03137).
+    """AdEMAMix's momentum, a fast and a slow average: ``m1 / (1 - beta^step) + alpha m2`` (arXiv 2409.03137).
 
     ``m1 <- beta m1 + (1 - beta) g``, ``m2 <- slow m2 + (1 - slow) g``.
 
     Args:
-        beta: weight of the past in the fast average, in [0, 1).
-        slow: that in the slow average, in [0, 1).
+        beta: decay rate of the fast average, in [0, 1).
+        slow: decay rate of the slow average, in [0, 1).
         alpha: factor of the slow average, not negative.
-        slow_warmup: steps in which the slow average's half-life grows linearly from that of the fast one, or ``None``.
-        alpha_warmup: steps in which ``alpha`` grows linearly from 0, or ``None``.
+        slow_warmup: number of steps in which the half-life of the slow average grows linearly from the half-life of the
+            fast one; ``None``: no warm-up.
+        alpha_warmup: number of steps in which ``alpha`` grows linearly from 0; ``None``: no warm-up.
     """
 
     beta: float = 0.9
@@ -212,10 +219,10 @@ class TwoSpeed(Momentum):
 
 
 def _progress(step: float, warmup: int | None) -> float:
-    """How much of a warm-up is done, from 0 to 1."""
+    """The fraction of a warm-up that is done, from 0 to 1."""
     return 1.0 if warmup is None else min(step / warmup, 1.0)
 
 
 def _half_life(beta: float) -> float:
-    """After how many steps a gradient's weight in the average has halved; 1e-8 is for ``beta=0``."""
+    """The number of steps in which a gradient's weight in the average halves; 1e-8 is for ``beta=0``."""
     return math.log(0.5) / math.log(beta + 1e-8)

@@ -1,4 +1,4 @@
-"""What a momentum is: a gradient in, the gradient to be trusted out."""
+"""The base class of momenta: a gradient in, an average of gradients out."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from normopt.ingredient.stage import Context, Stage
 
 
 class Momentum(Stage):
-    """A gradient in, the gradient to be trusted out, entry by entry; it also serves as a stage of a ``Chain``."""
+    """A gradient in, an average of gradients out, entry by entry; it can also be a stage of a ``Chain``."""
 
-    reduces: str = "entry"
-    #: Whether it compares gradients of one sample at two points: ``context.previous`` is the gradient at the weights
-    #: that its state holds as ``"previous"``. The optimizer's ``step`` then needs a closure.
-    looks_back: bool = False
+    reduces = "entry"
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of numbers of the whole optimizer that it reads: the step size must be one that ``provides`` them."""
+        """Names of the numbers in ``context.shared`` that it reads; the step size must ``provide`` them."""
         return frozenset()
 
     @property
@@ -27,13 +24,13 @@ class Momentum(Stage):
         return frozenset({"momentum"})
 
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        """The identity: an average of equal gradients is that gradient."""
+        """The identity: the average of equal gradients is that gradient."""
         return x
 
 
 @dataclass(frozen=True)
 class NoMomentum(Momentum):
-    """The gradient itself."""
+    """No momentum: the gradient itself."""
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         return x

@@ -1,9 +1,8 @@
-"""STORM's momentum, which compares two gradients of one sample."""
+"""STORM's recursive momentum, which compares two gradients of one sample."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,18 +17,20 @@ class Recursive(Momentum):
     """STORM's recursive momentum: ``d <- g + beta (d - g')``, and ``d = g`` at the first step (arXiv 1905.10018).
 
     ``g'`` is the gradient of the same sample at the weights before the last step, so that without noise ``d`` is the
-    gradient itself, and the noise of ``d`` shrinks with the steps. Takes a closure, which is called twice a step, and
-    two numbers for each parameter: ``d`` and the previous weights.
+    gradient itself, and the variance of ``d`` falls over the steps. ``step`` needs a closure, which is called twice a
+    step.
 
     Args:
-        beta: weight of the past, in [0, 1]; ``None``: ``1 - a`` with the ``a`` of :class:`~normopt.stepsize.Storm`.
+        beta: decay rate, in [0, 1]; ``None``: ``1 - a`` with the ``a`` of :class:`~normopt.stepsize.Storm`.
+
+    Memory: two numbers for each parameter, ``d`` and the previous weight.
 
     Raises:
         ValueError: ``beta=None`` without that step size, or a step size that rescales gradients.
     """
 
-    looks_back: ClassVar[bool] = True  # type: ignore[misc]
-    decides_on_host: ClassVar[bool] = True
+    looks_back = True
+    decides_on_host = True
     beta: float | None = 0.9
 
     def __post_init__(self) -> None:
@@ -38,7 +39,7 @@ class Recursive(Momentum):
 
     @property
     def averages(self) -> frozenset[str]:
-        return frozenset()  # differences of gradients add up in it
+        return frozenset()  # the momentum sums differences of gradients, whose rounding errors do not fade
 
     @property
     def needs(self) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Models to train, `GPT`, `anGPT` and `nGPT`; a bound on their attention logits, and one on spectral norms."""
+"""Models: `GPT`, `anGPT` and `nGPT`; QK-clip for their attention logits, and SigmaReparam for spectral norms."""
 
 from normopt.nn.angpt import anGPT
 from normopt.nn.clip import qk_clip_, record_logits

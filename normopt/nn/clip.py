@@ -1,21 +1,27 @@
-"""QK-clip: keep attention logits below a bound by scaling what makes them (MuonClip)."""
+"""QK-clip (MuonClip): keep attention logits below a bound by rescaling the weights of queries and keys."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 def record_logits(model: nn.Module, on: bool = True) -> None:
-    """Let the attention modules of `model` keep their largest logit per head in training, or stop it.
+    """Let the attention modules of `model` keep their largest logit per head in training.
 
     Each then has `max_logits`, shape (heads,): the largest since the last `qk_clip_`. This costs as much as one more
     product of queries and keys a forward pass.
+
+    Args:
+        model: a model or an attention module.
+        on: `False` stops the recording.
 
     Raises:
         ValueError: no module of `model` can record logits.
     """
     for module in _attentions(model).values():
-        module.records_logits = on  # type: ignore[assignment]
-        module.max_logits = None  # type: ignore[assignment]
+        module.records_logits = on
+        module.max_logits = None
 
 
 @torch.no_grad()
@@ -27,15 +33,15 @@ def qk_clip_(model: nn.Module, tau: float = 100.0) -> dict[str, Tensor]:
 
     Args:
         model: a model, or one module, whose logits are recorded, see `record_logits`. A module of your own takes part
-            if it has `records_logits`, keeps `max_logits`, and scales its logits in `scale_logits_(factors)`, one a
-            head.
+            if it has `records_logits`, keeps `max_logits`, and rescales its logits in `scale_logits_(factors)`, one
+            factor a head.
         tau: the bound, positive.
 
     Returns:
-        What was recorded, by module name; the records start anew.
+        The largest logits, shape (heads,), by module name. The records are cleared.
 
     Raises:
-        ValueError: `tau` is not positive, no module can record logits, or none have been recorded.
+        ValueError: `tau` is not positive, no module can record logits, or no logits have been recorded.
     """
     if not tau > 0:
         raise ValueError(f"qk_clip_: tau must be positive, got {tau}")
@@ -47,12 +53,13 @@ def qk_clip_(model: nn.Module, tau: float = 100.0) -> dict[str, Tensor]:
         found[name] = module.max_logits
     for name, largest in found.items():
         exceeds = (largest > tau) & largest.isfinite()
-        attentions[name].scale_logits_(torch.where(exceeds, tau / largest, 1.0))  # type: ignore[operator]
-        attentions[name].max_logits = None  # type: ignore[assignment]
+        attentions[name].scale_logits_(torch.where(exceeds, tau / largest, 1.0))
+        attentions[name].max_logits = None
     return found
 
 
-def _attentions(model: nn.Module) -> dict[str, nn.Module]:
+def _attentions(model: nn.Module) -> dict[str, Any]:
+    """The modules of ``model`` that record logits, by name; a ``ValueError`` if there is none."""
     found = {name: module for name, module in model.named_modules() if hasattr(module, "scale_logits_")}
     if not found:
         raise ValueError(

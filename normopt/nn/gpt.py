@@ -2,9 +2,8 @@
 
 from torch import Tensor, nn
 
-from normopt.nn.layers import Attention, SwiGLU
+from normopt.nn.layers import Attention, SwiGLU, mlp_width
 from normopt.nn.norms import make_norm
-from normopt.nn.scaled import check_positive
 
 
 class Block(nn.Module):
@@ -59,8 +58,7 @@ class GPT(nn.Module):
         norm: str = "rmsnorm",
     ) -> None:
         super().__init__()
-        d_ff = 4 * d_model if d_ff is None else d_ff
-        check_positive(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff)
+        d_ff = mlp_width(d_ff, vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_heads=n_heads)
         self.embed = nn.Embedding(vocab_size, d_model)
         options = (rope_fraction, qk_norm, norm)
         self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, *options) for _ in range(n_layers))
@@ -69,7 +67,7 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the matrices from N(0, 1/fan_in), those that write to the residual stream smaller by sqrt(2 L).
+        """Draw the matrices from N(0, 1/fan_in); divide those that write to the residual stream by sqrt(2 L).
 
         The embedding is drawn from N(0, 1), the size at which the norms keep the stream.
         """

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normopt.nn.clip import largest_logits
-from normopt.nn.scaled import Scale, linear
+from normopt.nn.scaled import Scale, linear, require_positive
 
 ROPE_BASE = 10000.0
 
@@ -43,8 +43,8 @@ class Attention(nn.Module):
     Input and output: (batch, time, d_model). `gain` is one learnable scalar per head, initially sqrt(d_head).
     `qkv` stacks the query, key and value matrices along its rows; `normopt_views` tells optimizers to treat them as
     three. Source: Henry et al. 2020, Query-Key Normalization (arXiv 2010.04245). Without QK-norm there is no gain:
-    `logits = <q, k> / sqrt(d_head)`. What is done to the rotated queries and keys is in `logit_factors`, which a
-    subclass may replace together with `scale_logits_`.
+    `logits = <q, k> / sqrt(d_head)`. A subclass may override `logit_factors`, which scales the rotated queries and
+    keys, together with `scale_logits_`.
 
     Args:
         d_model: width of the residual stream.
@@ -52,8 +52,8 @@ class Attention(nn.Module):
         rope_fraction: fraction of each head's dimensions that is rotated; must give an even number of them.
         qk_norm: normalize queries and keys.
         gain_init: first value of the gain, by default sqrt(d_head).
-        qkv_factor: constant that queries, keys and values are multiplied by.
-        out_factor: constant that the result is multiplied by.
+        qkv_factor: the factor of queries, keys and values, a constant.
+        out_factor: the factor of the result, a constant.
 
     Raises:
         ValueError: if n_heads does not divide d_model, or rope_fraction is out of range or gives an odd number.
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The gain back to `gain_init`; the matrices stay as they are."""
+        """Set the gain back to `gain_init`; the matrices are unchanged."""
         if self.gain is not None:
             nn.init.constant_(self.gain, self.gain_init)
 
@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def scale_logits_(self, factors: Tensor) -> None:
-        """Multiply each head's logits by one of `factors` (heads,), none negative, through the gain if there is one."""
+        """Multiply each head's logits by one of `factors` (heads,), not negative, through the gain if there is one."""
         if self.gain is not None:
             self.gain.mul_(factors)
             return
@@ -134,9 +134,9 @@ class SwiGLU(nn.Module):
     Args:
         d_model: width of the residual stream.
         d_ff: width inside.
-        gate_factor: what `gate x` is multiplied by, a constant or a learnable vector of size d_ff.
-        up_factor: likewise for `up x`.
-        down_factor: constant that the result is multiplied by.
+        gate_factor: the factor of `gate x`, a constant or a learnable vector of size d_ff.
+        up_factor: the factor of `up x`, a constant or a learnable vector of size d_ff.
+        down_factor: the factor of the result, a constant.
     """
 
     def __init__(
@@ -156,6 +156,13 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_model) to the same shape."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def mlp_width(d_ff: int | None, **sizes: int) -> int:
+    """The width of a model's MLP, by default `4 * d_model`; a `ValueError` unless it and all sizes are positive."""
+    width = 4 * sizes["d_model"] if d_ff is None else d_ff
+    require_positive(**sizes, d_ff=width)
+    return width
 
 
 def _rope_width(d_head: int, fraction: float) -> int:

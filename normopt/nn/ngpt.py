@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normopt.nn.layers import Attention, SwiGLU
+from normopt.nn.layers import Attention, SwiGLU, mlp_width
 from normopt.nn.normalized import NormalizedTransformer, ResidualBlock
-from normopt.nn.scaled import Scale, check_positive
+from normopt.nn.scaled import Scale, require_positive
 
 ROWS, COLUMNS = "Sphere(axis=-1)", "Sphere(axis=-2)"
 
@@ -22,7 +22,7 @@ class SphereAttention(Attention):
         d_model: width of the residual stream.
         n_heads: number of heads; must divide d_model.
         rope_fraction: see `Attention`.
-        qk_scale: s.
+        qk_scale: the scale s, of size d_model.
     """
 
     def __init__(self, d_model: int, n_heads: int, rope_fraction: float, qk_scale: Scale) -> None:
@@ -37,7 +37,7 @@ class SphereAttention(Attention):
 
     @torch.no_grad()
     def scale_logits_(self, factors: Tensor) -> None:
-        """Multiply each head's logits by one of `factors` (heads,), none negative, through the scale."""
+        """Multiply each head's logits by one of `factors` (heads,), not negative, through the scale."""
         self.qk_scale.weight.view(-1, self.d_head).mul_(factors.sqrt()[:, None])
 
 
@@ -45,7 +45,7 @@ class SphereResidual(nn.Module):
     """`h <- N(N(h) + |alpha| (N(f) - N(h)))`, N(x) = x / |x|, alpha a learnable vector, on (..., d_model).
 
     Args:
-        alpha: alpha, of size d_model.
+        alpha: the interpolation weights, of size d_model.
     """
 
     def __init__(self, alpha: Scale) -> None:
@@ -59,7 +59,7 @@ class SphereResidual(nn.Module):
 
 
 class Block(ResidualBlock):
-    """One layer; what attention and MLP say is written through `SphereResidual`."""
+    """One layer, with `SphereResidual` for attention and MLP."""
 
     normopt_bounds: ClassVar[dict[str, str]] = {
         "attention.qkv.weight": ROWS,
@@ -76,9 +76,9 @@ class nGPT(NormalizedTransformer):
     Loshchilov et al. 2024 (arXiv 2410.01131), with the choices of NVIDIA/ngpt. The residual stream has length 1
     after every sublayer, see `SphereResidual`; queries and keys share a learnable scale, see `SphereAttention`; the
     MLP is `W_down (s_u sqrt(d) W_up x * silu(s_v sqrt(d) W_gate x))`, logits have a learnable scale each. No norms
-    otherwise. `16 d^2 L + 2 V d + 11 d L + V` parameters when d_ff = 4 d. All matrices have length 1 along the
-    dimension of the residual stream, and are to keep it: the modules say so in `normopt_bounds`, and the optimizers
-    of normopt read it. Train it without weight decay and without warm-up.
+    otherwise. `16 d^2 L + 2 V d + 11 d L + V` parameters when d_ff = 4 d. All matrices must have length 1 along the
+    dimension of the residual stream: the modules declare this in `normopt_bounds`, which the optimizers of normopt
+    read. Train it without weight decay and without warm-up.
 
     Args:
         vocab_size: number of tokens V.
@@ -86,14 +86,14 @@ class nGPT(NormalizedTransformer):
         n_layers: number of layers L.
         n_heads: heads per layer; must divide d_model.
         d_ff: width of the MLP, by default 4 * d_model.
-        rope_fraction: fraction of each head's dimensions that carries rotary positions; half, as for the other models
-            here, while NVIDIA/ngpt has all.
+        rope_fraction: fraction of each head's dimensions that carries rotary positions; 0.5, as for the other models
+            here, where NVIDIA/ngpt has 1.
         base_scale: the alphas and the scales of queries and keys and of logits are stored as `base_scale / init`
             times themselves, see `Scale`. By default 1 / sqrt(d_model).
         alpha_init: first value of the residual streams' alphas ("of the order of 1 / n_layers", which
-            is better than the default where layers are few).
+            is better than the default if there are few layers).
         qk_init: first value of the scale of queries and keys.
-        uv_init: first value of s_u and s_v, which are stored as they are, over uv_init.
+        uv_init: first value of s_u and s_v, which are stored divided by uv_init.
         logit_init: first value of the logits' scale.
 
     Raises:
@@ -119,10 +119,11 @@ class nGPT(NormalizedTransformer):
         uv_init: float = 1.0,
         logit_init: float = 1.0,
     ) -> None:
-        d_ff = 4 * d_model if d_ff is None else d_ff
-        check_positive(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff)
+        d_ff = mlp_width(d_ff, vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_heads=n_heads)
         base = d_model**-0.5 if base_scale is None else base_scale
-        check_positive(base_scale=base, alpha_init=alpha_init, qk_init=qk_init, uv_init=uv_init, logit_init=logit_init)
+        require_positive(
+            base_scale=base, alpha_init=alpha_init, qk_init=qk_init, uv_init=uv_init, logit_init=logit_init
+        )
         inside = uv_init * d_model**0.5
         blocks = [
             Block(

@@ -1,4 +1,4 @@
-"""What the normalized transformers share: no norms around the layers, matrices on or in a ball from the start."""
+"""The common part of anGPT and nGPT: no norms around the layers, and matrices on or in a ball from the start."""
 
 from collections.abc import Iterable
 from typing import ClassVar
@@ -12,12 +12,12 @@ from normopt.nn.scaled import Scale, ScaledLinear
 
 
 class ResidualBlock(nn.Module):
-    """One layer: attention and MLP read the residual stream h as it is, and a module writes what each says to it.
+    """One layer: attention and MLP read the residual stream h without a norm; a module each adds their results to h.
 
     Args:
-        attention: on (batch, time, d_model).
-        mlp: likewise.
-        residuals: for attention and MLP, called with h and the result; they return the new h.
+        attention: the attention layer, on (batch, time, d_model).
+        mlp: the MLP, on (batch, time, d_model).
+        residuals: two modules, for attention and MLP, called with h and the layer's result; they return the new h.
     """
 
     def __init__(self, attention: Attention, mlp: SwiGLU, residuals: Iterable[nn.Module]) -> None:
@@ -34,16 +34,16 @@ class ResidualBlock(nn.Module):
 class NormalizedTransformer(nn.Module):
     """Embedding, blocks, and a head whose logits have a learnable scale each; tokens (batch, time) to logits.
 
-    Every matrix starts with rows of length 1, those of `unit_columns` with columns of length 1.
+    Every matrix starts with rows of length 1, the matrices in `unit_columns` with columns of length 1.
 
     Args:
         vocab_size: number of tokens V.
         d_model: width d of the residual stream.
         blocks: the layers, on (batch, time, d_model).
-        logit_scale: of the logits, size V.
+        logit_scale: the scale of the logits, of size V.
     """
 
-    #: Ends of the names of the layers whose matrices are normalized along dimension 0.
+    #: Suffixes of the names of the layers whose matrices are normalized along dimension 0.
     unit_columns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, vocab_size: int, d_model: int, blocks: Iterable[nn.Module], logit_scale: Scale) -> None:
@@ -54,7 +54,7 @@ class NormalizedTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the matrices from N(0, 1), then normalize their rows or columns; scales and gains start anew."""
+        """Draw the matrices from N(0, 1), then normalize their rows or columns; reset scales and gains."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight)

@@ -1,4 +1,4 @@
-"""Normalization layers for `GPT(norm=...)`: the table of their names, and those that torch does not have."""
+"""Normalization layers for `GPT(norm=...)`: a table by name, and the layers that torch does not have."""
 
 from collections.abc import Callable
 
@@ -10,14 +10,14 @@ from normopt.ingredient import nearest
 
 
 class DyT(nn.Module):
-    """`weight * tanh(alpha * x) + bias`, entry by entry, with one learnable number alpha: no statistics of x.
+    """Dynamic Tanh: `weight * tanh(alpha * x) + bias`, entry by entry, with one learnable alpha; no statistics of x.
 
     Source: Zhu et al. 2025, Dynamic Tanh (arXiv 2503.10622; jiachenzhu/DyT).
 
     Args:
         width: size of the last dimension.
-        alpha_init: first value of alpha. The paper's for LLaMA: 0.8 before attention and 0.2 elsewhere at 7B, less
-            for wider models.
+        alpha_init: first value of alpha. In the paper, for LLaMA: 0.8 before attention and 0.2 elsewhere at 7B,
+            smaller for wider models.
     """
 
     def __init__(self, width: int, alpha_init: float = 0.5) -> None:
@@ -29,7 +29,7 @@ class DyT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """alpha to `alpha_init`, weight to 1, bias to 0."""
+        """Set alpha to `alpha_init`, weight to 1, bias to 0."""
         nn.init.constant_(self.alpha, self.alpha_init)
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
@@ -42,7 +42,7 @@ class DyT(nn.Module):
 class SeeDNorm(nn.Module):
     """`(tanh(<x, beta>) * alpha + weight) * x / RMS(x)`: an RMSNorm whose gain depends on the size of x.
 
-    alpha starts at `alpha_init`, beta at 0, weight at 1: RMSNorm at first. Computed in float32 or better, with the
+    alpha starts at `alpha_init`, beta at 0, weight at 1, which is RMSNorm. Computed in float32 or better, with the
     epsilon of `torch.nn.RMSNorm`. Source: Cai et al. 2025, SeeDNorm (arXiv 2510.22777), with one head.
 
     Args:
@@ -57,7 +57,7 @@ class SeeDNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """alpha to `alpha_init`, beta to 0, weight to 1."""
+        """Set alpha to `alpha_init`, beta to 0, weight to 1."""
         nn.init.constant_(self.alpha, self.alpha_init)
         nn.init.zeros_(self.beta)
         nn.init.ones_(self.weight)
@@ -80,7 +80,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def make_norm(name: str, width: int) -> nn.Module:
-    """The layer of that name; an unknown one raises a `ValueError` with the nearest."""
+    """The normalization layer with that name; a `ValueError` with the nearest name if there is none."""
     if name not in NORMS:
         raise ValueError(f"norm: unknown normalization layer {name!r}; {nearest(str(name), NORMS)}")
     return NORMS[name](width)

@@ -1,4 +1,4 @@
-"""SigmaReparam: weights whose spectral norm is a learnable number."""
+"""SigmaReparam: a parametrization of weights in which the spectral norm is a learnable number."""
 
 from contextlib import nullcontext
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normopt.nn.scaled import check_positive
+from normopt.nn.scaled import require_positive
 
 _LAYERS = (
     nn.Linear,
@@ -45,9 +45,9 @@ class SigmaReparam(nn.Module):
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What to store so that W_hat is `weight`: itself, with gamma, u and v from its singular value decomposition.
+        """The stored tensor for which W_hat is `weight`: `weight` itself; sets gamma, u and v from its decomposition.
 
-        It is called when a layer is parametrized, and when its weight is assigned to.
+        torch calls it when a layer is parametrized, and when its weight is assigned to.
         """
         left, sigma, right = torch.linalg.svd(_matrix(weight), full_matrices=False)
         self.gamma.copy_(sigma[0])
@@ -65,12 +65,12 @@ class SigmaReparam(nn.Module):
             return (matrix * (self.gamma.to(matrix) / sigma)).view_as(weight).to(weight.dtype)
 
     def _stored(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies, because a later forward pass in training changes u and v."""
+        """Copies of u and v, which a later forward pass in training changes in place."""
         return self.u.to(matrix, copy=True), self.v.to(matrix, copy=True)
 
     @torch.no_grad()
     def _step(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of power iteration; new tensors, so that an earlier forward pass can still be differentiated."""
+        """One step of power iteration; returns new tensors, so that earlier forward passes stay differentiable."""
         u = F.normalize(matrix @ self.v.to(matrix), dim=0)
         v = F.normalize(matrix.mT @ u, dim=0)
         self.u.copy_(u)
@@ -82,27 +82,27 @@ def sigma_reparam(module: nn.Module, gamma_init: float | None = None) -> nn.Modu
     """Parametrize the weight of `module`, or of every linear and convolutional layer in it, by `SigmaReparam`.
 
     What is trained is `parametrizations.weight.original` and `parametrizations.weight.0.gamma` of each layer, and
-    `layer.weight` is computed whenever it is read, one step of power iteration each time in training: read it once a
-    forward pass, or in `torch.nn.utils.parametrize.cached()`. Assigning to `layer.weight` sets gamma to the new
-    spectral norm. `torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")` ends it. Matrices that are
-    not the `weight` of such a layer, as the fused ones of `nn.MultiheadAttention`, are left alone.
+    `layer.weight` is computed whenever it is read, with one step of power iteration each time in training: read it
+    once a forward pass, or in `torch.nn.utils.parametrize.cached()`. Assigning to `layer.weight` sets gamma to the new
+    spectral norm. `torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")` undoes it. Matrices that are
+    not the `weight` of such a layer, such as the fused ones of `nn.MultiheadAttention`, are left alone.
 
     Source: Zhai et al. 2023, Stabilizing Transformer Training by Preventing Attention Entropy Collapse (arXiv
     2303.06296; apple/ml-sigma-reparam).
 
     Args:
         module: a model or layer; changed in place.
-        gamma_init: first value of every gamma. By default the spectral norm, so that nothing changes at first; 1 in
-            the paper's speech models.
+        gamma_init: first value of every gamma. By default the spectral norm, so that the model's output does not
+            change; 1 in the paper's speech models.
 
     Returns:
         `module`.
 
     Raises:
-        ValueError: no such layer, one whose weight is parametrized already or zero, or gamma_init not positive.
+        ValueError: no such layer, a layer whose weight is already parametrized or is zero, or gamma_init not positive.
     """
     if gamma_init is not None:
-        check_positive(gamma_init=gamma_init)
+        require_positive(gamma_init=gamma_init)
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _LAYERS)}
     if not layers:
         raise ValueError(f"sigma_reparam: {type(module).__name__} has no linear or convolutional layer")

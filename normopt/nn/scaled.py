@@ -1,4 +1,4 @@
-"""Vectors that learn at a speed of their own, and linear layers that multiply what they compute."""
+"""Learnable scales with a learning rate of their own, and linear layers with a factor."""
 
 import torch
 from torch import Tensor, nn
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class Scale(nn.Module):
     """A learnable vector `s = weight * (init / scale)` whose `weight` starts at `scale`, so that s starts at `init`.
 
-    An optimizer whose steps do not depend on the gradient's size (Adam) moves s by init / scale times its learning
-    rate. Source: nGPT (arXiv 2410.01131, section 2.5).
+    Under an optimizer whose steps do not depend on the gradient's size (Adam), the effective learning rate of s is
+    init / scale times the optimizer's. Source: nGPT (arXiv 2410.01131, section 2.5).
 
     Args:
         size: number of entries.
@@ -21,13 +21,13 @@ class Scale(nn.Module):
 
     def __init__(self, size: int, init: float = 1.0, scale: float = 1.0) -> None:
         super().__init__()
-        check_positive(init=init, scale=scale)
+        require_positive(init=init, scale=scale)
         self.init, self.scale = init, scale
         self.weight = nn.Parameter(torch.empty(size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Back to `init`."""
+        """Set s back to `init`."""
         nn.init.constant_(self.weight, self.scale)
 
     def forward(self) -> Tensor:
@@ -39,7 +39,7 @@ class Scale(nn.Module):
 
 
 class ScaledLinear(nn.Linear):
-    """`factor * (W x)` without bias, the factor a number or a learnable vector with an entry for each output."""
+    """`factor * (W x)` without bias; the factor is a number or a learnable vector with an entry for each output."""
 
     def __init__(self, in_features: int, out_features: int, factor: float | Scale) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -56,14 +56,14 @@ class ScaledLinear(nn.Linear):
 
 
 def linear(in_features: int, out_features: int, factor: float | Scale = 1.0) -> nn.Linear:
-    """A linear layer without bias whose result is multiplied by `factor`: torch's own if that is 1."""
+    """A linear layer without bias whose result is multiplied by `factor`; a plain `nn.Linear` if that is 1."""
     if isinstance(factor, Scale) or factor != 1:
         return ScaledLinear(in_features, out_features, factor)
     return nn.Linear(in_features, out_features, bias=False)
 
 
-def check_positive(**values: float) -> None:
-    """A `ValueError` that names the first value which is not positive."""
+def require_positive(**values: float) -> None:
+    """Raise a `ValueError` that names the first value that is not positive."""
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")

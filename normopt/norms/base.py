@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient.stage import Context, Direction
+from normopt.ingredient.traits import overrides
 from normopt.ingredient.validate import check_choice
 from normopt.numerics.eigen import Eps
 from normopt.numerics.lengths import _nonzero
@@ -35,8 +36,8 @@ class Norm(Direction):
     """A norm of (out x in) matrices, with its dual norm and its duality map.
 
     All methods take tensors of shape ``(..., out, in)`` whose leading dimensions are a batch of independent matrices;
-    ``norm`` and ``dual_norm`` return shape ``(...)``. Vectors and scalars are taken as a whole by the norms that do not
-    need a matrix.
+    ``norm`` and ``dual_norm`` return shape ``(...)``. Norms with ``needs_matrix = False`` also take vectors and
+    scalars, as a whole.
 
     With f the scale's factor for the shape, ``norm`` is divided by f, ``dual_norm`` and ``dualize`` are multiplied by
     it, so that ``<g, dualize(g)> == dual_norm(g)`` and ``norm(dualize(g)) == 1`` hold under every scale.
@@ -48,16 +49,16 @@ class Norm(Direction):
             1/n, Scion's for the sign of an output layer. ``"sqrt_in"``: sqrt(n), which gives rows a root mean square of
             1. ``"ratio"``: sqrt(m/n), the ``"rms"`` of the spectral norm, for any norm. Or a number.
 
-    A new norm is a frozen dataclass with the ``unit_*`` methods, which need not know of scales.
+    A new norm is a frozen dataclass with the ``unit_*`` methods, which are at scale 1; see docs/extending.md.
+
+    Raises:
+        ValueError: the scale is an unknown name, or not positive and finite.
     """
 
     scale: Scale = "rms"
-    _abstract: ClassVar[bool] = True
-    degree: ClassVar[int] = 0  # type: ignore[misc]
-    #: False for norms that take vectors and scalars too.
-    needs_matrix: ClassVar[bool] = True  # type: ignore[misc]
-    #: Whether the norm is the same in any orthonormal basis of rows and of columns.
-    rotation_invariant: ClassVar[bool] = False
+    _abstract = True
+    degree = 0
+    needs_matrix = True
     #: Whether the second moments are matrices, to whose diagonals ``whiten`` adds ``eps``.
     matrix_memory: ClassVar[bool] = False
 
@@ -69,12 +70,12 @@ class Norm(Direction):
 
     @property
     def has_memory(self) -> bool:
-        """Whether the norm has a ``second_moment``, so that ``Smoothed`` can remember it."""
-        return type(self).second_moment is not Norm.second_moment
+        """Whether the norm has a ``second_moment`` for ``Smoothed`` to average."""
+        return overrides(self, Norm, "second_moment")
 
     @property
     def remembers_vectors(self) -> bool:
-        """Whether ``Smoothed`` may remember the second moments of vectors, seen as one row."""
+        """Whether ``Smoothed`` may average the second moments of vectors, seen as one row."""
         return self.takes_vectors
 
     # What a norm must say of itself, at scale 1 ---------------------------------------------------------------
@@ -100,18 +101,19 @@ class Norm(Direction):
         raise NotImplementedError
 
     def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps) -> tuple[Tensor, ...]:
-        """What ``whiten`` divides by: by default ``sqrt(stats[0]) + eps``; new tensors.
+        """The divisors of ``whiten``: by default ``sqrt(stats[0]) + eps``; new tensors.
 
-        A norm whose second moments are matrices returns what ``unit_divide`` multiplies by.
+        A norm whose second moments are matrices returns inverse roots, by which ``unit_divide`` multiplies.
         """
         root = stats[0].sqrt()
         return (_nonzero(root) if is_zero(eps) else root.add_(eps),)
 
     def unit_divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
-        """``m`` divided by ``unit_roots``, a new tensor, or ``out`` where it has the result's shape and dtype."""
+        """``m`` divided by ``unit_roots``: a new tensor, or ``out`` if that has the result's shape and dtype."""
         (root,) = roots
         like = m.shape, torch.promote_types(m.dtype, root.dtype)
-        fits = out is not None and out.is_contiguous() and (out.shape, out.dtype) == like  # for compilers
+        # torch.compile does not trace an out= that has to be resized or is not contiguous
+        fits = out is not None and out.is_contiguous() and (out.shape, out.dtype) == like
         return torch.div(m, root, out=out) if fits else m / root
 
     def unit_update_rms(self, m: int, n: int) -> float:
@@ -119,7 +121,7 @@ class Norm(Direction):
         return math.nan
 
     def second_moment(self, g: Tensor) -> tuple[Tensor, ...]:
-        """The statistics that ``dualize`` divides by, each of degree 2 in ``g``; what ``Smoothed`` averages."""
+        """The statistics that ``dualize`` divides by, each of degree 2 in ``g``, for ``Smoothed`` to average."""
         raise NotImplementedError(f"{type(self).__name__} has no second moment")
 
     def remember_(self, stats: Sequence[Tensor], g: Tensor, keep: float, add: float) -> None:
@@ -142,20 +144,23 @@ class Norm(Direction):
         return self.unit_norm(self._matrix(w)) / self.factor(w.shape)
 
     def dual_norm(self, g: Tensor) -> Tensor:
-        """``max <g, t>`` over ``norm(t) <= 1``, shape ``(...)``."""
+        """``max <g, t>`` over ``norm(t) <= 1``, the dual norm of each matrix, shape ``(...)``."""
         return self.unit_dual_norm(self._matrix(g)) * self.factor(g.shape)
 
     def dualize(self, g: Tensor) -> Tensor:
-        """The duality map: a ``t`` with ``norm(t) = 1`` and ``<g, t> = dual_norm(g)``; 0 where ``g`` is 0."""
+        """The duality map (LMO): a ``t`` with ``norm(t) = 1`` and ``<g, t> = dual_norm(g)``; 0 where ``g`` is 0."""
         return self._scaled(self.unit_dualize(self._matrix(g)), g.shape)
 
     def whiten(self, m: Tensor, stats: tuple[Tensor, ...], eps: Eps = 0.0) -> Tensor:
-        """``m`` divided by the root of ``stats`` (plus ``eps``): ``whiten(g, second_moment(g)) == dualize(g)``."""
+        """``m`` divided by the root of ``stats`` (plus ``eps``): ``whiten(g, second_moment(g)) == dualize(g)``.
+
+        ``Smoothed`` calls its two halves, ``unit_roots`` and ``divide``, because it may keep the roots for some steps.
+        """
         roots = self.unit_roots(stats, eps)
         return self.divide(self._matrix(m), roots, out=roots[0])
 
     def divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
-        """The second half of ``whiten``, by ``unit_roots``; it may use the memory of ``out``."""
+        """The second half of ``whiten``: ``m`` divided by ``unit_roots``; it may write to ``out``."""
         return self._scaled(self.unit_divide(m, roots, out), m.shape)
 
     def project(self, w: Tensor, radius: float = 1.0) -> Tensor:
@@ -176,11 +181,11 @@ class Norm(Direction):
         return self.unit_update_rms(m, n) * self.factor(shape)
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        """As a direction, a norm is its duality map."""
+        """The duality map: the direction of a norm without memory."""
         return self.dualize(x)
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """``dual_norm``."""
+        """The dual norm itself."""
         return self.dual_norm(g)
 
     def _scaled(self, d: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -194,5 +199,5 @@ class Norm(Direction):
 
 
 def is_zero(eps: Eps) -> bool:
-    """Whether ``eps`` is the number 0; tensors never are, so that nobody waits for their value."""
+    """Whether ``eps`` is the number 0; false for every tensor, whose value is not read."""
     return not isinstance(eps, Tensor) and eps == 0

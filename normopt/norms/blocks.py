@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient.registry import read
+from normopt.ingredient.traits import like, trait
 from normopt.ingredient.validate import check_count
 from normopt.norms.base import Norm, Scale
 from normopt.norms.spectral import Spectral
+from normopt.numerics.blocks import Parts, cut_blocks, join_blocks, of_length
 from normopt.numerics.eigen import Eps
 
 
@@ -20,18 +22,21 @@ from normopt.numerics.eigen import Eps
 class PerBlock(Norm):
     """The largest of a norm over the blocks of a matrix: ``PerBlock(Spectral(), rows=64)`` for heads of 64 rows.
 
-    Dual norm: the sum over all blocks. Duality map and projection: that of each block. Second moment: that of each
-    block, shapes ``(..., blocks, ...)``, where the norm has one. A last block that is smaller is filled up with zeros,
-    and a matrix that is smaller than a block is one.
+    Dual norm: the sum over all blocks. Duality map, projection and second moment: block by block, the second moments
+    with shapes ``(..., blocks, ...)``. A last block that is smaller is padded with zeros, and a matrix that is smaller
+    than a block is one block.
 
     Args:
-        inner: the norm of a block, or its name; it brings its own scale, for the block's shape.
-        rows: the rows of a block; ``None``: all.
-        columns: the columns of a block; ``None``: all.
-        scale: one more factor, of the whole matrix's shape, beside that of ``inner``: ``"unit"`` or ``"rms"`` for none;
-            by keyword. See :class:`~normopt.norms.Norm`.
+        inner: the norm of a block, or its name. Its own scale is for the block's shape.
+        rows: the number of rows of a block; ``None``: all.
+        columns: the number of columns of a block; ``None``: all.
+        scale: a further factor for the shape of the whole matrix: ``"unit"`` or ``"rms"`` for none; by keyword. See
+            :class:`~normopt.norms.Norm`.
     """
 
+    has_memory = like("inner")
+    matrix_memory = like("inner")
+    remembers_vectors = like("inner")
     scale: Scale = field(default="unit", kw_only=True)
     inner: Norm = Spectral()
     rows: int | None = None
@@ -44,37 +49,21 @@ class PerBlock(Norm):
             if getattr(self, name) is not None:
                 check_count(self, name, getattr(self, name))
 
-    @property
-    def has_memory(self) -> bool:
-        """That of the norm of a block."""
-        return self.inner.has_memory
-
-    @property
-    def matrix_memory(self) -> bool:  # type: ignore[override]
-        """That of the norm of a block."""
-        return self.inner.matrix_memory
-
-    @property
-    def remembers_vectors(self) -> bool:
-        """That of the norm of a block."""
-        return self.inner.remembers_vectors
-
-    @property
-    def rotation_invariant(self) -> bool:  # type: ignore[override]
-        """Not if there are blocks."""
+    @trait
+    def rotation_invariant(self) -> bool:
+        """False if the matrix is cut: blocks change with the basis."""
         return self.inner.rotation_invariant and self.rows is None and self.columns is None
 
     def cut(self, x: Tensor) -> Tensor:
         """``x`` of shape ``(..., out, in)`` as blocks ``(..., blocks, rows, columns)``."""
-        (high, height), (wide, width) = _parts(x.shape[-2], self.rows), _parts(x.shape[-1], self.columns)
-        x = torch.nn.functional.pad(x, (0, wide * width - x.shape[-1], 0, high * height - x.shape[-2]))
-        return x.reshape(*x.shape[:-2], high, height, wide, width).transpose(-3, -2).flatten(-4, -3)
+        return cut_blocks(x, *self._parts(x.shape))
 
     def join(self, blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of ``cut`` for a matrix whose ``shape`` ends in ``(out, in)``."""
-        high, wide = _parts(shape[-2], self.rows)[0], _parts(shape[-1], self.columns)[0]
-        whole = blocks.reshape(*blocks.shape[:-3], high, wide, *blocks.shape[-2:]).transpose(-3, -2)
-        return whole.flatten(-4, -3).flatten(-2)[..., : shape[-2], : shape[-1]]
+        return join_blocks(blocks, shape, *self._parts(shape))
+
+    def _parts(self, shape: tuple[int, ...]) -> tuple[Parts, Parts]:
+        return of_length(shape[-2], self.rows), of_length(shape[-1], self.columns)
 
     def unit_rms(self, m: int, n: int) -> float:
         return 1.0
@@ -92,36 +81,30 @@ class PerBlock(Norm):
         return self.join(self.inner.project(self.cut(w), radius), w.shape)
 
     def second_moment(self, g: Tensor) -> tuple[Tensor, ...]:
-        """Those of all blocks."""
+        """The second moments of all blocks, shapes ``(..., blocks, ...)``."""
         return self.inner.second_moment(self.cut(g))
 
     def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps) -> tuple[Tensor, ...]:
-        """Those of all blocks."""
+        """The roots of all blocks."""
         return self.inner.unit_roots(stats, eps)
 
     def unit_divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
         return self.join(self.inner.divide(self.cut(m), roots, out), m.shape)
 
     def unit_update_rms(self, m: int, n: int) -> float:
-        """The root of the mean over all blocks, the smaller last ones too."""
-        (high, height), (wide, width) = _parts(m, self.rows), _parts(n, self.columns)
+        """The root of the mean square over all blocks, of which the last may be smaller."""
+        (high, height), (wide, width) = self._parts((m, n))
         heights = [height] * (high - 1) + [m - (high - 1) * height]
         widths = [width] * (wide - 1) + [n - (wide - 1) * width]
         squares = sum(self.inner.unit_update_rms(a, b) ** 2 * a * b for a in heights for b in widths)
         return math.sqrt(squares / max(m * n, 1)) * self.inner.factor((height, width))
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The sum over all blocks of what the norm of a block says."""
+        """The sum of the steepness of all blocks."""
         return self.inner.steepness(self.cut(g), state).sum(dim=-1) * self.factor(g.shape)
 
     @torch.no_grad()
     def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Every block as the norm of a block does it. Returns ``w``."""
-        blocks = self.cut(torch.empty_like(self._matrix(w), dtype=torch.promote_types(w.dtype, torch.float32)))
-        return w.copy_(self.join(self.inner.initialize_(blocks, generator), w.shape) * self.factor(w.shape))
-
-
-def _parts(n: int, size: int | None) -> tuple[int, int]:
-    """How many parts a side of ``n`` has, and how long each is."""
-    size = max(1, n if size is None else min(size, n))
-    return max(1, -(-n // size)), size
+        """Initialize every block by its norm. Returns ``w``."""
+        each = self.cut(torch.empty_like(self._matrix(w), dtype=torch.promote_types(w.dtype, torch.float32)))
+        return w.copy_(self.join(self.inner.initialize_(each, generator), w.shape) * self.factor(w.shape))

@@ -1,15 +1,15 @@
-"""Norms that do not care how the entries are arranged: the largest entry, and the Euclidean norm."""
+"""Norms that do not depend on how the entries are arranged: the largest entry, and the Euclidean norm."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from normopt.ingredient.traits import trait
 from normopt.norms.base import SCALES, Norm
 from normopt.numerics.lengths import axes, clip_norm, euclidean, normalize
 
@@ -18,15 +18,15 @@ from normopt.numerics.lengths import axes, clip_norm, euclidean, normalize
 class Max(Norm):
     """The largest entry, ``max |w_ij|``: the l1 -> linf operator norm (Bernstein & Newhouse, Prop. 2 and 3).
 
-    Dual norm: the sum ``sum |g_ij|``. Duality map: ``sign(g)``. Second moment: ``g^2``, so that ``Smoothed(Max())`` is
-    Adam's denominator. Scale ``"rms"``: 1.
+    Dual norm: ``sum |g_ij|``. Duality map: ``sign(g)`` (signSGD). Second moment: ``g^2``, so that ``Smoothed(Max())``
+    divides by Adam's denominator. Scale ``"rms"``: 1.
     """
 
-    needs_matrix: ClassVar[bool] = False  # type: ignore[misc]
+    needs_matrix = False
 
-    @property
-    def reduces(self) -> str:  # type: ignore[override]
-        """``"entry"``, or ``"all"`` where the scale depends on the shape, which entries laid end to end do not have."""
+    @trait
+    def reduces(self) -> str:
+        """``"entry"``; ``"all"`` if the scale depends on the shape, which tensors laid end to end do not have."""
         return "all" if self.scale in SCALES and self.scale != "unit" else "entry"
 
     def unit_rms(self, m: int, n: int) -> float:
@@ -64,9 +64,9 @@ class Euclidean(Norm):
     sqrt(numel), the root-mean-square norm.
     """
 
-    needs_matrix: ClassVar[bool] = False  # type: ignore[misc]
-    rotation_invariant: ClassVar[bool] = True
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    needs_matrix = False
+    rotation_invariant = True
+    reduces = "all"
 
     def unit_rms(self, m: int, n: int) -> float:
         return math.sqrt(m * n)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from normopt.ingredient.validate import check_count
 from normopt.norms.base import Scale
-from normopt.norms.schatten import UnitarilyInvariant
+from normopt.norms.schatten import UnitarilyInvariant, gaussian_
 from normopt.numerics.singular import map_singular_values, map_spectrum, simplex_shift, singular_values
 
-#: Halvings of an interval, to the last bit of float64.
+#: Bisection steps that reach the last bit of float64.
 BISECTIONS = 60
 
 
@@ -21,12 +21,13 @@ BISECTIONS = 60
 class KyFan(UnitarilyInvariant):
     """The sum of the ``k`` largest singular values: spectral for k = 1, nuclear for k = min(out, in) and above.
 
-    Dual norm: ``max(s_1, sum(s) / k)``. Duality map: where the second is the larger, the polar factor over k,
-    ``U V^T / k``, else the leading pair ``u_1 v_1^T``; it jumps from the one to the other. From a singular value
-    decomposition. ``project`` is exact, by bisection. No second moment. Scale ``"rms"``: sqrt(out/in).
+    Dual norm: ``max(s_1, sum(s) / k)``. Duality map, by a singular value decomposition: the polar factor over k,
+    ``U V^T / k``, where ``sum(s) / k`` is the larger of the two, else the leading pair ``u_1 v_1^T``; it is not
+    continuous between the two cases. ``project`` is exact, by bisection. No second moment. Scale ``"rms"``:
+    sqrt(out/in).
 
     Args:
-        k: how many, from 1 up.
+        k: the number of singular values, 1 or more.
         scale: see :class:`~normopt.norms.Norm`; by keyword.
     """
 
@@ -61,19 +62,17 @@ class KyFan(UnitarilyInvariant):
         rank = min(m, n) if self.k == 1 else 1 if self.k >= min(m, n) else math.nan
         return math.sqrt(rank / max(m * n, 1))
 
-    @torch.no_grad()
     def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A Gaussian matrix over its norm (the duality map could have rank one). Returns ``w``."""
-        noise = torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32)).normal_(generator=generator)
-        return w.copy_(noise / self.norm(noise)[..., None, None]) if w.numel() else w
+        """Fill ``w`` with a Gaussian matrix over its norm (the duality map could have rank one). Returns ``w``."""
+        return gaussian_(w, self, generator)
 
 
 def _project(s: Tensor, k: int, radius: float) -> Tensor:
-    """The point nearest to ``s >= 0``, sorted downwards, whose k largest entries have a sum of at most ``radius``.
+    """The point nearest to ``s >= 0``, in descending order, whose k largest entries have a sum of at most ``radius``.
 
-    It is ``min(s, max(level, s - shift))``: what is far above a level comes down by the shift, what is just above it to
-    the level. The stationarity of the distance, ``sum min((s - level)+, shift) = k shift``, gives the shift of a level,
-    and the level is found by bisection; where it is 0, the k largest are projected alone.
+    It is ``min(s, max(level, s - shift))``: entries far above a level are reduced by the shift, entries just above it
+    to the level. The stationarity of the distance, ``sum min((s - level)+, shift) = k shift``, gives the shift of a
+    level, and the level is found by bisection; where it is 0, the k largest are projected alone.
     """
 
     def shift_of(level: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Norms by rows and by columns of the (out x in) matrix."""
+"""The largest row and the largest column of the (out x in) matrix as norms."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from normopt.numerics.lengths import clip_norm, euclidean, normalize
 
 @dataclass(frozen=True)
 class _Slices(Norm):
-    """The largest Euclidean norm of all slices along ``_dim``; the dual norm is their sum."""
+    """The largest of the Euclidean norms of all slices along ``_dim``; the dual norm is the sum of these norms."""
 
-    _abstract: ClassVar[bool] = True
+    _abstract = True
     _dim: ClassVar[int]
 
     def unit_norm(self, w: Tensor) -> Tensor:
@@ -43,11 +43,11 @@ class Column(_Slices):
     """The largest column, ``max_j ||w_:j||``: the l1 -> l2 operator norm (Bernstein & Newhouse, Prop. 8).
 
     One column belongs to one input: for an embedding, seen as (dim x vocabulary), to one token. Dual norm: the sum of
-    the columns' norms. Duality map: every column over its norm. Second moment: column sums of ``g^2``, shape (..., 1,
-    in). Scale ``"rms"``: sqrt(out), the l1 -> RMS norm.
+    the columns' norms. Duality map: every column divided by its norm. Second moment: column sums of ``g^2``, shape
+    (..., 1, in). Scale ``"rms"``: sqrt(out), the l1 -> RMS norm.
     """
 
-    reduces: ClassVar[str] = "column"  # type: ignore[misc]
+    reduces = "column"
     _dim: ClassVar[int] = -2
 
     def unit_rms(self, m: int, n: int) -> float:
@@ -62,11 +62,11 @@ class Row(_Slices):
     """The largest row, ``max_i ||w_i:||``: the l2 -> linf operator norm (Bernstein & Newhouse, Prop. 8).
 
     One row belongs to one output: for a language model's head, to one token's logit. Dual norm: the sum of the rows'
-    norms. Duality map: every row over its norm. Second moment: row sums of ``g^2``, shape (..., out, 1). Scale
+    norms. Duality map: every row divided by its norm. Second moment: row sums of ``g^2``, shape (..., out, 1). Scale
     ``"rms"``: 1/sqrt(in), the RMS -> linf norm.
     """
 
-    reduces: ClassVar[str] = "row"  # type: ignore[misc]
+    reduces = "row"
     _dim: ClassVar[int] = -1
 
     def unit_rms(self, m: int, n: int) -> float:

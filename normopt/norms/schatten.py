@@ -1,10 +1,9 @@
-"""Norms of singular values: what they share, their sum (nuclear) and their powers (Schatten)."""
+"""Norms of the singular values: their common base, the nuclear norm (the sum) and the Schatten norms."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,16 +23,23 @@ from normopt.numerics.singular import (
 
 @dataclass(frozen=True)
 class UnitarilyInvariant(Norm):
-    """A norm of the singular values: the same in any orthonormal basis of rows and of columns."""
+    """A norm of the singular values, which orthonormal changes of basis of rows and of columns leave as it is."""
 
-    _abstract: ClassVar[bool] = True
-    rotation_invariant: ClassVar[bool] = True
-    reduces: ClassVar[str] = "matrix"  # type: ignore[misc]
-    decides_on_host: ClassVar[bool] = True
+    _abstract = True
+    rotation_invariant = True
+    reduces = "matrix"
+    decides_on_host = True
 
     def unit_rms(self, m: int, n: int) -> float:
         """sqrt(out/in), the RMS -> RMS norm."""
         return math.sqrt(m / max(n, 1))
+
+
+@torch.no_grad()
+def gaussian_(w: Tensor, norm: Norm, generator: torch.Generator | None = None) -> Tensor:
+    """Fill ``w`` with a Gaussian matrix divided by its norm, of full rank. Returns ``w``."""
+    noise = torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32)).normal_(generator=generator)
+    return w.copy_(noise / norm.norm(noise)[..., None, None]) if w.numel() else w
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,9 @@ class Nuclear(UnitarilyInvariant):
     def unit_update_rms(self, m: int, n: int) -> float:
         return 1.0 / math.sqrt(max(m * n, 1))
 
-    @torch.no_grad()
     def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A Gaussian matrix over its norm (the duality map would have rank one). Returns ``w``."""
-        noise = torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32)).normal_(generator=generator)
-        return w.copy_(noise / self.norm(noise)[..., None, None]) if w.numel() else w
+        """Fill ``w`` with a Gaussian matrix over its norm (the duality map would have rank one). Returns ``w``."""
+        return gaussian_(w, self, generator)
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,13 @@ class Schatten(UnitarilyInvariant):
     """The l_p norm of the singular values, ``(sum s_i^p)^(1/p)``: p = 1 nuclear, 2 Frobenius, ``inf`` spectral.
 
     Dual norm: Schatten-q, ``1/p + 1/q = 1``. Duality map: ``U diag(s^(q-1)) V^T / ||s||_q^(q-1)``, by a singular value
-    decomposition: the larger ``p``, the flatter the result's spectrum. Singular values that rounding may have made, up
+    decomposition: the larger ``p``, the flatter the result's spectrum. Singular values that may be rounding errors, up
     to max(out, in) times the dtype's epsilon times the largest, count as 0. ``project`` is exact, by iteration. No
     second moment. Scale ``"rms"``: sqrt(out/in), as for the spectral norm (``Euclidean``'s is the RMS of the entries).
 
     Args:
-        p: from 1 to ``inf``. At 1, of several largest singular values that are exactly equal all count, each the less.
+        p: from 1 to ``inf``. At 1, the duality map averages the singular pairs whose singular values are exactly equal
+            to the largest.
         scale: see :class:`~normopt.norms.Norm`; by keyword.
     """
 
@@ -92,7 +97,7 @@ class Schatten(UnitarilyInvariant):
 
     @property
     def q(self) -> float:
-        """The dual norm's ``p``."""
+        """The exponent of the dual norm, ``p / (p - 1)``."""
         return 1.0 if self.p == math.inf else math.inf if self.p == 1 else self.p / (self.p - 1)
 
     def unit_norm(self, w: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
-"""The spectral norm, the largest singular value: its duality map is the polar factor."""
+"""The spectral norm, the largest singular value, whose duality map is the polar factor (Muon)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from normopt.ingredient.traits import trait
 from normopt.ingredient.validate import check_choice, check_range
 from normopt.norms.schatten import UnitarilyInvariant
 from normopt.numerics.eigen import Eps, matrix_power
@@ -27,24 +27,27 @@ class Spectral(UnitarilyInvariant):
 
     Dual norm: the nuclear norm. Duality map: the polar factor ``U V^T``, by the chosen method (see
     :func:`normopt.polar.polar`; only ``"exact"`` satisfies the identities to rounding). Second moment:
-    ``(G G^T, G^T G)`` with ``whiten(M, (L, R)) = L^(-1/4) M R^(-1/4)`` (Shampoo, arXiv 1802.09568); a side of size 1 is
-    left out and the other then has power -1/2, so that vectors can be whitened too. ``norm``, ``dual_norm`` and
-    ``project`` use singular values; step sizes take ``<g, dualize(g)>`` for the dual norm, one more polar factor.
-    Scale ``"rms"``: sqrt(out/in), the RMS -> RMS norm.
+    ``(G G^T, G^T G)`` with ``whiten(M, (L, R)) = L^(-1/4) M R^(-1/4)`` (Shampoo, arXiv 1802.09568); for vectors the
+    side of size 1 is left out and the other has power -1/2. ``norm``, ``dual_norm`` and ``project`` use singular
+    values; step sizes estimate the dual norm by ``<g, dualize(g)>``, one more polar factor. Scale ``"rms"``:
+    sqrt(out/in), the RMS -> RMS norm.
 
     Args:
         scale: see :class:`~normopt.norms.Norm`.
         method: ``"newton-schulz"``, ``"polar-express"``, ``"gram"``, ``"exact"``, ``"auto"`` (the fastest one for the
             shape, dtype and device) or a :class:`~normopt.polar.PolarCoefficients`.
-        steps: iterations; ``None`` is the method's own number.
-        dtype: the name of the dtype of the iteration, such as ``"bfloat16"``, or a ``torch.dtype``; ``None`` is the
-            tensor's own.
-        sides: what ``second_moment`` keeps: ``"both"``, or only the ``"smaller"`` of the two, the right one of a square
-            matrix, with ``whiten(M, (L,)) = L^(-1/2) M`` or ``M R^(-1/2)`` (ASGO, arXiv 2503.20762).
+        steps: number of iterations; ``None``: the method's default.
+        dtype: the dtype of the iteration, a ``torch.dtype`` or its name, such as ``"bfloat16"``; ``None``: the tensor's
+            own.
+        sides: which matrices ``second_moment`` returns: ``"both"``, or only the ``"smaller"`` one, which is ``G^T G``
+            for a square matrix, with ``whiten(M, (L,)) = L^(-1/2) M`` or ``M R^(-1/2)`` (ASGO, arXiv 2503.20762).
         exponent: the power of each inverse root in ``whiten``; ``None``: 1/4 for two sides, 1/2 for one.
+
+    Raises:
+        ValueError: an unknown method, dtype or side, ``steps`` less than 1 or with ``"exact"``, a negative exponent.
     """
 
-    matrix_memory: ClassVar[bool] = True
+    matrix_memory = True
     method: str | PolarCoefficients = "polar-express"
     steps: int | None = None
     dtype: str | torch.dtype | None = None
@@ -53,7 +56,7 @@ class Spectral(UnitarilyInvariant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        object.__setattr__(self, "dtype", _name_of_float(self.dtype))
         if isinstance(self.method, str):
             check_choice(self, "method", self.method, METHODS)
         elif not isinstance(self.method, PolarCoefficients):
@@ -64,13 +67,13 @@ class Spectral(UnitarilyInvariant):
         if self.exponent is not None:
             check_range(self, "exponent", self.exponent, 0, math.inf)
 
-    @property
-    def decides_on_host(self) -> bool:  # type: ignore[override]
+    @trait
+    def decides_on_host(self) -> bool:
         return self.method == "exact"
 
     @property
     def remembers_vectors(self) -> bool:
-        """With both sides: Adagrad's full matrix."""
+        """With both sides, of which a vector has one: full-matrix Adagrad."""
         return self.sides == "both"
 
     def unit_norm(self, w: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ class Spectral(UnitarilyInvariant):
         return (g @ g.mT if g.shape[-2] < g.shape[-1] else g.mT @ g,)
 
     def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps) -> tuple[Tensor, ...]:
-        """``(stats + eps) ** -exponent``, and 1 for a side of size 1 beside a larger one."""
+        """``(stats + eps) ** -exponent``; 1 for a side of size 1 whose other side is larger."""
         stats = tuple(s.to(torch.promote_types(s.dtype, torch.float32)) for s in stats)
         larger = [s.shape[-1] > 1 for s in stats]
         taken = larger if any(larger) else [True] * len(stats)
@@ -112,7 +115,7 @@ class Spectral(UnitarilyInvariant):
         return roots[0] @ m if m.shape[-2] < m.shape[-1] else m @ roots[0]
 
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """``<g, dualize(g)>``: the dual norm as exactly as the method gives the polar factor."""
+        """``<g, dualize(g)>``: the dual norm, as accurate as the method's polar factor."""
         return (g * self.dualize(g)).sum(dim=(-2, -1))
 
     @torch.no_grad()
@@ -122,7 +125,8 @@ class Spectral(UnitarilyInvariant):
         return w.copy_(exact(noise.normal_(generator=generator)) * self.factor(w.shape))
 
 
-def _dtype_name(dtype: object) -> str | None:
+def _name_of_float(dtype: object) -> str | None:
+    """``"bfloat16"`` for ``torch.bfloat16`` or for its name; a ``ValueError`` for what is no dtype for floats."""
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if name is None:
         return None

@@ -1,4 +1,4 @@
-"""Gram matrices, their powers, and bases that follow their eigenvectors."""
+"""Gram matrices: powers, eigenvectors, averages, and bases that follow the eigenvectors by power iteration."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import math
 import torch
 from torch import Tensor
 
-from normopt.numerics.host import host_may_look
+from normopt.numerics.host import can_read_values
 
-#: What is added to statistics before a root is taken: a number, or a tensor, whose value nobody waits for.
+#: The error of a decomposition that does not converge.
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+#: What is added to statistics before a root is taken: a number, or a tensor, whose value is never read.
 Eps = float | Tensor
 
 
 def matrix_power(stats: Tensor, exponent: float, eps: Eps = 0.0) -> Tensor:
     """``(stats + eps)^exponent`` of symmetric positive semidefinite matrices, for negative exponents.
 
-    Directions in which an eigenvalue plus ``eps`` is not above the rounding errors of the others, sqrt(n) times the
-    dtype's epsilon times the largest, are left out (a pseudo-inverse): nothing is known about them, and a tiny ``eps``
-    would magnify what a gradient has there. The result is 0 for a matrix that is 0 or has an entry that is not finite.
+    Eigenvectors whose eigenvalue plus ``eps`` does not exceed the rounding errors, sqrt(n) times the dtype's epsilon
+    times the largest eigenvalue, are left out (a pseudo-inverse): their eigenvalues are not known, and a tiny ``eps``
+    would magnify a gradient's part along them. The result is 0 for a matrix that is 0 or has an entry that is not
+    finite.
     """
     if stats.numel() == 0:
         return stats.clone()
@@ -32,12 +36,11 @@ def matrix_power(stats: Tensor, exponent: float, eps: Eps = 0.0) -> Tensor:
 
 
 def eigh(stats: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, rising, and eigenvectors of symmetric matrices, in float32 or better; it does not fail.
+    """Eigenvalues, in ascending order, and eigenvectors of symmetric matrices, in float32 or better; it never raises.
 
-    Matrices are divided by their largest entry first; entries and eigenvalues that are infinite count as the largest
-    number, those that are no numbers as 0. If the decomposition does not converge, it is repeated in float64 with a
-    jitter of 1e-7 on the diagonal, which is taken off the eigenvalues; and if that fails too, the diagonal stands for
-    the matrix.
+    Matrices are divided by their largest entry first; infinite entries and eigenvalues are replaced by the dtype's
+    largest number, NaNs by 0. If the decomposition does not converge, it is repeated in float64 with 1e-7 added to the
+    diagonal, which is subtracted from the eigenvalues; if that fails too, the matrix is replaced by its diagonal.
     """
     working = torch.promote_types(stats.dtype, torch.float32)
     a = torch.nan_to_num(stats.to(working))
@@ -62,10 +65,10 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attempt(a: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``torch.linalg.eigh``, which can return NaNs in place of an error where rows are 0; ``None`` in either case."""
+    """``torch.linalg.eigh``; ``None`` where it raises, or returns NaNs, as it can for matrices with rows of 0."""
     try:
         values, vectors = torch.linalg.eigh(a)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except LinAlgError:
         return None
     return (values, vectors) if bool((values.isfinite() & vectors.isfinite().all(dim=-2)).all()) else None
 
@@ -76,9 +79,9 @@ def gram_matrix(g: Tensor, side: str) -> Tensor:
 
 
 def average_(old: Tensor, new: Tensor, beta: float) -> Tensor:
-    """``old <- beta old + (1 - beta) new`` in place, for those matrices of ``new`` whose entries have a finite sum."""
+    """``old <- beta old + (1 - beta) new`` in place, except for matrices of ``new`` whose sum is not finite."""
     finite = new.sum(dim=(-2, -1), keepdim=True).isfinite()
-    all_are = host_may_look(finite) and bool(finite.all())
+    all_are = can_read_values(finite) and bool(finite.all())
     return old.lerp_(new if all_are else torch.where(finite, new, old), 1 - beta)
 
 
@@ -91,7 +94,8 @@ def power_iteration_(basis: Tensor, gram: Tensor, ordered: bool = True) -> Tenso
         ordered: whether to sort.
 
     Returns:
-        The order of the old columns, shape ``(..., n)``: the largest first, or as they are.
+        The new order as indices of the old columns, shape ``(..., n)``: by Rayleigh quotient, the largest first; 0, 1,
+        2 ... unless ``ordered``.
     """
     largest = gram.abs().amax(dim=(-2, -1), keepdim=True)
     product = (gram / torch.where(largest == 0, 1.0, largest)) @ basis
@@ -106,12 +110,12 @@ def power_iteration_(basis: Tensor, gram: Tensor, ordered: bool = True) -> Tenso
 
 
 def reorder_(x: Tensor, order: Tensor, side: str) -> None:
-    """Put the rows (``side="left"``) or columns of ``x`` in ``order``, in place, where it has that many."""
+    """Put the rows (``side="left"``) or columns of ``x`` in ``order``, in place, if ``x`` has as many as ``order``."""
     if x.shape[-2 if side == "left" else -1] == order.shape[-1]:
         x.copy_(_ordered(x, order, side))
 
 
 def _ordered(x: Tensor, order: Tensor, side: str) -> Tensor:
-    """The rows or columns of ``x`` in ``order``; torch's take_along_dim also looks for negative numbers in it."""
+    """The rows or columns of ``x`` in ``order``. Not by torch.take_along_dim, which also checks the sign of indices."""
     along, across = (-2, -1) if side == "left" else (-1, -2)
     return x.gather(along, order.unsqueeze(across).expand(x.shape))

@@ -1,4 +1,4 @@
-"""Rounding to fewer bits that loses nothing on average."""
+"""Stochastic rounding to bfloat16, which is unbiased."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: How many bits of float32's fraction bfloat16 does not have.
+#: The number of bits of float32's fraction that bfloat16 lacks.
 LOST = 16
 
 #: Odd constants of integer hashes: Weyl's sequence of the golden ratio, and the multipliers of "lowbias32" (Wellons).
@@ -15,17 +15,17 @@ GOLDEN, FIRST, SECOND = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
 
 
 def stochastically(x: Tensor, dtype: torch.dtype, step: Any, salt: int = 0, first: int = 0) -> Tensor:
-    """``x`` in bfloat16, up or down with probabilities that make the expected value ``x``; other dtypes: to nearest.
+    """``x`` in bfloat16, rounded up or down with probabilities that make the expected value ``x``.
 
-    The random bits are a hash of place, step and salt: no generator is touched, on any device, and the same step
-    rounds alike when it is taken again.
+    The random bits are a hash of position, step and salt: no random generator is used, and a step that is repeated
+    rounds in the same way.
 
     Args:
-        x: any tensor; ``inf`` and ``nan`` stay what they are.
-        dtype: the dtype of the result.
+        x: any tensor; ``inf`` and ``nan`` are kept.
+        dtype: the dtype of the result; any other than bfloat16 is rounded to nearest.
         step: the number of the step, a number or a 0-dimensional tensor.
-        salt: tells tensors of one step apart.
-        first: the place of the first entry, for parts of a tensor.
+        salt: a number that differs between the tensors of one step.
+        first: the position of the first entry, where ``x`` is a part of a tensor.
     """
     if dtype != torch.bfloat16:
         return x.to(dtype)
@@ -38,13 +38,13 @@ def stochastically(x: Tensor, dtype: torch.dtype, step: Any, salt: int = 0, firs
 
 
 def _hash(place: Tensor, step: Any, salt: int) -> Tensor:
-    """Random bits for each place."""
+    """Random bits for each position."""
     start = step.to(torch.int32) if isinstance(step, Tensor) else torch.tensor(int(step), dtype=torch.int32)
     return _mixed(_mixed(place * GOLDEN) + _mixed(start * GOLDEN + salt))
 
 
 def _mixed(bits: Tensor) -> Tensor:
-    """Each bit depends on all; int32 products wrap around."""
+    """An integer hash in which each bit depends on all bits; int32 products wrap around."""
     for shift, factor in ((16, FIRST), (15, SECOND)):
         bits = (bits ^ ((bits >> shift) & ((1 << (32 - shift)) - 1))) * factor
     return bits ^ ((bits >> 16) & 0xFFFF)

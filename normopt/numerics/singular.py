@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normopt.numerics.lengths import normalized
 
-#: Steps to the last bits of float64: of the Illinois method, and of Newton's within each.
+#: Iterations that reach the last bits of float64: of the Illinois method, and of Newton's method inside each.
 SECANTS, NEWTON_STEPS = 14, 10
 
 
@@ -28,7 +28,7 @@ def map_singular_values(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def map_spectrum(g: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-    """``U diag(f(s)) V^T`` with the singular values ``s`` over the largest; those that may be rounding errors are 0."""
+    """``U diag(f(s)) V^T``, ``s`` the singular values divided by the largest, 0 where they may be rounding errors."""
     if g.numel() == 0:
         return g.clone()
     u, s, vh = torch.linalg.svd(normalized(g), full_matrices=False)
@@ -39,7 +39,7 @@ def map_spectrum(g: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _power_norm(s: Tensor, p: float) -> Tensor:
-    """The l_p norm of ``s >= 0``, sorted downwards, along the last dimension; powers of 1e-30 and of 1e30 are none."""
+    """The l_p norm of ``s >= 0``, in descending order, along the last dimension, without overflow or underflow."""
     if s.shape[-1] == 0:
         return s.sum(dim=-1)
     largest = s[..., :1]
@@ -48,10 +48,10 @@ def _power_norm(s: Tensor, p: float) -> Tensor:
 
 
 def _project_power(s: Tensor, p: float, radius: float) -> Tensor:
-    """The point of the l_p ball nearest to ``s >= 0``, sorted downwards.
+    """The point of the l_p ball nearest to ``s >= 0``, in descending order.
 
     It solves ``t + mu t^(p-1) = s``. With ``t = shrink s_1 x``, ``x_1 = 1`` this is ``shrink x + (1 - shrink) x^(p-1) =
-    s / s_1``, where all is within [0, 1], and ``shrink ||x||_p`` rises with ``shrink``.
+    s / s_1``, in which all numbers lie in [0, 1], and ``shrink ||x||_p`` rises with ``shrink``.
     """
     if p in (1, math.inf):
         return s.clamp(max=radius) if p > 1 else (s - simplex_shift(s, radius)).clamp_(min=0)
@@ -71,7 +71,7 @@ def _project_power(s: Tensor, p: float, radius: float) -> Tensor:
 
 
 def _crossing(rising: Callable[[Tensor], Tensor], high: Tensor) -> Tensor:
-    """Where in [0, high] a rising function crosses 0, from below, by the Illinois method (a safe secant method)."""
+    """The zero in [0, high] of a rising function, from below, by the Illinois method (a bracketing secant method)."""
     low = torch.zeros_like(high)
     below, above = rising(low), rising(high)
     was_below = torch.zeros_like(high, dtype=torch.bool)
@@ -99,7 +99,10 @@ def _root(s: Tensor, linear: Tensor, power: float) -> Tensor:
 
 
 def simplex_shift(s: Tensor, radius: float) -> Tensor:
-    """What to subtract from ``s >= 0``, sorted downwards, for the nearest point of ``{t >= 0, sum t <= radius}``."""
+    """The shift for which ``max(s - shift, 0)`` is the point of ``{t >= 0, sum t <= radius}`` nearest to ``s``.
+
+    ``s`` is not negative and in descending order.
+    """
     counts = torch.arange(1, s.shape[-1] + 1, dtype=s.dtype, device=s.device)
     shifts = (s.cumsum(dim=-1) - radius) / counts
     active = (s > shifts).sum(dim=-1, keepdim=True).clamp_(min=1)

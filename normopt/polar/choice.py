@@ -1,28 +1,32 @@
-"""Which form and dtype of the polar factor is fastest where."""
+"""The fastest form and dtype of the polar iteration for a shape and a device."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-#: Where ``"auto"`` changes its mind: multiplications in a product of all matrices from which on bfloat16 pays on a CPU,
-#: and aspect ratios from which on the Gram form does, in bfloat16 for shorter sides up to and above ``LARGE``.
+#: On a CPU, bfloat16 is faster from this number of multiplications on, in one product of all matrices.
 BFLOAT16_FROM = 5_000_000
 
+#: The Gram form is faster from this aspect ratio on; in bfloat16, with a shorter side of at most ``LARGE``, from the
+#: second one on.
 GRAM_FROM, GRAM_FROM_SMALL, LARGE = 2, 4, 256
 
 
 class Choice(NamedTuple):
-    """What ``"auto"`` does: the form, ``"direct"``, ``"gram"`` or ``"exact"``, and the dtype of the products."""
+    """A way to the polar factor: the form, ``"direct"``, ``"gram"`` or ``"exact"``, and the dtype of the products."""
 
     form: str
     dtype: torch.dtype
 
 
 def choose(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Choice:
-    """The fastest way to polar factors at least as good as Jordan's, for matrices of shape ``(..., m, n)``, m <= n.
+    """What method ``"auto"`` does: the fastest way to a polar factor at least as accurate as Jordan's.
+
+    For matrices of shape ``(..., m, n)``; below, m is the shorter side:
 
     * A single row or column: exactly, by dividing by its length.
     * Products in bfloat16 where the hardware multiplies in bfloat16: on GPUs that have it, and on CPUs with AMX or
@@ -42,7 +46,7 @@ def choose(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
 
 
 def has_bfloat16(kind: str) -> bool:
-    """Whether devices of this kind multiply matrices in bfloat16 faster than in float32."""
+    """Whether devices of this kind, ``"cpu"`` or ``"cuda"``, multiply matrices in bfloat16 faster than in float32."""
     if kind not in _BFLOAT16:
         _BFLOAT16[kind] = _has_bfloat16(kind)
     return _BFLOAT16[kind]
@@ -52,9 +56,9 @@ def _has_bfloat16(kind: str) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if kind == "cpu" else ()
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(has_onednn) and any(getattr(torch.cpu, name, bool)() for name in names)
+    has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
+    return has_onednn() and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-#: The answers so far: a dict, since compilers do not see through functools.cache.
+#: The answers so far, in a dict, because torch.compile does not trace functools.cache.
 _BFLOAT16 = {"cpu": _has_bfloat16("cpu")}

@@ -19,15 +19,16 @@ NORMALIZERS = ("frobenius", "schatten8")
 class PolarCoefficients(Ingredient):
     """Coefficients of the odd quintics ``X <- a X + (b A + c A^2) X``, ``A = X X^T``, one row ``(a, b, c)`` a step.
 
-    A schedule knows its own length, what comes after its last row, and how its input must be scaled.
-
     Args:
-        coefficients: the rows. Asked for more steps, the last row is repeated: it must be one that converges.
-        steps: how many steps are taken when the caller does not say.
+        coefficients: the rows. Beyond their number the last row is repeated: it must be one that converges.
+        steps: the default number of steps.
         margin: the input is divided by ``margin`` times its norm, so that no singular value exceeds ``1 / margin``
             even after rounding.
-        normalizer: the norm: ``"frobenius"``, or ``"schatten8"``, ``(sum s_i^8)^(1/8)``, the smaller one by up to
-            ``m^(3/8)`` (so that singular values start higher), for which the first step's products suffice.
+        normalizer: the norm: ``"frobenius"``, or ``"schatten8"``, ``(sum s_i^8)^(1/8)``, which is smaller by up to
+            ``m^(3/8)`` (so that singular values start higher) and for which the first step's products suffice.
+
+    Raises:
+        ValueError: a row does not have three entries, ``steps`` is less than 1 or the normalizer is unknown.
     """
 
     coefficients: tuple[Quintic, ...]
@@ -43,14 +44,14 @@ class PolarCoefficients(Ingredient):
         check_choice(self, "normalizer", self.normalizer, NORMALIZERS)
 
     def rows(self, steps: int | None = None) -> list[Quintic]:
-        """The rows of ``steps`` steps (default: ``self.steps``)."""
+        """The rows of ``steps`` steps (default: ``self.steps``); a ``ValueError`` if ``steps`` is less than 1."""
         steps = self.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"polar: steps must be at least 1, got {steps}")
         return [self.coefficients[min(i, len(self.coefficients) - 1)] for i in range(steps)]
 
     def scalar(self, s: Tensor, steps: int | None = None) -> Tensor:
-        """What happens to a singular value ``s`` (already divided by the norm)."""
+        """The value after all steps of a singular value ``s`` (already divided by the norm)."""
         for a, b, c in self.rows(steps):
             s = a * s + b * s**3 + c * s**5
         return s

@@ -1,22 +1,23 @@
-"""The polar factor from decompositions: eigenvalues in float64 where they are accurate enough, else singular values."""
+"""The exact polar factor: from eigenvalues in float64 where they are accurate enough, else from singular values."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from normopt.numerics.eigen import LinAlgError
 from normopt.numerics.lengths import normalized
 
-#: The largest error that eigenvalues of a Gram matrix may cause in an exact polar factor in float64.
+#: The largest error of an exact polar factor in float64 for which eigenvalues of the Gram matrix are used.
 ACCURACY = 1000 * torch.finfo(torch.float64).eps
 
 
 def exact(g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``U_r V_r^T`` in ``dtype``, float32 or better; see :func:`normopt.polar.polar`.
+    """``U_r V_r^T``, computed in ``dtype``, float32 or better; see :func:`normopt.polar.polar`.
 
     ``(G G^T)^(-1/2) G`` from eigenvalues in float64, whose rounding errors grow with the square of the condition
-    number; matrices for which they would exceed float32's epsilon (condition 2e4), or 2e-13 for float64 (condition 30),
-    and those without full rank take a singular value decomposition.
+    number. A singular value decomposition is used for matrices where the errors would exceed float32's epsilon
+    (condition 2e4), or 2e-13 for float64 (condition 30), and for matrices without full rank.
     """
     if g.numel() == 0:
         return g.clone()
@@ -28,7 +29,7 @@ def exact(g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def _factor(x: Tensor) -> Tensor:
     """The polar factor of wide matrices."""
-    if x.device.type == "mps":  # It has no float64.
+    if x.device.type == "mps":  # which has no float64
         return _by_singular_values(x)
     factor, trusted = _by_eigenvalues(x)
     if not bool(trusted.all()):
@@ -37,11 +38,11 @@ def _factor(x: Tensor) -> Tensor:
 
 
 def _by_eigenvalues(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(x x^T)^(-1/2) x``, and for each matrix whether its rounding errors are small enough."""
+    """``(x x^T)^(-1/2) x``, and for each matrix whether the rounding errors of the result are small enough."""
     wide = normalized(x.double())
     try:
         values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except LinAlgError:
         return x.clone(), torch.zeros(x.shape[:-2], dtype=torch.bool, device=x.device)
     allowed = max(ACCURACY, torch.finfo(x.dtype).eps)
     trusted = values[..., 0] * allowed > values[..., -1] * torch.finfo(torch.float64).eps

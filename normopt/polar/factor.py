@@ -1,4 +1,4 @@
-"""The polar factor of a matrix, by any method."""
+"""The polar factor ``U V^T`` of a matrix, by any method."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def polar(
               that is not accurate enough;
             * ``"auto"``: the four steps in whichever form and dtype is fastest, see :func:`choose`;
             * a :class:`PolarCoefficients`.
-        steps: the number of iterations; ``None`` is the schedule's own. Not for ``"exact"``.
-        dtype: the dtype of the iteration's matrix products; ``None`` is that of ``g``, or float32 for float16 (whose
-            range is too small), or what ``"auto"`` chooses. The normalizer is computed in float32 or better.
+        steps: the number of iterations; ``None``: the method's default. Not for ``"exact"``.
+        dtype: the dtype of the iteration's matrix products; ``None``: the dtype of ``g``, but float32 for float16
+            (whose range is too small), or the choice of ``"auto"``. The normalizer is computed in float32 or better.
 
     Returns:
         A new tensor of the shape and dtype of ``g``.
 
-    Cost: ``4 m^2 n + 2 m^3`` FLOPs a step, m the shorter side; of the Gram form see :func:`choose`. Only ``"exact"``
-    makes the host wait for a device. In bfloat16 directions below about 1/250 of the
-    largest singular value are lost to rounding, which turns a rank-deficient matrix into a full-rank one.
+    Cost: ``4 m^2 n + 2 m^3`` FLOPs a step, m the shorter side; for the Gram form see :func:`choose`. Only ``"exact"``
+    synchronizes with the device. In bfloat16, singular vectors whose singular values are below about 1/250 of the
+    largest are lost to rounding, which turns a rank-deficient matrix into one of full rank.
 
     Raises:
         ValueError: ``g`` has fewer than two dimensions, the method is unknown or ``steps`` is out of range.
@@ -68,6 +68,7 @@ def polar(
 
 
 def _plan(g: Tensor, method: str | PolarCoefficients) -> Choice:
+    """The form and the default dtype of a method."""
     if method == "auto":
         return choose(g.shape, g.dtype, g.device)
     form = method if method in ("gram", "exact") else "direct"
@@ -75,9 +76,10 @@ def _plan(g: Tensor, method: str | PolarCoefficients) -> Choice:
 
 
 def _iterate(g: Tensor, schedule: PolarCoefficients, rows: list[Quintic], form: str, dtype: torch.dtype) -> Tensor:
-    """The schedule's steps."""
+    """``U V^T`` by the iteration with those coefficients, after a division by the normalizer."""
     tight = schedule.margin if schedule.normalizer == "schatten8" else None
-    # A second norm follows where "tight"; the first one then keeps the entries of A^2 inside the range of float16.
+    # For "schatten8" this division only keeps the entries of A^2 inside the range of float16; the iteration divides by
+    # the Schatten norm.
     margin = schedule.margin if tight is None else min(g.shape[-2:]) ** -0.25
     x = normalized(g, margin).to(dtype).reshape(-1, *g.shape[-2:])
     x = (through_gram if form == "gram" else direct)(x, rows, tight)

@@ -13,8 +13,8 @@ from normopt.polar.coefficients import Quintic
 def direct(x: Tensor, rows: list[Quintic], tight: float | None = None) -> Tensor:
     """The steps ``X <- a X + (b A + c A^2) X``, ``A = X X^T``, on ``x`` of shape ``(batch, m, n)``, m <= n.
 
-    Tall matrices take the same steps from the right, ``A = X^T X``. ``tight`` divides ``x`` first by that many times
-    its Schatten-8 norm, which the first step's products give for free.
+    For tall matrices the steps are ``X <- a X + X (b A + c A^2)``, ``A = X^T X``. With ``tight``, ``x`` is first
+    divided by ``tight`` times its Schatten-8 norm, for which the first step's products suffice.
     """
     for i, row in enumerate(rows):
         if tight is not None and i == 0:
@@ -29,7 +29,7 @@ def direct(x: Tensor, rows: list[Quintic], tight: float | None = None) -> Tensor
 def through_gram(x: Tensor, rows: list[Quintic], tight: float | None = None) -> Tensor:
     """The steps of :func:`direct` on ``A`` alone, m x m, and one product with ``x`` at the end of each segment.
 
-    ``Q <- Q (a + b A + c A^2)`` gathers what ``x`` is to be multiplied with, and ``A <- A (a + b A + c A^2)^2``.
+    ``Q <- Q (a + b A + c A^2)`` accumulates the factor of ``x``, and ``A <- A (a + b A + c A^2)^2``.
     """
     for i, segment in enumerate(segments(rows, x.dtype)):
         if tight is not None and i == 0:
@@ -49,10 +49,10 @@ def through_gram(x: Tensor, rows: list[Quintic], tight: float | None = None) -> 
 
 
 def segments(rows: list[Quintic], dtype: torch.dtype) -> list[list[Quintic]]:
-    """The rows, cut where the Gram form has to compute ``A`` anew from ``x``.
+    """The rows, cut where the Gram form has to compute ``A`` from ``x`` again.
 
-    A step multiplies the smallest eigenvalues of ``A`` by ``a^2`` and the rounding errors beside them too, which start
-    at the dtype's epsilon and may be negative; at 1 the iteration has no bound. bfloat16 allows two steps at first.
+    A step multiplies the smallest eigenvalues of ``A`` by ``a^2``, and their rounding errors too, which start at the
+    dtype's epsilon and may be negative; an error of 1 makes the iteration diverge. bfloat16 allows two steps at first.
     """
     parts: list[list[Quintic]] = []
     error = 1.0
@@ -70,7 +70,7 @@ def _shrunk(x: Tensor, row: Quintic, tight: float) -> tuple[Tensor, Tensor, Tens
     gram = _gram(x)
     square = torch.bmm(gram, gram)
     size = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).mul_(tight**4)
-    # A number of x's dtype: b A and c A^2 nearly cancel, so both must be divided by powers of exactly the same one.
+    # Rounded to x's dtype here: b A and c A^2 nearly cancel, so both must be divided by powers of the same number.
     shrink = size.clamp_(min=1e-6).rsqrt_()
     poly = torch.mul(gram, row[1]).addcmul_(square, shrink, value=row[2]).mul_(shrink)
     return gram.mul_(shrink), poly, shrink.sqrt_()
@@ -81,7 +81,7 @@ def _is_tall(x: Tensor) -> bool:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """``A``, as large as the shorter side."""
+    """``A``, a square matrix of the size of the shorter side."""
     return torch.bmm(x.mT, x) if _is_tall(x) else torch.bmm(x, x.mT)
 
 
@@ -97,4 +97,5 @@ def _with_diagonal(q: Tensor, a: float) -> Tensor:
 
 
 def _polynomial(gram: Tensor, row: Quintic) -> Tensor:
+    """``b A + c A^2``."""
     return torch.baddbmm(gram, gram, gram, beta=row[1], alpha=row[2])

@@ -1,4 +1,4 @@
-"""Which tensor plays which role, how it is seen as a matrix, and which norm that role gets."""
+"""The role of every tensor of a model, how it is seen as a matrix, and which norm the role gets."""
 
 from normopt.roles.geometries import GEOMETRIES, width_scaled
 from normopt.roles.groups import param_groups

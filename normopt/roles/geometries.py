@@ -26,7 +26,7 @@ def adam_options(betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8) ->
     return {**ingredients, "betas": betas, "eps": eps}
 
 
-#: Adam's ingredients as options of a param group.
+#: Adam's ingredients, as options of a param group.
 ADAM = adam_ingredients(0.9, 0.95)
 
 #: The geometries by name. ``adam``: the max norm everywhere. ``muon``: spectral for hidden matrices, max elsewhere
@@ -69,14 +69,14 @@ GEOMETRIES: dict[str, Geometry] = {
 def width_scaled(width: int, tuned_at: int, weight_decay: float) -> Geometry:
     """A geometry that takes the learning rate and the decay of one width to another (Fan et al., arXiv 2510.15262).
 
-    Hidden matrices: ``lr * tuned_at / width`` and ``weight_decay * sqrt(width / tuned_at)``, which keeps the largest
-    singular value that AdamW settles at, ``sqrt(lr / weight_decay) width^(3/4)``, what it is. Everything else keeps
-    ``lr`` and is not decayed. ``AdamW(model, lr, geometry=width_scaled(1024, 256, 0.1))``.
+    Hidden matrices: ``lr * tuned_at / width`` and ``weight_decay * sqrt(width / tuned_at)``, under which the largest
+    singular value in AdamW's steady state, ``sqrt(lr / weight_decay) width^(3/4)``, does not change. All other
+    parameters keep ``lr`` and are not decayed. ``AdamW(model, lr, geometry=width_scaled(1024, 256, 0.1))``.
 
     Args:
         width: the model's width.
         tuned_at: the width that learning rate and decay were tuned at.
-        weight_decay: that of hidden matrices at that width.
+        weight_decay: the weight decay of hidden matrices at the width ``tuned_at``.
 
     Raises:
         ValueError: a width that is not positive.
@@ -92,7 +92,7 @@ def overlaid(own: Geometry, given: str | Geometry | None) -> Geometry:
     """The user's geometry laid over the optimizer's own, role by role; its ``"*"`` is for all roles it does not name.
 
     Raises:
-        ValueError: the name of no geometry.
+        ValueError: ``given`` is not the name of a geometry.
     """
     if isinstance(given, str) and given not in GEOMETRIES:
         raise ValueError(f"unknown geometry {given!r}; {nearest(given, GEOMETRIES)}")

@@ -26,16 +26,16 @@ def param_groups(
 
     Args:
         model: any module; parameters that do not require a gradient are left out.
-        geometry: a name of ``GEOMETRIES`` or a table role -> norm, name of a norm or dict of param-group options;
-            ``"*"`` covers the roles that are not named.
+        geometry: a name of ``GEOMETRIES``, or a table from roles to norms, names of norms or dicts of param-group
+            options; ``"*"`` is the entry for all roles that are not named.
         overrides: see :func:`infer_roles`.
 
     Returns:
-        Dicts with ``params`` (name, parameter), ``role``, ``view``, ``reasons`` and what the geometry says of the role.
+        Dicts with ``params`` (name, parameter), ``role``, ``view``, ``reasons`` and the role's options in the geometry.
 
     Raises:
-        ValueError: an unknown geometry, a role that it does not cover or that no parameter plays (other than those of
-            ``ROLES``), or a pattern that matches nothing.
+        ValueError: an unknown geometry; a parameter whose role has no entry; an entry for a role, other than those of
+            ``ROLES``, that no parameter has; or a pattern that matches no parameter.
     """
     if isinstance(geometry, str) and geometry not in GEOMETRIES:
         raise ValueError(f"unknown geometry {geometry!r}; {nearest(geometry, GEOMETRIES)}")
@@ -44,12 +44,13 @@ def param_groups(
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     members: dict[tuple[Any, ...], list[tuple[str, Role]]] = defaultdict(list)
     found = infer_roles(model, overrides)
-    played = {*ROLES, "*", *(role.name for role in found.values())}
-    for unknown in table.keys() - played:
-        raise ValueError(f"the geometry names the role {unknown!r}, which none plays; {nearest(unknown, played)}")
+    known = {*ROLES, "*", *(role.name for role in found.values())}
+    for unknown in table.keys() - known:
+        hint = nearest(unknown, known)
+        raise ValueError(f"the geometry has an entry for role {unknown!r}, but no parameter has that role; {hint}")
     for name, role in found.items():
         if role.name not in table and "*" not in table:
-            raise ValueError(f"the geometry says nothing of the role {role.name!r} (parameter {name!r}); add it or '*'")
+            raise ValueError(f"the geometry has no entry for role {role.name!r} (parameter {name!r}); add it or '*'")
         options = merged(entry(table, role.name), role.options)
         key = (role.name, role.view, repr(sorted(options.items(), key=lambda item: item[0])))
         groups.setdefault(key, options)

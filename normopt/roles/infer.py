@@ -1,4 +1,4 @@
-"""Which tensor plays which role, inferred from modules, tying and position."""
+"""The role of every tensor, inferred from module types, tying and position."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
 
 @dataclass(frozen=True)
 class Role:
-    """The part that a parameter plays: a name, how it is seen as a matrix, and why.
+    """The role of a parameter: its name, how the parameter is seen as a matrix, and the reason.
 
     Args:
-        name: one of ``ROLES``, or the user's own.
+        name: one of ``ROLES``, or a name of the user's.
         view: how the parameter is seen as (out x in) matrices.
-        reason: why it has this role, for people to read.
+        reason: why it has this role, as ``describe`` shows it.
         options: param-group options from an override, such as ``{"lr": 1e-3}`` or ``{"norm": "max"}``.
     """
 
@@ -49,25 +49,26 @@ def infer_roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
     * ``nn.Embedding``: ``embedding``, seen transposed (one column a token). A weight shared with the output layer keeps
       this role.
     * ``nn.Linear``: ``linear``, except the output layer, ``unembedding``: the last ``nn.Linear`` with as many outputs
-      as an embedding has tokens and no later layer as many inputs; where there is none (a classifier), the last
-      ``nn.Linear``, unless it is as wide as an embedding or the only layer. An override that names the head settles it.
+      as an embedding has tokens, unless a later layer has as many inputs; if there is none (a classifier), the last
+      ``nn.Linear``, unless it is as wide as an embedding or the only layer. An override that names the head decides.
     * convolutions: ``conv``, seen as (out, in * k * k); transposed ones as (out * k * k, in).
     * ``nn.MultiheadAttention`` and recurrent layers: ``linear``, their fused matrices split into the 3 or 4 they hold.
-    * anything with one dimension: ``vector``; with none: ``scalar``.
-    * matrices of other modules: ``other``, with a warning: say what they are in ``overrides``, or let the module say
-      it of its parts, ``normopt_roles = {"weight": "linear"}`` and ``normopt_views = {"weight": {"split": 3}}``
-      (names relative to the module).
+    * any tensor with one dimension: ``vector``; with none: ``scalar``.
+    * matrices of other modules: ``other``, with a warning. Name their role in ``overrides``, or declare it in the
+      module, ``normopt_roles = {"weight": "linear"}`` and ``normopt_views = {"weight": {"split": 3}}`` (names relative
+      to the module).
 
-    Modules also declare what bounds their weights, ``normopt_bounds = {"weight": "RowBound(radius=1.0)"}``, for
-    parameters as they are stored: such constraints come after those of any optimizer.
+    Modules also declare the bounds of their weights, ``normopt_bounds = {"weight": "RowBound(radius=1.0)"}``, for
+    parameters as they are stored; they are applied after the optimizer's own constraints.
 
     Args:
         model: any module.
-        overrides: glob pattern over parameter names -> role name, norm or dict of param-group options (``"role"``,
-            ``"view"``, ``"norm"``, ``"lr"`` ...). Later patterns win.
+        overrides: a table from glob patterns over parameter names to role names, norms or dicts of param-group options
+            (``"role"``, ``"view"``, ``"norm"``, ``"lr"`` ...). Later patterns win.
 
     Raises:
-        ValueError: a pattern matches no parameter, or a module declares something of what is none of its parameters.
+        ValueError: a pattern matches no parameter, or a module's declaration names something that is not one of its
+            parameters.
     """
     inferred = _inferred(model)
     found = dict(inferred)
@@ -78,7 +79,7 @@ def infer_roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
         for name in names:
             found[name] = _overridden(found[name], pattern, override)
     if any(role.name == "unembedding" and inferred[name].name != "unembedding" for name, role in found.items()):
-        for name, role in found.items():  # the user has named the head, so what was taken for it is none
+        for name, role in found.items():  # the user has named the head, so the layer inferred to be it is not
             if role == inferred[name] and role.name == "unembedding":
                 found[name] = replace(role, name="linear", reason="another layer is named the head")
     unknown = [name for name, role in found.items() if role.name == "other" and role.reason.endswith(_UNKNOWN)]
@@ -104,7 +105,7 @@ def _overridden(role: Role, pattern: str, override: Any) -> Role:
 
 
 def _view_as(name: str, role: Role) -> View:
-    """How a parameter is seen once it plays the role ``name``: only embeddings are stored one row a token."""
+    """The view of a parameter whose role becomes ``name``: only embeddings are stored one row a token."""
     if name == role.name or "embedding" not in (name, role.name):
         return role.view
     return View(transpose=name == "embedding")
@@ -132,7 +133,7 @@ def _inferred(model: nn.Module) -> dict[str, Role]:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Every trained parameter under every name that it has."""
+    """Every parameter that requires a gradient, under each of its names (tied ones have several)."""
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter.requires_grad:
@@ -149,21 +150,22 @@ def _parametrized(model: nn.Module, name: str, module: nn.Module, key: str) -> t
 
 
 def _declared(model: nn.Module, attribute: str) -> dict[str, Any]:
-    """What modules say of parameters, by the names that the model has for them."""
+    """The declarations of all modules in ``attribute``, by the model's names of the parameters."""
     found: dict[str, Any] = {}
     for prefix, module in model.named_modules():
-        has_own = attribute in vars(module) or hasattr(type(module), attribute)  # wrappers hand on what they wrap
+        # Not hasattr(module): a wrapper that forwards attribute access would repeat the wrapped module's declaration.
+        has_own = attribute in vars(module) or hasattr(type(module), attribute)
         for path, value in getattr(module, attribute).items() if has_own else ():
             if not _is_parameter(module, path):
                 where = f"{attribute} of {type(module).__name__}" + (f" ({prefix})" if prefix else "")
                 known = [name for name, _ in module.named_parameters()]
-                raise ValueError(f"{where}: {path!r} is none of its parameters; {nearest(path, known)}")
+                raise ValueError(f"{where}: {path!r} is not one of its parameters; {nearest(path, known)}")
             found[f"{prefix}.{path}" if prefix else path] = value
     return found
 
 
 def _is_parameter(module: nn.Module, path: str) -> bool:
-    """Whether that is the name of a parameter, also of one that is ``None`` or is computed from others by now."""
+    """Whether ``path`` names a parameter of ``module``, even one that is ``None`` or is now computed from others."""
     owner, _, key = path.rpartition(".")
     try:
         part = module.get_submodule(owner)
@@ -181,6 +183,7 @@ def _tied(first: Role, second: Role, name: str) -> Role:
 
 
 def _head(model: nn.Module) -> nn.Module | None:
+    """The output layer, as :func:`infer_roles` defines it."""
     tables = [module for module in model.modules() if isinstance(module, _EMBEDDING)]
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if tables:
@@ -215,7 +218,7 @@ def _role(module: nn.Module, key: str, parameter: Tensor, *, is_head: bool) -> R
 
 
 def _fused(module: nn.Module, key: str, kind: str) -> Role | None:
-    """Matrices that torch and transformers keep in other modules than nn.Linear."""
+    """The role of matrices that torch and transformers keep in other modules than nn.Linear; ``None`` for others."""
     if isinstance(module, nn.MultiheadAttention) and key.endswith("proj_weight"):
         return Role("linear", View(split=3 if key == "in_proj_weight" else 1), f"{kind}: query, key and value")
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and key.startswith("weight"):

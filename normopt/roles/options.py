@@ -1,4 +1,4 @@
-"""Options of param groups by role: tables laid over each other, one entry over another."""
+"""Param-group options by role, and how several tables of them are merged."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ Geometry = Mapping[str, Any]
 
 
 def entry(table: Geometry, role: str) -> dict[str, Any]:
-    """The param-group options that a geometry gives to a role."""
+    """The param-group options of a role in a geometry; without an entry, those of ``"*"``."""
     return _options(table.get(role, table.get("*", {})))
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Param-group options laid over one another, the last on top.
+    """Several layers of param-group options as one; later layers win.
 
-    ``lr`` and ``lr_ratio`` replace each other, a number for ``momentum`` becomes the beta of a momentum below it, and
-    bounds add up, save that ``()`` or ``None`` leaves none of those below.
+    Three options are special. ``lr`` and ``lr_ratio`` replace each other. A number for ``momentum`` becomes the
+    ``beta`` of the momentum in an earlier layer. Bounds are added to those of earlier layers, but ``()`` or ``None``
+    removes them.
     """
     options: dict[str, Any] = {}
     for layer in layers:
@@ -45,10 +46,11 @@ def _several(bounds: Any) -> tuple[Any, ...]:
 
 
 def with_beta(momentum: Momentum, beta: float) -> Momentum:
-    """The same momentum with another ``beta``; a ``ValueError`` where it has none."""
+    """The momentum with another ``beta``; a ``ValueError`` if it has no field ``beta``."""
     if not hasattr(momentum, "beta"):
         raise ValueError(f"momentum={beta!r} has no meaning for {momentum}; give a momentum such as EMA({beta!r})")
-    return replace(momentum, beta=beta)  # type: ignore[type-var]
+    with_field: Any = momentum  # the base class has no fields
+    return replace(with_field, beta=beta)
 
 
 def _options(spec: Any) -> dict[str, Any]:

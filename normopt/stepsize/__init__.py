@@ -1,4 +1,4 @@
-"""How far do we go? The learning rate, and what multiplies it."""
+"""How far do we go? The learning rate, and the factors that multiply it."""
 
 from normopt.stepsize.base import StepSize
 from normopt.stepsize.fixed import Constant, Dual, InverseTime, Sharp, Storm

@@ -1,8 +1,8 @@
-"""What a step size is: the learning rate, and what multiplies it."""
+"""The base class of step sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,22 +10,23 @@ from torch import Tensor
 
 from normopt.ingredient.base import Ingredient
 from normopt.ingredient.stage import Context, Direction, Rate, Stage
+from normopt.ingredient.traits import overrides
 from normopt.numerics.lengths import euclidean
 
 #: The state of the whole optimizer: 0-dimensional tensors by name.
 Shared = dict[str, Tensor]
 
-#: The same as ingredients multiply by it: floats where the host may look, else those tensors.
-Numbers = dict[str, Any]
+#: The same as ingredients read it: floats where reading a tensor's value is free, else the tensors themselves.
+Numbers = Mapping[str, Any]
 
 
 def double(device: torch.device) -> torch.dtype:
-    """The dtype of numbers that belong to the whole optimizer: float64 where the device has it."""
+    """The dtype of numbers of the whole optimizer: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Weighed(NamedTuple):
-    """A gradient as momentum and as memory should see it, and what it was multiplied by, which an eps follows."""
+    """The result of ``weigh``: the gradients for momentum and for second moments, and the factor of an ``eps``."""
 
     momentum: Tensor
     memory: Tensor
@@ -35,73 +36,83 @@ class Weighed(NamedTuple):
 class StepSize(Ingredient):
     """The length of a step, in units of the direction: ``w <- w - length * d``.
 
-    At each step the loop asks every batch for its ``rate``. Step sizes that override ``survey`` then see all gradients,
-    those that override ``measure`` all directions; ``conclude`` gets the sums over all batches before any weight moves.
-    ``weigh`` changes what momentum and memory see of a gradient, ``length`` says how far to go.
+    At each step every batch first gets its ``rate``. Two reductions over all tensors may follow: ``survey`` returns a
+    batch's summands from the gradients, before momentum; ``measure`` from the directions, before any weight moves.
+    After each of them ``conclude`` turns the sums over all batches into the numbers ``shared`` that the other methods
+    get. ``weigh`` rescales a gradient for momentum and second moments, ``length`` is the factor of the direction.
+    Methods that are not overridden cost nothing.
     """
 
-    #: As for stages; ``"entry"`` when one length serves all entries, ``"all"`` when it differs from matrix to matrix.
-    reduces: str = "matrix"
-    #: What the length is multiplied by beside the rate and constants, for people to read.
-    times: str = ""
-    #: Names of numbers that ``conclude`` returns for momenta to read, see ``Momentum.needs``.
+    #: As for stages; ``"entry"`` if one length serves all entries, ``"all"`` if each matrix has its own.
+    reduces: ClassVar[str] = "matrix"
+    #: What the length is proportional to, apart from the learning rate, as ``describe`` shows it; ``""``: nothing.
+    times: ClassVar[str] = ""
+    #: Names of the numbers from ``conclude`` that a momentum may read, see ``Momentum.needs``.
     provides: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def reach(self) -> float | None:
-        """The length of a step over the learning rate, where that is one number for all steps and tensors."""
+        """The length of a step divided by the learning rate, if that is one number for all steps and tensors."""
         return None
 
     def check_composes(self, direction: Direction) -> None:
-        """Raise a ``ValueError`` for directions that this step size makes no sense with; without options in either."""
+        """Raise a ``ValueError`` for a direction that this step size does not work with; options are resolved."""
 
     def init_state(self, x: Tensor, weights: Callable[[], Tensor], direction: Stage) -> dict[str, Tensor]:
-        """State for each parameter, like a stage's; ``weights`` returns the initial weights."""
+        """The state of a batch ``x`` of shape ``(..., out, in)``; ``weights`` returns the initial weights."""
         return {}
 
     def init_shared(self) -> dict[str, float]:
-        """State of the whole optimizer; it is kept in the param groups under these names, as 0-dimensional tensors."""
+        """The state of the whole optimizer, kept in every param group under these names as 0-dimensional tensors."""
         return {}
 
     def rate(self, lr: Rate, step: float, shared: Numbers) -> Rate:
-        """The learning rate of this step, as the constraints see it too; ``shared`` is from before ``conclude``."""
+        """The learning rate of this step, for constraints too; ``shared`` is the state before ``conclude``."""
         return lr
 
     def survey(self, state: dict[str, Tensor], context: Context, shared: Numbers) -> dict[str, Tensor]:
-        """This batch's summands, by name, from its gradient, before momentum and memory see it.
+        """The first reduction: this batch's summands, by name, from its gradient, before momentum.
 
         Args:
-            state: the batch's tensors; this step size's own are updated in place.
+            state: the batch's tensors; those of this step size are updated in place.
             context: the gradient, the weights, the rate, the direction.
-            shared: the state of the whole optimizer, floats where the host may look, else 0-dimensional tensors.
+            shared: the state of the whole optimizer: floats where reading a tensor's value is free, else 0-dimensional
+                tensors.
         """
         return {}
 
     def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
-        """This batch's summands, by name, from the averaged gradient ``x`` and its direction ``d``."""
+        """The second reduction: summands, by name, from momentum's output ``x`` and its direction ``d``."""
         return {}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
-        """What the methods below get, from the sums over all batches and the state of the whole optimizer.
+        """The result of a reduction: numbers for ``weigh`` and ``length``, and new state of the whole optimizer.
 
-        Names of ``init_shared`` are kept for the next step.
+        Called after ``survey`` and after ``measure``, if overridden, before any weight moves.
+
+        Args:
+            sums: the sums over all batches, 0-dimensional tensors by name.
+            shared: the state of the whole optimizer, and after ``measure`` also the result of the first call.
+
+        Returns:
+            0-dimensional tensors by name; names of ``init_shared`` are kept for the next step.
         """
         return shared
 
     def weigh(self, g: Tensor, context: Context, shared: Numbers) -> Weighed:
-        """The gradient as momentum and as memory should see it."""
+        """The gradient, rescaled, for momentum and for second moments."""
         return Weighed(g, g)
 
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
-        """What multiplies the direction: a number, or one for each matrix, shape ``(..., 1, 1)``."""
+        """The factor of the direction: a number, or one number for each matrix, shape ``(..., 1, 1)``."""
         return context.rate
 
     def overrides(self, method: str) -> bool:
-        """Whether this step size does anything in ``method``."""
-        return getattr(type(self), method) is not getattr(StepSize, method)
+        """Whether this step size does anything in ``method``; if not, the method is not called."""
+        return overrides(self, StepSize, method)
 
 
-def _square(x: Tensor) -> Tensor:
-    """The sum of all squares, as a number of the whole optimizer."""
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """The sum of all squares, in the dtype of numbers of the whole optimizer."""
     norm = euclidean(x, tuple(range(x.ndim)))
     return norm.to(double(norm.device)) ** 2

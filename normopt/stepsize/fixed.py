@@ -1,9 +1,8 @@
-"""Step sizes from the learning rate, the step and dual norms."""
+"""Step sizes from the learning rate, the number of the step and dual norms."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,18 +10,18 @@ from torch import Tensor
 from normopt.ingredient.stage import Context, Rate
 from normopt.ingredient.validate import check_range
 from normopt.numerics.lengths import axes
-from normopt.stepsize.base import Numbers, Shared, StepSize, _square
+from normopt.stepsize.base import Numbers, Shared, StepSize, _sum_of_squares
 
 
 @dataclass(frozen=True)
 class Constant(StepSize):
-    """The learning rate times a fixed ``radius``: an update of norm ``lr * radius``, the ball's radius in Scion.
+    """The learning rate times a fixed ``radius``: updates of norm ``lr * radius`` (Scion's radius of the ball).
 
     Args:
-        radius: positive; 1 by default.
+        radius: the factor, not negative; 1 by default.
     """
 
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    reduces = "entry"
     radius: float = 1.0
 
     def __post_init__(self) -> None:
@@ -38,13 +37,13 @@ class Constant(StepSize):
 
 @dataclass(frozen=True)
 class InverseTime(StepSize):
-    """A learning rate that falls like one over time, ``lr / (1 + (step - 1) decay)`` (torch.optim.Adagrad).
+    """Inverse-time decay of the learning rate, ``lr / (1 + (step - 1) decay)`` (torch.optim.Adagrad's ``lr_decay``).
 
     Args:
-        decay: not negative.
+        decay: the rate of decay, not negative.
     """
 
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    reduces = "entry"
     decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -59,12 +58,12 @@ class Dual(StepSize):
     """The learning rate times the dual norm, summed over all layers: true steepest descent (Anthology, Prop. 7).
 
     Under the modular norm ``max_l ||W_l||`` the minimizer of ``<g, dW> + ||dW||^2 / (2 lr)`` moves every layer by the
-    same ``lr * sum_l dual_norm(g_l)`` along its duality map. The dual norm is taken as ``<x, d>``, which for a norm's
-    duality map it is.
+    same ``lr * sum_l dual_norm(g_l)`` along its duality map. The dual norm is computed as ``<x, d>``, which it equals
+    for a norm's duality map ``d``.
     """
 
-    times: ClassVar[str] = "dual norm"  # type: ignore[misc]
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    times = "dual norm"
+    reduces = "entry"
 
     def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
         return {"dual_norm": (x * d).sum()}
@@ -78,14 +77,15 @@ class Dual(StepSize):
 
 @dataclass(frozen=True)
 class Sharp(StepSize):
-    """The learning rate times each tensor's own dual norm: every layer's own steepest descent, ``dual_norm(x) d``.
+    """The learning rate times each tensor's own dual norm: each layer's own steepest descent, ``dual_norm(x) d``.
 
-    With the Euclidean norm at scale ``"unit"`` this is the gradient itself (SGD), with the spectral norm PolarGrad
-    (arXiv 2505.21799). The dual norm is taken as ``<x, d>`` for each matrix.
+    Named after the sharp operator of Carlson et al. (2015), which maps ``x`` to ``dual_norm(x) d``. With the Euclidean
+    norm at scale ``"unit"`` it is the gradient itself (SGD), with the spectral norm PolarGrad (arXiv 2505.21799). The
+    dual norm is computed as ``<x, d>`` for each matrix.
     """
 
-    times: ClassVar[str] = "dual norm"  # type: ignore[misc]
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    times = "dual norm"
+    reduces = "all"
 
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
         return torch.sum(x * d, dim=axes(x), keepdim=True) * context.rate
@@ -96,19 +96,17 @@ class Storm(StepSize):
     """STORM+'s rate, the same for all tensors: ``lr (sum of |d_i|^2 / a_(i+1) / b0)^(-1/3)`` (arXiv 2111.01040).
 
     ``d_i`` are the averaged gradients, ``a_(i+1) = (1 + sum up to i of |g_i|^2 / a0)^(-2/3)``, and both sums run over
-    all tensors and steps. ``a_i`` is what :class:`~normopt.momentum.Recursive` takes for the weight of the newest
-    gradient at step i.
+    all tensors and steps; they are kept in every param group. :class:`~normopt.momentum.Recursive` with ``beta=None``
+    has decay rate ``1 - a_i`` at step i.
 
     Args:
-        a0: divides the sum of squared gradients, positive; the paper's 1.
-        b0: divides the sum of squared averages, positive; the paper's 1.
-
-    The sums are in every param group.
+        a0: divisor of the sum of squared gradients, positive; 1 in the paper.
+        b0: divisor of the sum of squared averages, positive; 1 in the paper.
     """
 
-    times: ClassVar[str] = "STORM+ rate"  # type: ignore[misc]
-    provides: ClassVar[frozenset[str]] = frozenset({"a"})
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    times = "STORM+ rate"
+    provides = frozenset({"a"})
+    reduces = "entry"
     a0: float = 1.0
     b0: float = 1.0
 
@@ -120,10 +118,10 @@ class Storm(StepSize):
         return {"gradient_squares": 0.0, "average_squares": 0.0}
 
     def survey(self, state: dict[str, Tensor], context: Context, shared: Numbers) -> dict[str, Tensor]:
-        return {"gradients": _square(context.g)}
+        return {"gradients": _sum_of_squares(context.g)}
 
     def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
-        return {"averages": _square(x)}
+        return {"averages": _sum_of_squares(x)}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         if "gradients" in sums:

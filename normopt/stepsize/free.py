@@ -1,27 +1,27 @@
-"""Step sizes that find the learning rate."""
+"""Learning-rate-free step sizes: Prodigy and D-Adaptation, for any norm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from normopt.ingredient.stage import Context, Direction, Rate, Stage
+from normopt.ingredient.traits import trait
 from normopt.ingredient.validate import check_count, check_range
 from normopt.stepsize.base import Numbers, Shared, StepSize, Weighed, double
 
 
 @dataclass(frozen=True)
 class LearningRateFree(StepSize):
-    """What :class:`Prodigy` and :class:`DAdaptation` share: the step is ``lr d radius`` with one ``d`` for all tensors.
+    """The base of :class:`Prodigy` and :class:`DAdaptation`: steps of ``lr d radius`` with one ``d`` for all tensors.
 
-    The learning rate is then a factor for schedules, 1 at its largest.
+    The learning rate is only a factor for schedules, at most 1. Arguments: see :class:`Prodigy`.
     """
 
-    _abstract: ClassVar[bool] = True
+    _abstract = True
     d0: float = 1e-6
     growth_rate: float = float("inf")
     radius: float = 1.0
@@ -35,7 +35,7 @@ class LearningRateFree(StepSize):
             check_range(self, "bias_correction", beta, 0, 1)
 
     def check_composes(self, direction: Direction) -> None:
-        """Raise a ``ValueError`` unless the dual norm can be measured."""
+        """Raise a ``ValueError`` unless the direction has a dual norm."""
         probe = torch.ones(2, 2)
         direction.steepness(probe, direction.init_state(probe))
 
@@ -51,31 +51,36 @@ class LearningRateFree(StepSize):
 
 @dataclass(frozen=True)
 class Prodigy(LearningRateFree):
-    """A learning rate found on the way, for any norm: ``d``, a lower bound of the distance to the solution.
+    """Prodigy for any norm: the learning rate is ``d``, an estimate from below of the distance to the solution.
 
-    ``d <- max(d, d_coef sum <g, w_0 - w> / dual_norm(sum g))``, where both sums weight each gradient by ``lr d^2`` and
-    forget at the rate ``beta3``, and run over all tensors. The step is ``lr d``; momentum and memory see ``d g`` in
-    place of ``g``, so that their past keeps its scale while ``d`` grows. The norm matters only through its dual: with
-    the largest-entry norm it is the l1 norm of Mishchenko & Defazio (arXiv 2306.06101), with the spectral norm the
-    nuclear norm; with several norms it is the sum, the dual of their largest (Anthology, Prop. 7). Without averages and
-    with ``beta3 = 0`` under sign descent it is the Anthology's escape-velocity rule (arXiv 2409.20325, section 3.3).
+    ``d <- max(d, d_coef sum <g, w_0 - w> / dual_norm(sum g))``, where both sums weight each gradient by ``lr d^2``,
+    decay at the rate ``beta3``, and run over all tensors. The step is ``lr d``; momentum and second moments average
+    ``d g`` in place of ``g``, so that the averages need no rescaling when ``d`` grows. The norm matters only through
+    its dual: for the largest entry it is the l1 norm of Mishchenko & Defazio (arXiv 2306.06101), for the spectral norm
+    the nuclear norm; for several norms it is the sum of their duals, the dual of the largest of the norms (Anthology,
+    Prop. 7). Without averages and with ``beta3 = 0``, under sign descent, this is the Anthology's escape-velocity rule
+    (arXiv 2409.20325, section 3.3).
 
     Args:
-        d0: the first estimate.
-        growth_rate: the most that ``d`` may grow by in one step.
-        radius: how far this tensor goes beside the others: the step is ``lr d radius``, the dual norm is ``radius``
-            times as large, and distances are measured by the largest of all ``norm(w - w_0) / radius``.
+        d0: the first estimate, positive.
+        growth_rate: the largest factor by which ``d`` may grow in one step, at least 1.
+        radius: the length of this tensor's steps relative to the others: the step is ``lr d radius``, the dual norm is
+            ``radius`` times as large, and the distance is the largest of all ``norm(w - w_0) / radius``.
         bias_correction: the betas of Adam whose correction ``sqrt(1 - beta2^step) / (1 - beta1^step)`` multiplies the
             step, or ``None``.
-        beta3: weight of the past in both sums, in [0, 1).
-        d_coef: factor on the estimate.
+        beta3: decay rate of both sums, in [0, 1).
+        d_coef: factor of the estimate, positive.
         safeguard_warmup: leave the learning rate and the bias correction out of the dual norm's sum, so that a small
             learning rate at the start does not inflate ``d``.
-        slice_p: take both sums over every ``slice_p``-th entry of each tensor only, to save memory; for directions that
-            work entry by entry.
+        slice_p: compute both sums from every ``slice_p``-th entry of each tensor only, to save memory; for directions
+            that work entry by entry.
 
-    Memory: two more numbers for each parameter, over ``slice_p``. Cost: one dual norm a step; for the spectral norm one
-    more polar factor. ``d`` is in every param group.
+    Memory: two more numbers for each parameter, divided by ``slice_p``. Cost: one dual norm a step; for the spectral
+    norm one more polar factor. ``d`` is kept in every param group.
+
+    Raises:
+        ValueError: a number is out of range; in a rule, the direction has no dual norm, or ``slice_p`` is more than 1
+            and the direction does not work entry by entry.
     """
 
     beta3: float = 0.999**0.5
@@ -90,13 +95,13 @@ class Prodigy(LearningRateFree):
         check_count(self, "slice_p", self.slice_p)
 
     def check_composes(self, direction: Direction) -> None:
-        """Raise a ``ValueError`` unless the dual norm can be measured, on slices if need be."""
+        """Raise a ``ValueError`` unless the direction has a dual norm, a sum over entries if ``slice_p > 1``."""
         super().check_composes(direction)
         if self.slice_p > 1 and direction.reduces != "entry":
             raise ValueError(f"slice_p: the dual norm of {direction} is no sum over entries, so it needs slice_p=1")
 
-    @property
-    def reduces(self) -> str:  # type: ignore[override]
+    @trait
+    def reduces(self) -> str:
         """``"entry"``, or ``"all"`` where each tensor is sliced."""
         return "entry" if self.slice_p == 1 else "all"
 
@@ -109,7 +114,7 @@ class Prodigy(LearningRateFree):
 
     def survey(self, state: dict[str, Tensor], context: Context, shared: Numbers) -> dict[str, Tensor]:
         g, w, d = self._sliced(context.g), self._sliced(context.w), shared["d"]
-        # d / d0 in place of d keeps both sums away from underflow and cancels in their ratio.
+        # d / d0 in place of d keeps both sums from underflow, and cancels in their ratio.
         total = state["gradient_sum"].mul_(self.beta3)
         _add_scaled_(total, g, (d if self.safeguard_warmup else context.rate) * (d / self.d0))
         moved = (state["initial"] - w).flatten()
@@ -131,11 +136,12 @@ class Prodigy(LearningRateFree):
         return context.rate * self.radius
 
     def _sliced(self, x: Tensor) -> Tensor:
+        """Every ``slice_p``-th entry of each matrix."""
         return x if self.slice_p == 1 else x.flatten(-2)[..., :: self.slice_p]
 
 
 def _add_scaled_(total: Tensor, x: Tensor, factor: Rate) -> None:
-    """``total += factor x``; factors in tensors take the dtype of ``x``."""
+    """``total += factor x``; a factor that is a tensor is cast to the dtype of ``x``."""
     if isinstance(factor, Tensor):
         total.addcmul_(x, factor.to(x.dtype))
     else:
@@ -144,26 +150,30 @@ def _add_scaled_(total: Tensor, x: Tensor, factor: Rate) -> None:
 
 @dataclass(frozen=True)
 class DAdaptation(LearningRateFree):
-    """D-Adaptation, for any norm: like :class:`Prodigy`, with gradients weighted by ``d`` and not by its square.
+    """D-Adaptation for any norm: like :class:`Prodigy`, with gradients weighted by ``d`` in place of ``d^2``.
 
-    With ``s <- sqrt(beta) s + (1 - sqrt(beta)) rate g`` and the direction ``D`` with its memory as it stands,
-    ``d <- max(d, r / ((1 - sqrt(beta)) dual_norm(s)))``, where ``r`` averages ``rate <g, D(s)>`` alike. Momentum sees
-    ``rate g``, memory the gradient itself (Defazio & Mishchenko, arXiv 2301.07733, algorithm 5, as in the dadaptation
-    package). A direction that ignores the length of ``s``, one without memory, says nothing of the way that has been
-    gone: there ``w_0 - w`` stands for ``D(s) / (1 - sqrt(beta))``.
+    With ``s <- sqrt(beta) s + (1 - sqrt(beta)) rate g`` and the direction ``D`` with its state before this step,
+    ``d <- max(d, r / ((1 - sqrt(beta)) dual_norm(s)))``, where ``r`` averages ``rate <g, D(s)>`` at the same decay
+    rate. Momentum averages ``rate g``, second moments are taken of ``g`` (Defazio & Mishchenko, arXiv 2301.07733,
+    algorithm 5, as in the dadaptation package). For a direction of degree 0, one without memory, ``D(s)`` does not
+    depend on the length of ``s`` and so not on the distance covered: ``w_0 - w`` takes the place of
+    ``D(s) / (1 - sqrt(beta))``.
 
     Args:
-        d0: the first estimate.
-        growth_rate: the most that ``d`` may grow by in one step.
-        radius: how far this tensor goes beside the others; see :class:`Prodigy`.
+        d0: the first estimate, positive.
+        growth_rate: the largest factor by which ``d`` may grow in one step, at least 1.
+        radius: the length of this tensor's steps relative to the others; see :class:`Prodigy`.
         bias_correction: see :class:`Prodigy`.
-        beta: the square of the weight of the past in ``s`` and ``r``, in [0, 1).
+        beta: the square of the decay rate of ``s`` and ``r``, in [0, 1).
 
     Memory: one more number for each parameter, two for directions without memory. Cost: one dual norm a step, and one
-    more application of the direction where it has memory.
+    more application of a direction with memory.
+
+    Raises:
+        ValueError: a number is out of range; in a rule, the direction has no dual norm or is neither of degree 1 nor 0.
     """
 
-    reduces: ClassVar[str] = "entry"  # type: ignore[misc]
+    reduces = "entry"
     beta: float = 0.999
 
     def __post_init__(self) -> None:
@@ -171,7 +181,7 @@ class DAdaptation(LearningRateFree):
         check_range(self, "beta", self.beta, 0, 1)
 
     def check_composes(self, direction: Direction) -> None:
-        """Raise a ``ValueError`` unless the dual norm can be measured, and averages of ``rate g`` have a meaning."""
+        """Raise a ``ValueError`` unless the direction has a dual norm, and degree 1 or 0."""
         super().check_composes(direction)
         if direction.degree is None:
             raise ValueError(f"DAdaptation: {direction} is neither linear nor independent of length; use Prodigy")
@@ -207,6 +217,6 @@ class DAdaptation(LearningRateFree):
     def length(self, x: Tensor, d: Tensor, context: Context, shared: Numbers) -> Rate:
         if not context.direction.degree:
             return context.rate * self.radius
-        # The average has the rate in it; at rate 0 nothing moves all the same.
+        # The average already contains the rate; only at rate 0 the step must be 0.
         rate = context.rate
         return (torch.sign(rate) if isinstance(rate, Tensor) else float(rate > 0)) * self.radius

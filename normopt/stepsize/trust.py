@@ -1,10 +1,9 @@
-"""Step sizes that follow the size of the weights."""
+"""Step sizes proportional to the size of the weights: LARS, LAMB, Adafactor."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,22 +11,22 @@ from torch import Tensor
 from normopt.ingredient.stage import Context, Rate
 from normopt.ingredient.validate import check_range
 from normopt.numerics.lengths import axes, euclidean
-from normopt.stepsize.base import Numbers, Shared, StepSize, Weighed, _square
+from normopt.stepsize.base import Numbers, Shared, StepSize, Weighed, _sum_of_squares
 
 
 @dataclass(frozen=True)
 class GradientTrust(StepSize):
-    """LARS' local rate: each gradient is multiplied by ``coefficient ||w|| / (||g|| + weight_decay ||w||)`` first.
+    """LARS' local rate: each gradient is multiplied by ``coefficient ||w|| / (||g|| + weight_decay ||w||)``.
 
-    Momentum then averages the products, so that a step's length is the rate times the size of the weights. The ratio is
-    1 where weights or gradient are 0; ``g`` is the gradient without L2 (You et al., arXiv 1708.03888).
+    Momentum averages the products, so that the length of a step is the rate times the size of the weights. The factor
+    is 1 where weights or gradient are 0; ``g`` is the gradient without L2 (You et al., arXiv 1708.03888).
 
     Args:
-        coefficient: the trust coefficient.
-        weight_decay: that of the :class:`~normopt.constraints.L2` beside it.
+        coefficient: the trust coefficient, not negative.
+        weight_decay: the weight decay of the rule's :class:`~normopt.constraints.L2`, not negative.
     """
 
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    reduces = "all"
     coefficient: float = 1e-3
     weight_decay: float = 0.0
 
@@ -43,19 +42,19 @@ class GradientTrust(StepSize):
 
 @dataclass(frozen=True)
 class TrustRatio(StepSize):
-    """LAMB's trust ratio: a step as long as the rate times the size of the weights, ``||w|| / ||d||`` for each matrix.
+    """LAMB's trust ratio ``||w|| / ||d||`` for each matrix: a step as long as the rate times the size of the weights.
 
-    The ratio is 1 where either is 0 (You et al., arXiv 1904.00962).
+    The ratio is 1 where either norm is 0 (You et al., arXiv 1904.00962).
 
     Args:
-        weight_decay: where it is 0, the ratio is 1 unless ``always_adapt``, as in timm.
-        always_adapt: see above.
-        clip: the largest ratio.
-        max_grad_norm: before anything else, all gradients together are shortened to at most this Euclidean norm.
+        weight_decay: without weight decay the ratio is 1 unless ``always_adapt``, as in timm.
+        always_adapt: use the ratio without weight decay too.
+        clip: the largest ratio, positive.
+        max_grad_norm: all gradients together are first clipped to this Euclidean norm, positive.
     """
 
-    times: ClassVar[str] = "trust ratio"  # type: ignore[misc]
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    times = "trust ratio"
+    reduces = "all"
     weight_decay: float = 0.0
     always_adapt: bool = True
     clip: float = float("inf")
@@ -67,11 +66,11 @@ class TrustRatio(StepSize):
             check_range(self, name, getattr(self, name), 1e-300, float("inf"), closed=True)
 
     def overrides(self, method: str) -> bool:
-        """``survey`` only with a ``max_grad_norm``."""
+        """Whether this step size does anything in ``method``: in ``survey`` only with a ``max_grad_norm``."""
         return super().overrides(method) and (method != "survey" or self.max_grad_norm != float("inf"))
 
     def survey(self, state: dict[str, Tensor], context: Context, shared: Numbers) -> dict[str, Tensor]:
-        return {"square": _square(context.raw)}
+        return {"square": _sum_of_squares(context.raw)}
 
     def conclude(self, sums: dict[str, Tensor], shared: Shared) -> Shared:
         return {"shrink": (self.max_grad_norm / sums["square"].sqrt()).clamp(max=1.0)}
@@ -89,17 +88,17 @@ class TrustRatio(StepSize):
 
 @dataclass(frozen=True)
 class Relative(StepSize):
-    """Adafactor's relative step size: ``min(lr, 1 / sqrt(step))`` times the root mean square of each matrix' weights.
+    """Adafactor's relative step size: ``min(lr, 1 / sqrt(step))`` times the root mean square of each weight matrix.
 
-    Weights smaller than ``eps`` count as ``eps`` (Shazeer & Stern, arXiv 1804.04235, section 8). Constraints see ``lr``
-    itself.
+    A root mean square below ``eps`` counts as ``eps`` (Shazeer & Stern, arXiv 1804.04235, section 8). Constraints see
+    ``lr`` itself.
 
     Args:
-        eps: the least root mean square, not negative.
+        eps: the smallest root mean square, not negative.
     """
 
-    times: ClassVar[str] = "size of the weights"  # type: ignore[misc]
-    reduces: ClassVar[str] = "all"  # type: ignore[misc]
+    times = "size of the weights"
+    reduces = "all"
     eps: float = 1e-3
 
     def __post_init__(self) -> None:

@@ -409,7 +409,7 @@ def test_a_parameter_twice_in_one_group(make: Make) -> None:
         ({"nonfinite": "skipp"}, "unknown nonfinite 'skipp'; did you mean 'skip'"),
         ({"nonfinite": True}, "unknown nonfinite True"),
         ({"geometry": "scoin"}, "unknown geometry 'scoin'; did you mean 'scion'"),
-        ({"geometry": {"unembeding": "max"}}, "'unembeding', which none plays; did you mean 'unembedding'"),
+        ({"geometry": {"unembeding": "max"}}, "no parameter has that role; did you mean 'unembedding'"),
         ({"overrides": {"head*": "liner"}}, "unknown role 'liner'; did you mean 'linear'"),
         (
             {"overrides": {"head.weigth": "max"}},

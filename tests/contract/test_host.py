@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normopt import SteepestDescent
 from normopt.numerics import host
-from normopt.numerics.host import are_exact, host_may_look, power_of_two
+from normopt.numerics.host import are_exact, can_read_values, power_of_two
 from normopt.numerics.lengths import euclidean
 from tests.support.optimizers import EVERY
 from tests.support.steps import run, tensors
@@ -41,9 +41,9 @@ def test_norms_are_right_whether_or_not_squares_leave_the_range(scale: float, di
 
 def test_the_host_looks_at_nothing_that_is_traced_or_elsewhere() -> None:
     x = torch.ones(4)
-    assert host_may_look(x) and not host_may_look(torch.ones(4, device="meta"))
+    assert can_read_values(x) and not can_read_values(torch.ones(4, device="meta"))
     looked: list[bool] = []
-    torch.func.vmap(lambda y: looked.append(host_may_look(y)) or y)(torch.ones(2, 2))
+    torch.func.vmap(lambda y: looked.append(can_read_values(y)) or y)(torch.ones(2, 2))
     assert looked == [False]
 
 
