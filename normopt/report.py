@@ -66,9 +66,13 @@ def periodic_table() -> str:
         if cell is not None:
             names[cell].append(cls.__name__)
     norms = {cls.__name__: norm for cls in choices(Norm).values() if isinstance(norm := _default(cls), Norm)}
+
+    def rank(name: str) -> tuple[int, str]:  # most optimizers first
+        return -sum(len(names[name, memory]) for memory in MEMORIES), name
+
     rows = [
-        (name, *(", ".join(sorted(names[name, memory])) or _hole(norm, memory) for memory in MEMORIES))
-        for name, norm in norms.items()
+        (name, *(", ".join(sorted(names[name, memory])) or _hole(norms[name], memory) for memory in MEMORIES))
+        for name in sorted(norms, key=rank)
     ]
     others = sorted({name for name, _ in names} - norms.keys())
     rows += [(name, *(", ".join(sorted(names[name, memory])) for memory in MEMORIES)) for name in others]
@@ -81,7 +85,7 @@ def _cell_of(cls: type[SteepestDescent]) -> tuple[str, str]:
 
 
 def _default(make: Callable[..., Any], *arguments: Any) -> Any:
-    """What comes of a class that the user may not be done with; ``None`` if that fails, whatever the reason."""
+    """What ``make`` returns, which may be a user's unfinished class; ``None`` if it fails, whatever the reason."""
     try:
         return make(*arguments)
     except Exception:
@@ -94,7 +98,7 @@ def _hole(norm: Norm, memory: str) -> str:
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
-    """A table for people; cells longer than ``width`` are broken where tabulate is there to do it."""
+    """A table as text; cells longer than ``width`` are broken where tabulate is installed."""
     try:
         from tabulate import tabulate  # type: ignore[import-untyped]
     except ImportError:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.engine import kernels
+from normopt.engine.checks import dtype_name
 from normopt.rule import Rule
 
 #: The most entries that one batch of matrices holds, unless a single parameter has more, for rules that multiply
@@ -188,7 +189,7 @@ class Plan:
 
 def kept_dtype(group: Mapping[str, Any], own: torch.dtype, working: torch.dtype) -> torch.dtype:
     """The dtype that averages are kept in: the param group's, the parameter's, or that of the computation."""
-    wanted = group["state_dtype"]
+    wanted = dtype_name(group["state_dtype"])
     return working if wanted is None else own if wanted == "parameter" else getattr(torch, wanted)
 
 

@@ -28,6 +28,12 @@ from normopt.constraints.bounds import Transposed
 from normopt.ingredient import choices, parse
 from tests.support.bounded import BOUNDS, closure, net, noise
 
+#: Constraints that hold for weights after every step.
+KINDS = [
+    kind
+    for kind in choices(Constraint).values()
+    if kind.__module__.removeprefix("normopt.constraints.") in ("bounds", "spectrum", "precision")
+]
 NAMES = normopt.list_optimizers()
 every = pytest.mark.parametrize("name", NAMES)
 
@@ -148,15 +154,7 @@ def test_bounds_of_low_precision_are_applied_before_rounding(dtype: torch.dtype)
     assert w.dtype == dtype and (w.float().norm(dim=1) - 1).abs().max() < 2 * torch.finfo(dtype).eps
 
 
-#: What holds for weights after every step.
-BOUNDS = [
-    kind
-    for kind in choices(Constraint).values()
-    if kind.__module__ in ("normopt.constraints.bounds", "normopt.constraints.spectrum", "normopt.constraints.precision")
-]
-
-
-@pytest.mark.parametrize("kind", BOUNDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_bounds_resume_to_the_bit(kind: type[Constraint]) -> None:
     def run(params: list[Tensor], steps: range, state: Any = None) -> SteepestDescent:
         bound = Transposed(SpectralNormalize()) if kind is Transposed else kind()
@@ -180,7 +178,7 @@ def test_bounds_resume_to_the_bit(kind: type[Constraint]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
-@pytest.mark.parametrize("kind", BOUNDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dry_steps_of_distributed_checkpoints_leave_weights_alone(kind: type[Constraint], dtype: torch.dtype) -> None:
     """Also those that a bound finds outside by rounding, or by a power iteration that has not converged."""

@@ -89,8 +89,8 @@ def test_kernels_take_the_same_steps(
 
 def test_bounds_that_do_more_have_no_kernel() -> None:
     class Watched(RowBound):
-        def update(self, d: Tensor, context: Any) -> Tensor:
-            return 2 * d
+        def update(self, d: Tensor, context: Any) -> tuple[Tensor, float]:
+            return 2 * d, 1.0
 
     assert find(ADAM.bounded(RowBound())) and not find(ADAM.bounded(Watched()))
 
@@ -185,7 +185,7 @@ def test_data_of_another_size_is_refused_before_anything_moves() -> None:
         optimizer.step()
         p.data, p.grad = torch.ones(4096), None
         p.grad = torch.randn(4096)
-        with pytest.raises(ValueError, match="that of another parameter"):
+        with pytest.raises(ValueError, match="the state of another parameter"):
             optimizer.step()
         assert torch.equal(p, torch.ones(4096)) and optimizer.state[p]["step"] == 1
 

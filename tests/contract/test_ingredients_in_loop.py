@@ -427,13 +427,13 @@ def test_constraints_see_the_weights_the_raw_gradient_and_the_update(registry: N
             calls.append(("gradient", g.clone(), context.w.clone()))
             return 2 * g
 
-        def update(self, d: Tensor, context: Context) -> Tensor:
+        def update(self, d: Tensor, context: Context) -> tuple[Tensor, float]:
             calls.append(("update", d.clone(), context.w.clone(), context.raw.clone(), context.rate, context.g.clone()))
-            return d + 1
+            return d + 1, 0.5
 
         def shrink(self, rate: Any) -> Any:
             assert rate == 0.1
-            return 0.5
+            return 0.8
 
         def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
             calls.append(("weight", w.clone(), context.rate))
@@ -451,7 +451,7 @@ def test_constraints_see_the_weights_the_raw_gradient_and_the_update(registry: N
     assert_close(calls[1][3].flatten(), g.flatten())
     assert_close(calls[1][5].flatten(), 2 * g.flatten())
     assert calls[1][4] == calls[2][2] == 0.1
-    moved = 0.5 * start - 0.1 * (g.sign() + 1)
+    moved = 0.4 * start - 0.1 * (g.sign() + 1)
     assert_close(calls[2][1].flatten(), moved.flatten())
     assert_close(w.detach(), moved.clamp(max=0.25))
 

@@ -15,14 +15,15 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from normopt.checks import rule_of
 from torch import Tensor, nn
 
 import normopt
 from normopt import EMA, Chain, Max, Nesterov, Row, Rule, Smoothed, Spectral, SteepestDescent, zoo
 from normopt.ingredient import option
 from normopt.nn import GPT
-from normopt.roles import Geometry, adam_options
+from normopt.roles import adam_options
+from normopt.roles.options import Geometry
+from normopt.rule import rule_of
 from normopt.zoo.base import Declared, DeclaredOptimizer, FixedStepOptimizer, arg
 from normopt.zoo.matrices import FixedStepMatrixOptimizer, MatrixOptimizer
 

@@ -89,9 +89,9 @@ def test_tangent_projection_has_three_cases(delta: float) -> None:
     for _ in range(60):
         w, g, d = torch.randn(3, 5, 8, generator=noise, dtype=torch.float64)
         rule = TangentProjection(delta, 1e-12, wd_ratio=0.5, weight_decay=0.2)
-        context = normopt.ingredient.Context(g, g, 1, 0.1, None, lambda w=w: w[None], shrink=0.75)
-        context.g = context.raw = g[None]
-        new = rule.update(d[None], context)[0]
+        context = normopt.ingredient.Context(g[None], g[None], 1, 0.1, None, lambda w=w: w[None])
+        moved, factor = rule.update(d[None], context)
+        new = moved[0]
         cosines = (w * g).sum(1) / w.norm(dim=1) / g.norm(dim=1)
         rows = bool((cosines.abs() < delta / math.sqrt(8)).all())
         whole = not rows and bool((w * g).sum().abs() / w.norm() / g.norm() < delta / math.sqrt(40))
@@ -103,7 +103,7 @@ def test_tangent_projection_has_three_cases(delta: float) -> None:
         else:
             expected = d - w * (d * w).sum() / w.norm() ** 2 if case == "whole" else d
         torch.testing.assert_close(new, expected)
-        assert float(context.shrink) == pytest.approx(0.75 * (1 - 0.1 * 0.2 * (1.0 if case == "none" else 0.5)))
+        assert float(factor) == pytest.approx(1 - 0.1 * 0.2 * (1.0 if case == "none" else 0.5))
     assert seen == ({"rows"} if delta == 5.0 else {"rows", "whole", "none"})
 
 

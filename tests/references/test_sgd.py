@@ -314,7 +314,7 @@ def test_recursive_is_refused_where_it_makes_no_sense() -> None:
     for step_size in ("prodigy", "dadaptation", "trust-ratio", "gradient-trust"):
         with pytest.raises(ValueError, match="would weigh only one"):
             SteepestDescent(params, norm="max", momentum="recursive", step_size=step_size)
-    with pytest.raises(ValueError, match="takes its weight from the step size Storm"):
+    with pytest.raises(ValueError, match="takes its decay rate from the step size Storm"):
         SteepestDescent(params, norm="max", momentum=Recursive(None))
     with pytest.raises(ValueError, match="only a rule's momentum can"):
         Chain(Max(), Recursive())

@@ -665,7 +665,7 @@ def test_a_users_norm_registers_itself() -> None:
 
 @pytest.mark.usefixtures("registry")
 def test_a_name_is_taken_once() -> None:
-    with pytest.raises(TypeError, match=r"normopt\.norms\.schatten has an ingredient named Spectral already"):
+    with pytest.raises(TypeError, match=r"normopt\.norms\.spectral has an ingredient named Spectral already"):
         type("Spectral", (Norm,), {})
     assert Ingredient._classes["Spectral"] is Spectral
 

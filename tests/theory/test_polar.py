@@ -519,7 +519,9 @@ def test_exact_decomposes_ill_conditioned_matrices_only(
 ) -> None:
     decomposed: list[int] = []
     by_singular_values = decompositions._by_singular_values
-    monkeypatch.setattr(decompositions, "_by_singular_values", lambda x: decomposed.append(len(x)) or by_singular_values(x))
+    monkeypatch.setattr(
+        decompositions, "_by_singular_values", lambda x: decomposed.append(len(x)) or by_singular_values(x)
+    )
     g = torch.stack([from_spectrum(9, 14, spectrum(9, 1 / c)) for c in (1, condition, 1)]).to(dtype)
     p = polar(g, "exact").double()
     assert decomposed == [1] * falls_back
