@@ -375,6 +375,19 @@ def test_each_touch_that_keeps_values_changes_nothing(make: Make, inside: bool) 
     assert not {name: found for name, found in wrong.items() if found}
 
 
+@ours
+def test_state_stays_where_it_is_as_long_as_nobody_touches_it(make: Make) -> None:
+    """Also across gradients that are laid out otherwise: a warm step copies no state."""
+    run = Run(make).go(2)
+
+    def places() -> list[int]:
+        return [x.data_ptr() for state in run.states() for x in state.values()]
+
+    before = places()
+    run.go(2)
+    assert places() == before and before
+
+
 @every
 def test_after_every_step_state_may_be_elsewhere(make: Make) -> None:
     """As when it is kept on the CPU between steps; also in halves, and with parameters that have no gradients."""

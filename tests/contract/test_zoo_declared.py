@@ -21,7 +21,7 @@ import normopt
 from normopt import EMA, Chain, Max, Nesterov, Row, Rule, Smoothed, Spectral, SteepestDescent, zoo
 from normopt.ingredient import option
 from normopt.nn import GPT
-from normopt.roles import adam_options
+from normopt.roles.geometries import adam_options
 from normopt.roles.options import Geometry
 from normopt.rule import rule_of
 from normopt.zoo.base import Declared, DeclaredOptimizer, FixedStepOptimizer, arg

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "normopt"
 
 #: From the roof to the ground. What stands on one floor does not import its neighbours.
 FLOORS: list[set[str]] = [
-    {"__init__", "__main__"},
+    {"__init__"},
     {"report", "torch_state", "integrations"},
     {"zoo"},
     {"optimizer"},
