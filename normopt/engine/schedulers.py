@@ -7,7 +7,7 @@ from typing import Any
 
 from normopt.rule import Rule
 
-#: Where a rule reads the weight of the past: the first of these that it reads at all.
+#: Where a rule reads its decay rate: the first of these that it reads at all.
 WEIGHTS = ("momentum", "mu", "betas")
 
 
@@ -25,7 +25,7 @@ def forward(group: dict[str, Any], rule: Rule, defaults: Mapping[str, Any]) -> N
 
 
 def first_weight(groups: Iterable[tuple[Mapping[str, Any], Rule]]) -> float | None:
-    """The weight of the past in the first group that has one in its options."""
+    """The decay rate in the first group that has one among its options."""
     for group, rule in groups:
         name = _read(rule)
         if name is not None:

@@ -184,7 +184,8 @@ def test_iterations_map_the_singular_values(
 def test_shape_transpose_and_batch(method: str, g: Tensor) -> None:
     p = polar(g, method)
     assert p.shape == g.shape and p.dtype == g.dtype
-    # Rounding in the null space grows by the slope at 0: 1828 for Polar Express.
+    # Of a rank-deficient matrix the null space holds rounding errors only, which iterations magnify: up to 1.3e-11 in
+    # the Gram form, where the range agrees to 1e-12.
     assert_close(polar(g.mT, method), p.mT, 1e-10)
     flat = g.reshape(-1, *g.shape[-2:])
     assert_close(torch.stack([polar(matrix, method) for matrix in flat]).reshape(g.shape), p, 1e-10)
