@@ -1,4 +1,4 @@
-"""The published optimizers, each a named choice of ingredients."""
+"""The published optimizers, each a named choice of ingredients, and what declares one's own."""
 
 from fnmatch import fnmatch
 from typing import Any
@@ -9,9 +9,11 @@ from torch.optim.optimizer import ParamsT
 from normopt.ingredient import nearest
 from normopt.optimizer import SteepestDescent
 from normopt.zoo.adam import Adafactor, Adagrad, Adam, Adamax, AdamW, AdEMAMix, NAdam, RMSprop
+from normopt.zoo.base import DeclaredOptimizer, FixedStepOptimizer, arg
 from normopt.zoo.hyperball import AdamH, MuonH, NaP
 from normopt.zoo.layerwise import LAMB, LARS, NovoGrad
 from normopt.zoo.learning_rate_free import DAdaptAdam, Prodigy
+from normopt.zoo.matrices import FixedStepMatrixOptimizer, MatrixOptimizer
 from normopt.zoo.muon import Muon, MuonPlusPlus
 from normopt.zoo.muon_variants import AdaMuon, AuON, Dion, HybridAuON, MuonPlus, NorMuon, PolarGrad
 from normopt.zoo.norm_descent import ColumnDescent, NormalizedSGD, NuclearDescent, RowDescent, SpectralDescent
@@ -45,10 +47,14 @@ __all__ = [
     "AuON",
     "ColumnDescent",
     "DAdaptAdam",
+    "DeclaredOptimizer",
     "Dion",
+    "FixedStepMatrixOptimizer",
+    "FixedStepOptimizer",
     "HybridAuON",
     "KLShampoo",
     "Lion",
+    "MatrixOptimizer",
     "Muon",
     "MuonH",
     "MuonPlus",
@@ -70,6 +76,7 @@ __all__ = [
     "Signum",
     "SinkGD",
     "SpectralDescent",
+    "arg",
     "create",
     "list_optimizers",
 ]
