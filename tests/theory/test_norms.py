@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -615,7 +616,7 @@ def test_repr_evaluates_back(norm: Norm) -> None:
 @each
 def test_found_by_name(norm: Norm) -> None:
     name = type(norm).__name__
-    dashed = {"KyFan": "ky-fan", "PerBlock": "per-block"}.get(name, name.lower())
+    dashed = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
     assert dashed in normopt.norms.names()
     for spec in (dashed, name, f"{name}()"):
         assert normopt.norms.get(spec) == type(norm)()
