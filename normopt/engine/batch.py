@@ -116,10 +116,10 @@ class Batch:
         self._entries = {name: self.entries(name) for name in self.plan.layouts}
         for name, parts in self._entries.items():
             for p, part in zip(self.params, parts, strict=True):
-                known = state[p].get(name)
-                if isinstance(known, Tensor):
-                    part.copy_(known)
-                state[p][name] = part
+                held = state.setdefault(p, {})
+                if isinstance(held.get(name), Tensor):
+                    part.copy_(held[name])
+                held[name] = part
 
     def entries(self, name: str) -> list[Tensor]:
         """Each parameter's part of one piece of state."""

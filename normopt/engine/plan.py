@@ -137,7 +137,8 @@ class Plan:
             return False
         if rule is not self.rule:
             x = torch.empty(self.shape, device="meta")
-            if rule.elementwise != self.flat or rule.init_state(x, x.clone).keys() != self.layouts.keys() - {"step"}:
+            shapes = {name: y.shape for name, y in rule.init_state(x, x.clone).items()}
+            if rule.elementwise != self.flat or shapes != {n: a.shape for n, a in self.layouts.items() if n != "step"}:
                 return False
             self.rule, self.kernel, self.squares = rule, kernels.find(rule), rule.squares
         return True
