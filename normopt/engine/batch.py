@@ -97,7 +97,7 @@ class Batch:
         counted = torch.full((len(self.params),), taken, dtype=torch.float32, device=self.plan.home)
         fresh = self.rule.init_state(self.plan.gather(self.gradients), self.low_precision_weights)
         fresh |= {name: fresh[name].to(self.plan.kept) for name in self.plan.rounded}
-        return {"step": counted, **{name: owning(x) for name, x in fresh.items()}}
+        return {"step": counted, **{name: self.plan.laid_out(name, x) for name, x in fresh.items()}}
 
     def _check_shapes(self, state: State) -> None:
         for name, wanted in self.plan.layouts.items():
@@ -327,11 +327,6 @@ class Batch:
     def _found_inf_on(self, device: torch.device) -> Tensor:
         assert self.found_inf is not None
         return self.found_inf.to(device, non_blocking=True)
-
-
-def owning(x: Tensor) -> Tensor:
-    """``x`` itself, or a copy if it is part of a larger tensor: state must not keep more memory than its own."""
-    return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
 
 
 def clamped(g: Tensor) -> Tensor:

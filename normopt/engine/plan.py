@@ -120,6 +120,13 @@ class Plan:
         """The tensor that each parameter's entries of this name are parts of."""
         return self.layouts[name].whole(entries)
 
+    def laid_out(self, name: str, x: Tensor) -> Tensor:
+        """``x``, a new piece of state, in memory of its own and in this plan's layout."""
+        wanted = self.layouts[name]
+        if x.stride() == wanted.stride and x.untyped_storage().nbytes() == wanted.bytes:
+            return x
+        return torch.empty_strided(wanted.shape, wanted.stride, dtype=x.dtype, device=x.device).copy_(x)
+
     def params(self, group: Mapping[str, Any]) -> list[Tensor]:
         """The parameters themselves."""
         given = group["params"]

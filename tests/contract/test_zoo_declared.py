@@ -367,7 +367,7 @@ Muon()  # wrong
 @pytest.mark.slow
 def test_type_checkers_know_the_constructors(tmp_path: Path) -> None:
     api = pytest.importorskip("mypy.api")
-    file, root = tmp_path / "calls.py", Path(__file__).parent.parent
+    file, root = tmp_path / "calls.py", Path(__file__).parents[2]
     file.write_text(CALLS)
     found, _, _ = api.run(["--config-file", str(root / "pyproject.toml"), "--cache-dir", str(tmp_path), str(file)])
     wrong = {int(line) for line in re.findall(r"calls\.py:(\d+): error", found)}
