@@ -55,7 +55,8 @@ from normopt.polar import PolarCoefficients
 from normopt.report import describe, periodic_table
 from normopt.roles.geometries import GEOMETRIES, width_scaled
 from normopt.roles.groups import param_groups
-from normopt.roles.infer import Role, infer_roles
+from normopt.roles.infer import infer_roles
+from normopt.roles.modules import Role
 from normopt.rule import Rule
 from normopt.stepsize import (
     Constant,

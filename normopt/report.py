@@ -37,8 +37,8 @@ def describe(optimizer: SteepestDescent) -> str:
 
     Columns: parameter, shape, role, matrix view (matrices x out x in), norm, momentum, step size, constraint, lr,
     effective lr (the root mean square of the update's entries for a full-rank gradient of the usual size, before
-    constraints; times the dual norm or the trust ratio where the step size says so), reason for the role, state bytes
-    (0 before the first step). Drawn by tabulate where it is installed.
+    constraints; times the dual norm or the trust ratio where the step size says so), reason for the role, and whether
+    the parameter is frozen, state bytes (0 before the first step). Drawn by tabulate where it is installed.
     """
     return _table(COLUMNS, [row for group in optimizer.param_groups for row in _rows(optimizer, group)])
 
@@ -124,7 +124,7 @@ def _rows(optimizer: SteepestDescent, group: Mapping[str, Any]) -> list[tuple[st
             ", ".join(map(str, rule.constraint)),
             f"{float(group['lr']):.3g}",
             _effective_lr(rule, group, tuple(p.shape)),
-            reason,
+            reason if p.requires_grad else f"frozen, moves once it gets gradients; {reason}".removesuffix("; "),
             str(state_bytes(optimizer.state.get(p, {}))),
         )
         for name, p, reason in zip(names, group["params"], reasons, strict=True)

@@ -13,7 +13,7 @@ from normopt.constraints.base import Constraint
 from normopt.ingredient.base import Ingredient, option
 from normopt.ingredient.registry import get, parse
 from normopt.ingredient.stage import Direction
-from normopt.ingredient.view import View
+from normopt.ingredient.view import View, is_small, view_of
 from normopt.momentum.averages import EMA
 from normopt.momentum.base import Momentum, NoMomentum
 from normopt.norms.spectral import Spectral
@@ -136,7 +136,7 @@ class Rule(Ingredient):
 
         ``role`` is what it plays in a model; empty where parameters were given.
         """
-        if len(shape) < 2 and not self.norm.takes_vectors and role:
+        if is_small(shape, role) and not self.norm.takes_vectors and role:
             raise ValueError(
                 f"{name} has shape {shape}, but {self.norm}, which its role {role!r} has been given, is a norm of "
                 f"matrices. Give the role a norm of vectors, geometry={{{role!r}: 'max'}}, or the parameter, "
@@ -146,6 +146,12 @@ class Rule(Ingredient):
             raise ValueError(
                 f"{name} has shape {shape}, but {self.norm} is a norm of matrices. Give vectors and scalars a norm of "
                 "their own (a param group with norm='max' or 'euclidean'), or pass the model instead of its parameters."
+            )
+        if self.norm.needs_matrix and len(shape) > 2 and self.view.flatten is None and role:
+            raise ValueError(
+                f"{name} has shape {shape}, which {self.norm} could see in two ways. Say which, "
+                "overrides={name: {'view': {'flatten': False}}} for a stack of matrices (experts), {'flatten': True} "
+                "for one matrix with all dimensions but the first joined."
             )
         if self.norm.needs_matrix and len(shape) == 3 and self.view.flatten is None:
             raise ValueError(
@@ -183,16 +189,12 @@ def _constraints(value: Any) -> tuple[Constraint, ...]:
     return tuple(get(Constraint, item) for item in several)
 
 
-def _view(value: Any) -> View:
-    return View(**value) if isinstance(value, Mapping) else get(View, value)
-
-
 _READERS: dict[str, Callable[[Any], Any]] = {
     "norm": partial(get, Direction),
     "momentum": _momentum,
     "step_size": partial(get, StepSize),
     "constraint": _constraints,
-    "view": _view,
+    "view": view_of,
 }
 
 

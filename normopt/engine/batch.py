@@ -17,6 +17,7 @@ from normopt.engine import plan as plans
 from normopt.engine.kernels import AdamKernel
 from normopt.engine.plan import Plan, State, age
 from normopt.ingredient.stage import Context, Rate
+from normopt.ingredient.view import is_small
 from normopt.numerics.host import can_read_values
 from normopt.numerics.rounding import stochastically
 from normopt.rule import Rule
@@ -63,7 +64,7 @@ class Batch:
         #: The gradients at the weights before the last step, for momenta that look back.
         self.past: list[Tensor] | None = None
         self.working, self.flat, self.captured = plan.working, plan.flat, plan.captured
-        self.is_vector = not plan.flat and self.params[0].ndim < 2
+        self.is_vector = not plan.flat and is_small(params[0].shape, group.get("role", ""))
         #: Whether gradients that are not finite keep these parameters from moving.
         self.is_watched = bool(group["nonfinite"] != "propagate" and not self.params[0].is_meta)
         #: Whether entries are clamped so that their squares stay finite.
@@ -202,7 +203,7 @@ class Batch:
         """The inverse of ``Plan.gather``: views of ``x`` (or of a copy), one like each parameter."""
         if len(self.params) == 1 and x.shape == self.params[0].shape:
             return [x]
-        x = x.contiguous() if self.rule.view.split > 1 else x
+        x = x.contiguous() if self.rule.view.split > 1 or self.rule.view.groups > 1 else x
         parts = torch.split(x, self.plan.sizes)
         return [self.plan.like(part, p) for part, p in zip(parts, self.params, strict=True)]
 

@@ -189,7 +189,8 @@ class Plan:
     def parts(self, whole: Tensor, params: Sequence[Tensor]) -> Iterator[Tensor]:
         """Each parameter's part of a state tensor, in the parameter's own shape where the state has one."""
         for part, p in zip(torch.split(whole, self.sizes), params, strict=True):
-            is_own = self.flat or tuple(part.shape) == self.rule.view.shape(p.shape)
+            view = self.rule.view
+            is_own = self.flat or (view.keeps_order and tuple(part.shape) == view.shape(p.shape))
             yield self.like(part, p) if is_own else part
 
     def like(self, part: Tensor, p: Tensor) -> Tensor:
@@ -233,7 +234,8 @@ def state_shapes(p: Tensor, rule: Rule) -> dict[str, tuple[int, ...]]:
     seen = (p.numel(),) if rule.elementwise else rule.view.shape(tuple(p.shape))
     x = torch.empty(seen, device="meta")
     state = rule.init_state(x, lambda: x)
-    return {name: tuple(p.shape if y.shape == x.shape else y.shape) for name, y in state.items()}
+    is_own = rule.elementwise or rule.view.keeps_order
+    return {name: tuple(p.shape if is_own and y.shape == x.shape else y.shape) for name, y in state.items()}
 
 
 def separate(state: State, joined: Iterable[Tensor]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor
 
 from normopt.ingredient.base import Ingredient
+from normopt.ingredient.registry import get, nearest
 
 
 @dataclass(frozen=True)
@@ -23,31 +26,62 @@ class View(Ingredient):
             with three dimensions, for which either reading is common.
         transpose: swap the last two dimensions: an embedding stores ``(vocabulary, dim)``, one row a token, where the
             operator has one column a token.
-        split: cut ``out`` into this many matrices, each with its own norm: ``split=3`` for a fused QKV matrix,
-            ``split=n_heads`` for heads.
+        split: cut ``out`` into this many matrices of equal size, each with its own norm: ``split=3`` for a fused QKV
+            matrix, ``split=n_heads`` for heads.
+        groups: cut the first dimension, as it is stored, into this many matrices: the groups of a convolution, which
+            is a block-diagonal operator, also where it is transposed.
 
     Raises:
-        ValueError: ``split`` is less than 1.
+        TypeError: ``flatten`` or ``transpose`` is no bool, or ``split`` or ``groups`` no whole number.
+        ValueError: ``split`` or ``groups`` is less than 1, or ``groups`` are wanted of a stack, ``flatten=False``.
     """
 
     flatten: bool | None = None
     transpose: bool = False
     split: int = 1
+    groups: int = 1
 
     def __post_init__(self) -> None:
-        if self.split < 1:
-            raise ValueError(f"View: split must be at least 1, got {self.split!r}")
+        for name, kinds, wanted in (
+            ("flatten", (bool, type(None)), "True, False or None"),
+            ("transpose", (bool,), "True or False"),
+        ):
+            if not isinstance(getattr(self, name), kinds):
+                raise TypeError(f"View: {name} must be {wanted}, got {getattr(self, name)!r}")
+        for name in ("split", "groups"):
+            number: Any = getattr(self, name)
+            if isinstance(number, (tuple, list)):
+                raise TypeError(
+                    f"View: {name} must be a whole number of equal parts, got {number!r}; for parts of unequal size "
+                    f"give the number of parts of a size that divides them all, such as one a head, {name}=n_heads"
+                )
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"View: {name} must be a whole number, got {number!r}")
+            if number < 1:
+                raise ValueError(f"View: {name} must be at least 1, got {number!r}")
+        if self.groups > 1 and self.flatten is False:
+            raise ValueError(f"View: groups={self.groups} cut one matrix, not the stack that flatten=False says")
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether a contiguous stack can be seen in the parameter's own shape without copying."""
+        return self.groups == 1 or not self.transpose
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """The shape ``(matrices, out, in)`` of the stack that a parameter of ``shape`` is seen as.
 
         Raises:
-            ValueError: ``out`` cannot be cut into ``split`` equal parts.
+            ValueError: ``out`` cannot be cut into ``split`` equal parts, or the first dimension into ``groups``.
         """
         if len(shape) < 2:
             return (1, 1, math.prod(shape))
         stacked = self.flatten is False
-        lead, m, n = (math.prod(shape[:-2]), *shape[-2:]) if stacked else (1, shape[0], math.prod(shape[1:]))
+        if shape[0] % self.groups:
+            raise ValueError(
+                f"View: the {shape[0]} rows of shape {tuple(shape)} cannot be cut into {self.groups} groups"
+            )
+        lead, m, n = (self.groups, shape[0] // self.groups, math.prod(shape[1:]))
+        lead, m, n = (math.prod(shape[:-2]), *shape[-2:]) if stacked else (lead, m, n)
         m, n = (n, m) if self.transpose else (m, n)
         if m % self.split:
             raise ValueError(f"View: the {m} rows of shape {tuple(shape)} cannot be cut into split={self.split} parts")
@@ -58,13 +92,36 @@ class View(Ingredient):
         shape = self.shape(x.shape)
         if x.ndim < 2:
             return x.reshape(shape)
-        x = x if self.flatten is False else x.flatten(1)
+        if self.flatten is not False:
+            x = x.reshape(self.groups, x.shape[0] // self.groups, math.prod(x.shape[1:]))
         return (x.mT if self.transpose else x).reshape(shape)
 
     def invert(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The inverse of ``apply``: a contiguous stack ``x`` as a parameter of ``shape``; it shares memory."""
+        """The inverse of ``apply``: a contiguous stack ``x`` as a parameter of ``shape``; it shares memory, if
+        ``keeps_order``.
+        """
         if len(shape) < 2:
             return x.view(shape)
-        lead = tuple(shape[:-2]) if self.flatten is False else ()
+        lead = tuple(shape[:-2]) if self.flatten is False else (self.groups,) if self.groups > 1 else ()
         whole = x.view(*lead, x.shape[-2] * self.split, x.shape[-1])
-        return (whole.mT if self.transpose else whole).view(shape)
+        whole = whole.mT if self.transpose else whole
+        return whole.view(shape) if self.keeps_order else whole.reshape(shape)
+
+
+def is_small(shape: tuple[int, ...], role: str = "") -> bool:
+    """Whether a parameter is a vector or a scalar: by its dimensions, or by its role, as the gains of weight_norm."""
+    return len(shape) < 2 or role in ("vector", "scalar")
+
+
+def view_of(given: Any, base: View = View()) -> View:
+    """A view from itself, from its text, or from a table of fields, which is laid over ``base``.
+
+    Raises:
+        TypeError, ValueError: it is none of these, or has a field that no view has or a value that no view takes.
+    """
+    if not isinstance(given, Mapping):
+        return get(View, given)
+    known = [field.name for field in fields(View)]
+    for name in given.keys() - known:
+        raise TypeError(f"View: no field {name!r}; {nearest(str(name), known)}")
+    return replace(base, **given)

@@ -2,7 +2,8 @@
 
 from normopt.roles.geometries import GEOMETRIES, width_scaled
 from normopt.roles.groups import param_groups
-from normopt.roles.infer import Role, infer_roles
+from normopt.roles.infer import infer_roles
+from normopt.roles.modules import Role
 from normopt.roles.options import ROLES, Geometry
 
 __all__ = ["GEOMETRIES", "ROLES", "Geometry", "Role", "infer_roles", "param_groups", "width_scaled"]

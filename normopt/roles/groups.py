@@ -11,8 +11,10 @@ from torch import nn
 from normopt.constraints.base import Constraint
 from normopt.constraints.decay import L2, WeightDecay
 from normopt.ingredient.registry import nearest
+from normopt.ingredient.view import is_small
 from normopt.roles.geometries import GEOMETRIES, adam_options
-from normopt.roles.infer import Role, infer_roles
+from normopt.roles.infer import infer_roles
+from normopt.roles.modules import Role
 from normopt.roles.options import ROLES, Geometry, entry, merged
 from normopt.stepsize.base import StepSize
 from normopt.stepsize.fixed import Constant
@@ -25,7 +27,7 @@ def param_groups(
     """One torch param group for each role of ``model`` (and each view and override), ready for ``SteepestDescent``.
 
     Args:
-        model: any module; parameters that do not require a gradient are left out.
+        model: any module; parameters that are frozen now belong to the groups too, and move once they get gradients.
         geometry: a name of ``GEOMETRIES``, or a table from roles to norms, names of norms or dicts of param-group
             options; ``"*"`` is the entry for all roles that are not named.
         overrides: see :func:`infer_roles`.
@@ -82,8 +84,8 @@ def vectors_by_adam(
         "constraint": decay,
     }
     for group in groups:
-        is_small = [p.ndim < 2 for _, p in group["params"]]
-        for small in [None] if "norm" in group else sorted(set(is_small)):
-            kept = [i for i, each in enumerate(is_small) if small is None or each == small]
+        sizes = [is_small(p.shape, group.get("role", "")) for _, p in group["params"]]
+        for small in [None] if "norm" in group else sorted(set(sizes)):
+            kept = [i for i, each in enumerate(sizes) if small is None or each == small]
             part = {**group, **{name: [group[name][i] for i in kept] for name in ("params", "reasons")}}
             yield merged(adam, part) if small else part

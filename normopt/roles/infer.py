@@ -5,58 +5,44 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from normopt.ingredient.registry import nearest
-from normopt.ingredient.view import View
+from normopt.ingredient.view import View, view_of
+from normopt.roles.modules import CONV, EMBEDDING, Role, gains, is_unknown, role_of
 from normopt.roles.options import ROLES, _options, merged
-
-_UNKNOWN = "a module type without a known role"
-
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-_CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-_EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
-
-
-@dataclass(frozen=True)
-class Role:
-    """The role of a parameter: its name, how the parameter is seen as a matrix, and the reason.
-
-    Args:
-        name: one of ``ROLES``, or a name of the user's.
-        view: how the parameter is seen as (out x in) matrices.
-        reason: why it has this role, as ``describe`` shows it.
-        options: param-group options from an override, such as ``{"lr": 1e-3}`` or ``{"norm": "max"}``.
-    """
-
-    name: str
-    view: View = View()
-    reason: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def infer_roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> dict[str, Role]:
-    """The role of every parameter of ``model`` that requires a gradient, by name, in the model's order.
+    """The role of every parameter of ``model``, frozen ones included, by name, in the model's order.
 
-    Roles come from module types, from tying and from position, never from the number of dimensions alone:
+    Roles come from module types, from names, from tying and from position, never from the number of dimensions alone:
 
     * ``nn.Embedding``: ``embedding``, seen transposed (one column a token). A weight shared with the output layer keeps
       this role.
     * ``nn.Linear``: ``linear``, except the output layer, ``unembedding``: the last ``nn.Linear`` with as many outputs
       as an embedding has tokens, unless a later layer has as many inputs; if there is none (a classifier), the last
       ``nn.Linear``, unless it is as wide as an embedding or the only layer. An override that names the head decides.
-    * convolutions: ``conv``, seen as (out, in * k * k); transposed ones as (out * k * k, in).
+    * convolutions: ``conv``, seen as (out, in * k * k); transposed ones as (out * k * k, in). Grouped ones are
+      block-diagonal: one matrix a group.
     * ``nn.MultiheadAttention`` and recurrent layers: ``linear``, their fused matrices split into the 3 or 4 they hold.
+    * layers named ``qkv``, ``qkv_proj``, ``Wqkv``, ``c_attn`` or ``gate_up_proj``: ``linear``, split into the 3 or 2
+      matrices that they stack, where these are of equal size. Query, key and value of grouped-query attention are not:
+      they are kept as one matrix, and ``{"view": {"split": n}}`` with one matrix a head is the way to cut them.
+    * tensors with three dimensions in a module named after experts: ``linear``, a stack with one matrix an expert;
+      their biases are vectors. A router's matrix is ``linear``.
+    * ``weight_norm``: its gains (``weight_g``, ``original0``) are vectors, its directions have the layer's role.
     * any tensor with one dimension: ``vector``; with none: ``scalar``.
-    * matrices of other modules: ``other``, with a warning. Name their role in ``overrides``, or declare it in the
-      module, ``normopt_roles = {"weight": "linear"}`` and ``normopt_views = {"weight": {"split": 3}}`` (names relative
-      to the module).
+    * matrices of other modules: ``other``, with a warning if they are trained. Name their role in ``overrides``, or
+      declare it in the module, ``normopt_roles = {"weight": "linear"}`` and
+      ``normopt_views = {"weight": {"split": 3}}`` (names relative to the module).
+
+    Where such a matrix has three dimensions or more and gets a norm of matrices by its new role or norm, its view must
+    say whether it is a stack, ``{"role": "linear", "view": {"flatten": False}}``.
 
     Modules also declare the bounds of their weights, ``normopt_bounds = {"weight": "RowBound(radius=1.0)"}``, for
     parameters as they are stored; they are applied after the optimizer's own constraints.
@@ -64,11 +50,13 @@ def infer_roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
     Args:
         model: any module.
         overrides: a table from glob patterns over parameter names to role names, norms or dicts of param-group options
-            (``"role"``, ``"view"``, ``"norm"``, ``"lr"`` ...). Later patterns win.
+            (``"role"``, ``"view"``, ``"norm"``, ``"lr"`` ...). Later patterns win. A dict for ``"view"`` is laid over
+            the view that the parameter has, ``{"split": 1}`` undoes a split; a ``View`` takes its place.
 
     Raises:
         ValueError: a pattern matches no parameter, or a module's declaration names something that is not one of its
-            parameters.
+            parameters; a view with a number out of range.
+        TypeError: a view with an unknown field or a value of another type.
     """
     inferred = _inferred(model)
     found = dict(inferred)
@@ -82,7 +70,8 @@ def infer_roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
         for name, role in found.items():  # the user has named the head, so the layer inferred to be it is not
             if role == inferred[name] and role.name == "unembedding":
                 found[name] = replace(role, name="linear", reason="another layer is named the head")
-    unknown = [name for name, role in found.items() if role.name == "other" and role.reason.endswith(_UNKNOWN)]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    unknown = [name for name, role in found.items() if is_unknown(role) and name in trained]
     if unknown:
         warnings.warn(
             f"no role known for {', '.join(unknown)}: the module type says nothing about how they are used. They get "
@@ -98,17 +87,25 @@ def _overridden(role: Role, pattern: str, override: Any) -> Role:
     options: dict[str, Any] = {"role": override} if isinstance(override, str) else _options(override)
     says_how = bool({"role", "view", "norm"} & options.keys())
     name = options.pop("role", role.name)
-    view = options.pop("view", _view_as(name, role))
-    view = View(**view) if isinstance(view, Mapping) else view
+    view = _view_as(name, role, has_norm="norm" in options)
+    try:
+        view = view_of(options.pop("view", view), view)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"overrides[{pattern!r}]: {error}") from None
     reason = f"override {pattern!r}" if says_how else role.reason
     return replace(role, name=name, view=view, options=merged(role.options, options), reason=reason)
 
 
-def _view_as(name: str, role: Role) -> View:
-    """The view of a parameter whose role becomes ``name``: only embeddings are stored one row a token."""
-    if name == role.name or "embedding" not in (name, role.name):
+def _view_as(name: str, role: Role, has_norm: bool = False) -> View:
+    """The view of a parameter whose role becomes ``name``: only embeddings are stored one row a token.
+
+    Nobody has said yet how many matrices a parameter of unknown use holds, if it has three dimensions; some roles do.
+    """
+    if is_unknown(role) and (has_norm or name != role.name):
+        return View({"conv": True, "embedding": False}.get(name), transpose=name == "embedding")
+    if name == role.name:
         return role.view
-    return View(transpose=name == "embedding")
+    return View(transpose=name == "embedding") if "embedding" in (name, role.name) else role.view
 
 
 def _inferred(model: nn.Module) -> dict[str, Role]:
@@ -118,13 +115,17 @@ def _inferred(model: nn.Module) -> dict[str, Role]:
     found: dict[str, Role] = {}
     names: dict[Tensor, str] = {}
     for name, module, key, parameter in _parameters(model):
-        of, module, key = _parametrized(model, name, module, key)
-        role = _role(module, key, parameter, is_head=module is head)
+        of, module, key, is_gain = _as_computed(model, name, module, key)
+        path = of.removesuffix(key).removesuffix(".")
+        owner = model.get_submodule(path.rpartition(".")[0])
+        is_head = module is head
+        role = role_of(module, key, parameter, path=path, owner=owner, is_head=is_head)
+        role = gains(parameter) if is_gain else role
         if of in declared_roles:
             kind = declared_roles[of]
             role = replace(role, name=kind, view=_view_as(kind, role), reason=f"declared by {type(module).__name__}")
         if of in declared_views:
-            role = replace(role, view=View(**declared_views[of]))
+            role = replace(role, view=_declared_view(module, of, declared_views[of], role.view))
         if name in declared_bounds:
             role = replace(role, options={"bounds": declared_bounds[name]})
         first = names.setdefault(parameter, name)
@@ -133,20 +134,36 @@ def _inferred(model: nn.Module) -> dict[str, Role]:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Every parameter that requires a gradient, under each of its names (tied ones have several)."""
+    """Every parameter that can get a gradient, under each of its names (tied ones have several)."""
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter.requires_grad:
+            if parameter.requires_grad or parameter.is_floating_point():
                 yield (f"{prefix}.{key}" if prefix else key), module, key, parameter
 
 
-def _parametrized(model: nn.Module, name: str, module: nn.Module, key: str) -> tuple[str, nn.Module, str]:
-    """The name, module and key that a parameter had before ``torch.nn.utils.parametrize``."""
-    path, found, rest = name.rpartition("parametrizations.")
-    if not (found and rest.endswith(".original") and isinstance(module, ParametrizationList)):
-        return name, module, key
-    key = rest.removesuffix(".original")
-    return path + key, model.get_submodule(path.removesuffix(".")), key
+def _as_computed(model: nn.Module, name: str, module: nn.Module, key: str) -> tuple[str, nn.Module, str, bool]:
+    """The name, module and key that a parameter had before it was reparametrized, and whether it is now its gain.
+
+    ``torch.nn.utils.parametrize`` keeps what a weight is computed from in a module of its own; the older
+    ``weight_norm`` keeps ``weight_g`` and ``weight_v`` beside it.
+    """
+    weight, kind = key[:-2], key[-2:]
+    if kind in ("_g", "_v") and {f"{weight}_g", f"{weight}_v"} <= module._parameters.keys():
+        return (name, module, key, True) if kind == "_g" else (name.removesuffix("_v"), module, weight, False)
+    if isinstance(module, ParametrizationList):
+        path, _, weight = name.removesuffix(f".{key}").rpartition("parametrizations.")
+        is_normed = type(module[0]).__name__ == "_WeightNorm"
+        if key == "original" or (is_normed and key == "original1"):
+            return path + weight, model.get_submodule(path.removesuffix(".")), weight, False
+        return name, module, key, is_normed and key == "original0"
+    return name, module, key, False
+
+
+def _declared_view(module: nn.Module, name: str, given: Any, inferred: View) -> View:
+    try:
+        return view_of(given, inferred)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"normopt_views of {type(module).__name__} for {name}: {error}") from None
 
 
 def _declared(model: nn.Module, attribute: str) -> dict[str, Any]:
@@ -184,7 +201,7 @@ def _tied(first: Role, second: Role, name: str) -> Role:
 
 def _head(model: nn.Module) -> nn.Module | None:
     """The output layer, as :func:`infer_roles` defines it."""
-    tables = [module for module in model.modules() if isinstance(module, _EMBEDDING)]
+    tables = [module for module in model.modules() if isinstance(module, EMBEDDING)]
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if tables:
         sizes = {table.num_embeddings for table in tables}
@@ -192,38 +209,8 @@ def _head(model: nn.Module) -> nn.Module | None:
         readouts = [m for m, inputs in zip(linears, consumed, strict=True) if m.out_features in sizes - inputs]
         hidden = linears and linears[-1].out_features in {table.embedding_dim for table in tables}
         return readouts[-1] if readouts else linears[-1] if linears and not hidden else None
-    return linears[-1] if len(linears) > 1 or (linears and _has(model, _CONV)) else None
-
-
-def _has(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    return any(isinstance(module, kinds) for module in model.modules())
-
-
-def _role(module: nn.Module, key: str, parameter: Tensor, *, is_head: bool) -> Role:
-    kind = type(module).__name__
-    if parameter.ndim < 2:
-        name, dimensions = ("vector", "one dimension") if parameter.ndim else ("scalar", "no dimension")
-        return Role(name, View(), f"{kind}.{key}: {dimensions}")
-    if isinstance(module, _EMBEDDING):
-        return Role("embedding", View(transpose=True), f"{kind}: one column a token")
-    if is_head:
-        return Role("unembedding", View(), f"{kind}: the output layer, {parameter.shape[0]} outputs")
-    if isinstance(module, nn.Linear):
-        return Role("linear", View(), f"{kind}: a hidden layer")
-    if isinstance(module, _CONV):
-        return Role("conv", View(flatten=True), f"{kind}: seen as (out, in * kernel)")
-    if isinstance(module, _CONV_TRANSPOSE):
-        return Role("conv", View(flatten=True, transpose=True), f"{kind}: seen as (out * kernel, in)")
-    return _fused(module, key, kind) or Role("other", View(True), f"{kind}.{key}: {_UNKNOWN}")
-
-
-def _fused(module: nn.Module, key: str, kind: str) -> Role | None:
-    """The role of matrices that torch and transformers keep in other modules than nn.Linear; ``None`` for others."""
-    if isinstance(module, nn.MultiheadAttention) and key.endswith("proj_weight"):
-        return Role("linear", View(split=3 if key == "in_proj_weight" else 1), f"{kind}: query, key and value")
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and key.startswith("weight"):
-        gates = 4 if "LSTM" in kind else 3 if "GRU" in kind else 1
-        return Role("linear", View(split=1 if "_hr" in key else gates), f"{kind}: {gates} stacked gates")
-    if kind == "Conv1D" and hasattr(module, "nf") and key == "weight":
-        return Role("linear", View(transpose=True), f"{kind}: a linear layer that stores (in, out)")
-    return None
+    return (
+        linears[-1]
+        if len(linears) > 1 or (linears and any(isinstance(module, CONV) for module in model.modules()))
+        else None
+    )

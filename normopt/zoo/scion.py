@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from normopt.constraints import FrankWolfe
 from normopt.ingredient import nearest, option
+from normopt.ingredient.view import is_small
 from normopt.momentum import EMA
 from normopt.norms import Norm, Spectral
 from normopt.polar import PolarCoefficients
@@ -89,7 +90,7 @@ class Scion(DeclaredOptimizer):
 
         Matrices are drawn anew by :meth:`normopt.norms.Norm.initialize_`, each as the optimizer sees it:
         semi-orthogonal under the spectral norm. Vectors and scalars are only made as long as their radius, so that
-        gains keep their signs; those that are 0 stay 0.
+        gains keep their signs; those that are 0 stay 0. Frozen parameters stay as they are.
 
         Args:
             generator: where random numbers come from, on the device of the parameters.
@@ -106,18 +107,19 @@ class Scion(DeclaredOptimizer):
                 raise ValueError(f"Scion.initialize: {rule} has no ball to put weights on")
         for group, rule in zip(self.param_groups, rules, strict=True):
             for p in group["params"]:
-                _initialize(p, rule, generator)
+                if p.requires_grad:
+                    _initialize(p, rule, generator, is_small(p.shape, group.get("role", "")))
 
 
 def _named(name: str, table: Mapping[str, float], role: str) -> dict[str, float]:
     return {name: table[role]} if role in table else {}
 
 
-def _initialize(p: Tensor, rule: Rule, generator: torch.Generator | None) -> None:
+def _initialize(p: Tensor, rule: Rule, generator: torch.Generator | None, is_vector: bool) -> None:
     norm, radius = rule.norm, getattr(rule.step_size, "radius", 1.0)
     assert isinstance(norm, Norm)
     dtype = torch.promote_types(p.dtype, torch.float32)
-    if p.ndim > 1:
+    if not is_vector:
         x = norm.initialize_(torch.empty(rule.view.shape(p.shape), dtype=dtype, device=p.device), generator)
     else:
         x = rule.view.apply(p).to(dtype)

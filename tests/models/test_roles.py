@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, prune, weight_norm
 
 import normopt
 from normopt import GEOMETRIES, Column, Max, Row, Spectral, SteepestDescent, View, infer_roles, param_groups
@@ -67,7 +69,7 @@ def test_cnn() -> None:
     matrices = {name: role.name for name, role in found.items() if role.name != "vector"}
     assert matrices == {"0.weight": "conv", "2.weight": "conv", "3.weight": "unembedding"}
     assert found["0.weight"].view.shape((8, 3, 3, 3)) == (1, 8, 27)
-    assert found["2.weight"].view.shape((8, 1, 3, 3)) == (1, 8, 9)
+    assert found["2.weight"].view.shape((8, 1, 3, 3)) == (8, 1, 9)
 
 
 @pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
@@ -185,14 +187,46 @@ def test_every_vector_and_scalar_is_one() -> None:
     assert set(names(model).values()) == {"vector", "scalar"}
 
 
-def test_frozen_parameters_are_left_out() -> None:
+@pytest.mark.parametrize("name", normopt.list_optimizers())
+def test_frozen_parameters_belong_to_the_optimizer_and_move_once_they_have_gradients(name: str) -> None:
     model = gpt()
-    model.embed.weight.requires_grad_(False)
-    model.blocks[0].requires_grad_(False)
-    found = infer_roles(model)
-    assert list(found) == [name for name, p in model.named_parameters() if p.requires_grad]
-    grouped = [name for group in param_groups(model) for name, _ in group["params"]]
-    assert sorted(grouped) == sorted(found)
+    trained = [model.head.weight, model.norm.weight]
+    frozen = [p for p in model.parameters() if all(p is not q for q in trained)]
+    for p in frozen:
+        p.requires_grad_(False)
+    assert infer_roles(model) == infer_roles(gpt())
+    optimizer = normopt.create(name, model, lr=0.1)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {*map(id, held)} == {*map(id, model.parameters())}
+    before = [p.clone() for p in frozen]
+    for _ in range(2):
+        step_on(optimizer, trained)
+    assert all(torch.equal(p, q) for p, q in zip(frozen, before, strict=True))
+    assert not any(optimizer.state.get(p) for p in frozen)
+    rows = [line for line in normopt.describe(optimizer).splitlines() if "frozen, moves once it gets gradients" in line]
+    assert len(rows) == len(frozen)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p in frozen:
+        p.requires_grad_(True)
+    for _ in range(2):
+        step_on(optimizer, [*frozen, *trained])
+    assert all((p != q).any() for p, q in zip(frozen, before, strict=True))
+    assert "frozen" not in normopt.describe(optimizer)
+
+
+def test_warnings_name_trained_parameters_only() -> None:
+    model = nn.ModuleDict({"a": Holder(3, 4), "b": Holder(3, 4)})
+    model["a"].raw.requires_grad_(False)
+    with pytest.warns(UserWarning, match="no role known for b.raw: "):
+        infer_roles(model)
+    model["b"].raw.requires_grad_(False)
+    infer_roles(model)
+
+
+def test_parameters_that_can_get_no_gradient_are_left_out() -> None:
+    model = nn.Linear(3, 4)
+    model.codes = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    assert list(infer_roles(model)) == ["weight", "bias"]
 
 
 def test_shared_modules_count_once() -> None:
@@ -256,7 +290,7 @@ def test_overrides_by_pattern() -> None:
             "blocks.1.*": {"weight_decay": 0.0},
             "*.down.weight": "other",
             "head.*": Row(scale="unit"),
-            "*qkv*": {"view": {}, "norm": "max"},
+            "*qkv*": {"view": {"split": 1}, "norm": "max"},
             "embed*": {"view": View()},
             "norm.weight": {"role": "mine"},
         },
@@ -276,7 +310,12 @@ def test_overrides_by_pattern() -> None:
         ({"heed.weight": "linear"}, "'heed.weight' matches no parameter; did you mean 'head.weight'"),
         ({"blocks.7.*": "linear"}, "matches no parameter"),
         ({"head.weight": "lienar"}, "unknown role 'lienar'; did you mean 'linear'"),
-        ({"*qkv*": {"view": {"splits": 3}}}, "splits"),
+        ({"*qkv*": {"view": {"splits": 3}}}, r"overrides\['\*qkv\*'\]: View: no field 'splits'; did you mean 'split'"),
+        (
+            {"*qkv*": {"view": {"flatten": 2}}},
+            r"overrides\['\*qkv\*'\]: View: flatten must be True, False or None, got 2",
+        ),
+        ({"*qkv*": {"view": 3}}, r"overrides\['\*qkv\*'\]: expected a View .* got 3"),
         ({"*qkv*": {"view": {"split": 5}}}, "cannot be cut into split=5"),
         ({"*qkv*": {"nrom": "max"}}, "reads 'nrom'; did you mean 'norm'"),
         ({"*qkv*": {"norm": "maxx"}}, "did you mean 'max'"),
@@ -302,9 +341,12 @@ def test_overrides_reach_the_param_groups() -> None:
 
 
 def step_once(optimizer: SteepestDescent) -> None:
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = torch.randn_like(p)
+    step_on(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+
+
+def step_on(optimizer: SteepestDescent, params: list[Tensor]) -> None:
+    for p in params:
+        p.grad = torch.randn_like(p)
     optimizer.step(lambda: None)  # for momenta that ask for the gradient at other weights: here the same
 
 
@@ -337,10 +379,15 @@ MODELS = {
     "embedding bag": lambda: nn.Sequential(nn.EmbeddingBag(9, 3), nn.Linear(3, 2)),
     "bilinear": lambda: nn.Bilinear(3, 4, 5),
     "experts": lambda: Declared(3, 4, 6),
+    "grouped": lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose1d(8, 4, 3, groups=4)),
+    "grouped alike": lambda: nn.ModuleList(nn.ConvTranspose2d(4, 4, 3, groups=2) for _ in range(2)),
+    "weight norm": lambda: nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(3, 4)), weight_norm(nn.Conv1d(4, 4, 3))
+    ),
 }
 
 
-@pytest.mark.filterwarnings("ignore:no role known")
+@pytest.mark.filterwarnings("ignore:no role known", "ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("name", normopt.list_optimizers())
 def test_every_optimizer_takes_every_model(name: str, model: Any) -> None:
@@ -353,7 +400,7 @@ def test_every_optimizer_takes_every_model(name: str, model: Any) -> None:
         assert torch.isfinite(p).all() and (p != before[key]).any()
 
 
-@pytest.mark.filterwarnings("ignore:no role known")
+@pytest.mark.filterwarnings("ignore:no role known", "ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_muon_never_orthogonalizes_embeddings_heads_and_vectors(model: Any) -> None:
     optimizer = normopt.create("muon", model(), lr=0.1)
@@ -407,10 +454,11 @@ def test_scions_geometry_has_the_papers_sizes() -> None:
 def test_views_round_trip(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(0, 4), max_size=5)))
     flatten, transpose = data.draw(st.sampled_from([None, True, False])), data.draw(st.booleans())
-    view = View(flatten, transpose)
+    groups = [g for g in range(1, shape[0] + 1) if shape[0] % g == 0] if len(shape) > 1 and flatten is not False else []
+    view = View(flatten, transpose, groups=data.draw(st.sampled_from(groups or [1])))
     _, out, _ = view.shape(shape)
     splits = [s for s in range(1, out + 1) if out % s == 0] if len(shape) > 1 else []
-    view = View(flatten, transpose, data.draw(st.sampled_from(splits or [1])))
+    view = replace(view, split=data.draw(st.sampled_from(splits or [1])))
     x = torch.arange(float(math.prod(shape))).reshape(shape)
     seen = view.apply(x)
     assert seen.shape == view.shape(shape)
@@ -434,11 +482,47 @@ def test_views_show_the_operators() -> None:
 def test_views_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"7 rows of shape \(7, 2\) cannot be cut into split=3"):
         View(split=3).apply(torch.zeros(7, 2))
-    with pytest.raises(ValueError, match="split must be at least 1"):
-        View(split=0)
+    with pytest.raises(ValueError, match=r"7 rows of shape \(7, 2\) cannot be cut into 3 groups"):
+        View(groups=3).apply(torch.zeros(7, 2))
+    for name in "split", "groups":
+        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+            View(**{name: 0})
+    with pytest.raises(ValueError, match="groups=2 cut one matrix, not the stack that flatten=False says"):
+        View(flatten=False, groups=2)
 
 
-@pytest.mark.parametrize("view", [View(False, False, 3), View(False, True, 2), View(True, False, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("flatten", 2, "flatten must be True, False or None, got 2"),
+        ("flatten", "False", "flatten must be True, False or None, got 'False'"),
+        ("transpose", None, "transpose must be True or False, got None"),
+        ("split", 2.0, "split must be a whole number, got 2.0"),
+        ("split", True, "split must be a whole number, got True"),
+        (
+            "split",
+            (4, 2, 2),
+            r"split must be .* got \(4, 2, 2\); for parts of unequal size .* one a head, split=n_heads",
+        ),
+        ("groups", None, "groups must be a whole number, got None"),
+    ],
+)
+def test_views_of_another_type_are_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"View: {message}"):
+        View(**{field: value})
+    with pytest.raises(TypeError, match=f"View: {message}"):
+        SteepestDescent([torch.zeros(8, 2, requires_grad=True)], view={field: value})
+    model = Holder(8, 2)
+    model.normopt_views = {"raw": {field: value}}
+    with pytest.raises(TypeError, match=f"normopt_views of Holder for raw: View: {message}"):
+        infer_roles(model)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [View(False, False, 3), View(False, True, 2), View(True, False, 3), View(True, groups=3), View(True, True, 2, 3)],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [(12, 2), (6, 8), (6, 6, 4)], ids=str)
 def test_each_part_of_a_split_moves_by_itself(view: View, shape: tuple[int, ...]) -> None:
     g = torch.randn(shape)
@@ -485,7 +569,7 @@ def test_muon_is_torchs_muon_beside_torchs_adamw(kind: str, monkeypatch: pytest.
         aux_lr=0.003,
         aux_weight_decay=0.05,
         orthogonalize_dtype=torch.float32,
-        overrides={"*qkv*": {"view": {}}} if kind == "gpt" else None,
+        overrides={"*qkv*": {"view": {"split": 1}}} if kind == "gpt" else None,
     )
     hidden = [p for name, p in b.named_parameters() if p.ndim == 2 and name.split(".")[0] in ("blocks", "0")]
     rest = [p for p in b.parameters() if all(p is not q for q in hidden)]
