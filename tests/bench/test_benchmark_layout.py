@@ -17,11 +17,13 @@ ROOT = Path(benchmarks.__file__).parent
 FOLDERS = ("language", "cost", "probes", "output")
 #: What each part may import of the others; a module of a folder may also import the rest of its folder.
 ALLOWED = {
-    "__main__": {"language", "cost", "probes", "harness", "output"},
-    "language": {"harness", "output"},
-    "cost": {"harness", "output"},
+    "__main__": {"language", "cost", "probes", "arguments", "harness", "output"},
+    "language": {"peers", "harness", "output"},
+    "cost": {"peers", "harness", "output"},
     "probes": {"harness", "output"},
+    "peers": {"harness", "output"},
     "harness": {"output"},
+    "arguments": set(),
     "output": set(),
 }
 
