@@ -125,8 +125,8 @@ class Plan:
             entry |= {"rest": peers.REST} if contender.base in peers.MATRICES_ONLY else {}
         if contender.base != contender.name:
             entry = {"optimizer": contender.base, **entry, **contender.options}
-            own = contender.options.get("rest", {})
-            entry |= {"rest": {**peers.REST, **own}} if own and "optimizer" not in own else {}
+            own = contender.options.get("rest")
+            entry |= {"rest": {**peers.REST, **own}} if isinstance(own, dict) and "optimizer" not in own else {}
         return entry
 
     def _tuned(self, optimizer: str, model: str) -> dict[str, Any]:

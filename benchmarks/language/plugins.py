@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -42,5 +43,7 @@ def _imported(path: Path) -> str:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise PlanError(f"--plugin {path} cannot be imported: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f", line {lines[-1]}" if lines else ""
+        raise PlanError(f"--plugin {path} cannot be imported: {type(error).__name__}: {error}{place}") from error
     return hashlib.sha256(content).hexdigest()[:16]

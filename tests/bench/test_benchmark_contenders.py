@@ -152,7 +152,9 @@ def test_examples_are_planned_with_tuned_options(corpus: Corpus, monkeypatch: py
     assert mine.label == f"mine lr {QUICK['muon']['lr']:g} seed 0"
     assert mine.options == {"optimizer": "muon", "weight_decay": 0.1, "momentum": 0.9, "nesterov": False}
     assert new.lr == 0.5 and new.options["norm"] == "Chain(Row(), Spectral())"
-    for run in (adamw, muon, mine, new):
+    (pair,) = planned(["--optimizers", 'p=torch:SGD(rest={"lr_ratio":0.1})'], corpus, monkeypatch)
+    assert pair.options["rest"] == {**peers.REST, "lr_ratio": 0.1} and pair.options["momentum"] == 0.9
+    for run in (adamw, muon, mine, new, pair):
         assert json.loads(json.dumps(run.options)) == json.loads(json.dumps(run.options, allow_nan=False))
 
 
@@ -251,7 +253,7 @@ def test_any_optimizer_can_be_paired(corpus: Corpus) -> None:
         (["--tuned", "rate.json"], "--tuned rate.json: muon has no positive number as its lr"),
         (["--plugin", "none.py"], "none.py cannot be read: No such file"),
         (["--plugin", "text.txt"], "text.txt is no Python file"),
-        (["--plugin", "wrong.py"], "wrong.py cannot be imported: ZeroDivisionError: division by zero"),
+        (["--plugin", "wrong.py"], "wrong.py cannot be imported: ZeroDivisionError: division by zero, line 2"),
     ],
 )
 def test_errors_name_the_argument_and_the_choices(
@@ -259,7 +261,7 @@ def test_errors_name_the_argument_and_the_choices(
 ) -> None:
     Path("list.json").write_text("[1]")
     Path("rate.json").write_text('{"muon": {"lr": "fast"}}')
-    Path("wrong.py").write_text("1 / 0")
+    Path("wrong.py").write_text("\n1 / 0")
     assert message in refused(arguments, corpus, monkeypatch, capsys)
 
 

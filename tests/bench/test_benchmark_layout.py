@@ -79,6 +79,11 @@ def test_normopt_does_not_import_its_benchmarks() -> None:
         assert not imports_of(path), path
 
 
+def test_the_wheel_holds_what_readme_says() -> None:
+    assert 'packages = ["normopt"]' in (ROOT.parent / "pyproject.toml").read_text()
+    assert "The benchmark is in this repository\nand not in the wheel" in (ROOT.parent / "README.md").read_text()
+
+
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; from benchmarks.__main__ import make_parser; make_parser(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
