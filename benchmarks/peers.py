@@ -86,7 +86,9 @@ def classes(library: str) -> dict[str, type[Optimizer]]:
     try:
         module = importlib.import_module("torch.optim" if library == "torch" else library)
     except (ImportError, ValueError) as error:
-        raise PlanError(f"--optimizers: {library} cannot be imported ({error}): install it, or choose from another library") from None
+        raise PlanError(
+            f"--optimizers: {library} cannot be imported ({error}): install it, or choose from another library"
+        ) from None
     known = {name: value for name, value in vars(module).items() if inspect.isclass(value) and not name.startswith("_")}
     found = {
         name: cls
