@@ -1,18 +1,23 @@
 """Command line of the benchmarks."""
 
 import argparse
-import ast
 import sys
-from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.arguments import among, list_of, options, positive_float, positive_int, rates_by_name, share, whole
 from benchmarks.output.records import BusyError, WriteError
 
 DEFAULT_OPTIMIZERS = "adamw,muon,scion,signum"
 MODEL_NAMES = ("gpt", "angpt", "ngpt")
 PRESET_NAMES = ("quick", "standard", "gpt2")
 STEP_SETS = ("quick", "small", "wide", "gpt2")
+OPTIMIZERS = """names, separated by commas, of: all (those of normopt); patterns like '*muon*'; optimizers of torch and
+of other installed libraries, like torch:AdamW, torch:*, lion_pytorch:Lion; own combinations, like
+mine=muon(momentum=0.9,nesterov=False) or new=SteepestDescent(norm="Chain(Row(), Spectral())",momentum=0.95).
+torch:Muon takes matrices only: all other tensors get torch's AdamW at half its rate, as under normopt's Muon
+(rest={{"lr_ratio":1.0}} sets options of that AdamW, and pairs any other library's optimizer with it).
+Default: {}"""
 FAMILIES = ("adamw", "muon", "soap", "shampoo", "prodigy", "lion", "adamp", "adafactor")
 
 
@@ -64,19 +69,19 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     compare = commands.add_parser("compare", help="same batches, same initial weights, each at its tuned rate")
     _add_shared(compare, seeds=1)
-    compare.add_argument("--lr", type=_rates_by_name, default={}, help="learning rates, like muon=0.01,adamw=3e-3")
+    compare.add_argument("--lr", type=rates_by_name, default={}, help="learning rates, like muon=0.01,adamw=3e-3")
     lengths = "other lengths to run too, for the steps to a target, like 150,300"
-    compare.add_argument("--horizons", type=_list_of(_positive_int), default=[], help=lengths)
+    compare.add_argument("--horizons", type=list_of(positive_int, "150,300"), default=[], help=lengths)
     grid = commands.add_parser("grid", help="a fixed grid of learning rates for each optimizer")
     _add_shared(grid, seeds=2)
-    grid.add_argument("--rates", type=_list_of(_positive_float), help="default: tuned x 1/4, 1/2, 1, 2")
+    grid.add_argument("--rates", type=list_of(positive_float, "1e-3,1e-2"), help="default: tuned x 1/4, 1/2, 1, 2")
     sweep = commands.add_parser("sweep", help="tune every optimizer by one protocol, with the same number of trials")
     _add_shared(sweep, seeds=None)
-    sweep.add_argument("--trials", type=_positive_int, default=5, help="short runs of each, at the least; default: 5")
-    sweep.add_argument("--screen-steps", type=_positive_int, help="their length; default: half the full one")
+    sweep.add_argument("--trials", type=positive_int, default=5, help="short runs of each, at the least; default: 5")
+    sweep.add_argument("--screen-steps", type=positive_int, help="their length; default: half the full one")
     norms = commands.add_parser("norms", help="norms inside the models over training: residual stream, rows, alpha")
     _add_shared(norms, seeds=1, optimizers="adamw", models=",".join(MODEL_NAMES))
-    norms.add_argument("--lr", type=_rates_by_name, default={}, help="learning rates, like adamw@angpt=3e-3")
+    norms.add_argument("--lr", type=rates_by_name, default={}, help="learning rates, like adamw@angpt=3e-3")
     _add_report(commands.add_parser("report", help="tables and plots of runs on file, whatever commands made them"))
     _add_polar(commands.add_parser("polar", help="accuracy and speed of polar factors, without any training"))
     _add_step(commands.add_parser("step", help="what a step costs, beside other libraries, without any training"))
@@ -86,7 +91,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--runs", type=_list_of(Path), required=True, help="folders of results, separated by commas")
+    add(
+        "--runs", type=list_of(Path, "runs/one,runs/two"), required=True, help="folders of results, separated by commas"
+    )
     add("--data", default="shakespeare", help="their text; default: shakespeare")
     add("--readme", type=Path, help="a Markdown file: put the headline between the two comments that mark its place")
     add("--out", type=Path, help="folder for tables and plots; default: runs/report")
@@ -96,7 +103,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _add_probes(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     help_ = "like muon,torch.Muon; default: one of each family, and all installed peers"
-    add("--optimizers", type=_list_of(str), help=help_)
+    add("--optimizers", type=list_of(str, "muon,torch.Muon"), help=help_)
     add("--all", action="store_true", help="all of normopt's optimizers in place of one of each family")
     add("--out", type=Path, help="folder for the results; default: runs/probes")
     add("--smoke", action="store_true", help="two optimizers, without the slow probes: does everything work?")
@@ -105,13 +112,11 @@ def _add_probes(parser: argparse.ArgumentParser) -> None:
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--sets", type=_among(STEP_SETS), default=STEP_SETS[:3], help=f"of {', '.join(STEP_SETS)}; default: the first 3"
-    )
-    add("--families", type=_among(FAMILIES), default=FAMILIES, help=f"of {', '.join(FAMILIES)}; default: all")
-    add("--rounds", type=_positive_int, default=20, help="steps of each optimizer that are timed; default: 20")
+    add("--sets", type=among(STEP_SETS), default=STEP_SETS[:3], help=f"of {', '.join(STEP_SETS)}; default: the first 3")
+    add("--families", type=among(FAMILIES), default=FAMILIES, help=f"of {', '.join(FAMILIES)}; default: all")
+    add("--rounds", type=positive_int, default=20, help="steps of each optimizer that are timed; default: 20")
     add("--compile", action="store_true", help="time normopt's compiled too, which takes minutes to compile")
-    add("--threads", type=_positive_int, default=2, help="default: 2")
+    add("--threads", type=positive_int, default=2, help="default: 2")
     add("--out", type=Path, help="folder for the results; default: runs/step")
     add("--smoke", action="store_true", help="a tiny set and three rounds: does everything work?")
     parser.set_defaults(preset="step")
@@ -119,8 +124,8 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
 
 def _add_polar(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--sizes", type=_list_of(_positive_int), help="shorter sides; default: 64,128,256,512")
-    add("--repeats", type=_positive_int, default=15, help="timings of each method; default: 15")
+    add("--sizes", type=list_of(positive_int, "64,128"), help="shorter sides; default: 64,128,256,512")
+    add("--repeats", type=positive_int, default=15, help="timings of each method; default: 15")
     add("--out", type=Path, help="folder for the results; default: runs/polar")
     add("--smoke", action="store_true", help="small matrices and two repeats: does everything work?")
     parser.set_defaults(preset="polar")
@@ -130,90 +135,32 @@ def _add_shared(
     parser: argparse.ArgumentParser, seeds: int | None, optimizers: str = DEFAULT_OPTIMIZERS, models: str = "gpt"
 ) -> None:
     add = parser.add_argument
-    add("--optimizers", type=_list_of(str), default=optimizers, help=f"default: {optimizers}")
+    add("--optimizers", type=list_of(str, DEFAULT_OPTIMIZERS), default=optimizers, help=OPTIMIZERS.format(optimizers))
+    imported = "a Python file that is imported first, like my_norm.py; may be given several times"
+    add("--plugin", type=Path, action="append", default=[], metavar="FILE", help=imported)
+    tuned = "options by name, in the place of or beside those of tuned.json; sweep's chosen.json is such a file"
+    add("--tuned", type=Path, metavar="FILE", help=tuned)
     add(
         "--model",
-        type=_among(MODEL_NAMES),
+        type=among(MODEL_NAMES),
         default=models,
         help=f"one or more of {', '.join(MODEL_NAMES)}; default: {models}",
     )
     add("--preset", choices=PRESET_NAMES, default="quick")
-    add("--model-options", type=_options, default={}, help="arguments of the model, like gate_scale=1.0,lerp=False")
-    add("--width", type=_positive_int, help="d_model, with heads of the preset's size; default: the preset's")
-    add("--batch", type=_positive_int, help="sequences a step; default: the preset's")
+    add("--model-options", type=options, default={}, help="arguments of the model, like gate_scale=1.0,lerp=False")
+    add("--width", type=positive_int, help="d_model, with heads of the preset's size; default: the preset's")
+    add("--batch", type=positive_int, help="sequences a step; default: the preset's")
     add("--data", default="shakespeare", help="shakespeare (default), stdlib, a text file, or a pattern of .bin shards")
-    add("--steps", type=_positive_int, help="length of the runs; default: the preset's")
-    add("--warmup", type=_whole, help="steps of warm-up; default: the preset's, none for angpt and ngpt")
-    add("--decay", type=_share, help="the part of a run over which the rate falls to 0; default: the preset's")
-    add("--evaluations", type=_positive_int, help="points of the loss curve; default: the preset's")
+    add("--steps", type=positive_int, help="length of the runs; default: the preset's")
+    add("--warmup", type=whole, help="steps of warm-up; default: the preset's, none for angpt and ngpt")
+    add("--decay", type=share, help="the part of a run over which the rate falls to 0; default: the preset's")
+    add("--evaluations", type=positive_int, help="points of the loss curve; default: the preset's")
     if seeds:
-        add("--seeds", type=_positive_int, default=seeds, help=f"runs per setting; default: {seeds}")
+        add("--seeds", type=positive_int, default=seeds, help=f"runs per setting; default: {seeds}")
     add("--out", type=Path, help="folder for results and checkpoints; default: runs/PRESET")
     add("--device", default="auto", help="auto (default: CUDA when there is one), cpu, cuda")
-    add("--workers", type=_positive_int, help="runs at a time; default: one per core, one on a GPU")
+    add("--workers", type=positive_int, help="runs at a time; default: one per core, one on a GPU")
     add("--smoke", action="store_true", help="a tiny model and few steps: does everything work?")
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1")
-    return value
-
-
-def _list_of(convert: "Callable[[str], object]") -> "Callable[[str], list[object]]":
-    def parse(text: str) -> list[object]:
-        values = [convert(part.strip()) for part in text.split(",") if part.strip()]
-        if not values:
-            raise argparse.ArgumentTypeError("the list is empty")
-        return values
-
-    parse.__name__ = "list"
-    return parse
-
-
-def _among(known: Sequence[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",")]
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(known)}")
-        return names
-
-    return parse
-
-
-def _options(text: str) -> dict[str, object]:
-    try:
-        return {name.strip(): ast.literal_eval(value) for name, _, value in (p.partition("=") for p in text.split(","))}
-    except (SyntaxError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text} is not like name=1.0,other=False") from None
-
-
-def _rates_by_name(text: str) -> dict[str, float]:
-    pairs = [part.partition("=") for part in text.split(",")]
-    return {name.strip(): _positive_float(rate) for name, _, rate in pairs}
 
 
 if __name__ == "__main__":

@@ -4,46 +4,18 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 import normopt
 from benchmarks.harness import imported
+from benchmarks.peers import Several, hidden, rest
 
 #: Makes an optimizer from a model; raises ImportError if its library is not installed.
-Maker = Callable[[nn.Module], "Optimizer | Several"]
+Maker = Callable[[nn.Module], Optimizer]
 
 REFRESH = 10  # steps between two refreshes of SOAP's bases and Shampoo's roots
 LARGEST = 4096  # longer sides have no basis in SOAP, so the vocabulary side of an embedding has none
-
-
-class Several:
-    """Several optimizers that step one after the other, like Muon for matrices and AdamW for the other parameters."""
-
-    def __init__(self, *optimizers: Optimizer) -> None:
-        self.optimizers = optimizers
-
-    def step(self) -> None:
-        """Step every optimizer."""
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    @property
-    def state(self) -> dict[Tensor, Any]:
-        """The states of all optimizers."""
-        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
-
-
-def hidden(model: nn.Module) -> list[Tensor]:
-    """The matrices of hidden layers, which Muon and similar optimizers update."""
-    roles = normopt.infer_roles(model)
-    return [p for name, p in model.named_parameters() if roles[name].name == "linear"]
-
-
-def rest(model: nn.Module) -> list[Tensor]:
-    """All other parameters."""
-    matrices = {id(p) for p in hidden(model)}
-    return [p for p in model.parameters() if id(p) not in matrices]
 
 
 def ours(name: str, **options: Any) -> Maker:

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.output.plots import COLORS, STYLE, save
 from benchmarks.output.records import Row
-from benchmarks.output.tables import publish
+from benchmarks.output.tables import publish, set_aside
 
 NOTES = (
     "Shapes are matrices x short x long sides, in float32; dtype is that of the products. Time is a ratio to "
@@ -30,6 +30,7 @@ def write_polar(rows: list[Row], out: Path) -> None:
     rates = {row["dtype"]: max(r["product_rate"] for r in rows if r["dtype"] == row["dtype"]) for row in rows}
     table = [line(row, rates[row["dtype"]]) for row in rows]
     setting = f"torch {rows[0]['torch']}, {rows[0]['repeats']} repeats. {NOTES}"
+    set_aside(out / "polar.md", "polar_pareto.png", "polar_width.png", "polar_count.png")
     plot_pareto(rows, out)
     plot_growth(rows, out)
     publish(table, setting, out / "polar.md", [f"![{name}](polar_{name}.png)" for name in ("pareto", "width", "count")])

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.output.plots import STYLE, save
 from benchmarks.output.records import Row
-from benchmarks.output.tables import publish
+from benchmarks.output.tables import publish, set_aside
 
 OURS = "normopt"
 NOTES = (
@@ -23,6 +23,7 @@ def write_step(rows: list[Row], out: Path) -> None:
     """Print the table, and write `step.md` and `step.png`."""
     table = [line(row, rows) for row in rows]
     first = rows[0]
+    set_aside(out / "step.md", "step.png")
     setting = f"torch {first['torch']}, {first['threads']} threads, {len(first['seconds'])} rounds. {NOTES}"
     plot_step(rows, out)
     publish(table, setting, out / "step.md", ["![ratios](step.png)"])

@@ -15,7 +15,8 @@ def compare(arguments: Namespace) -> int:
     rates = plan.rates(arguments.lr)
     untuned = [cell for cell in plan.untuned() if cell not in rates]
     if untuned and not arguments.smoke:
-        print(f"Not tuned for {plan.preset.name}: {', '.join(untuned)}. Set learning rates with --lr NAME=RATE.")
+        named = ", ".join(f"{cell} (lr {plan.options(cell)['lr']:g})" for cell in untuned)
+        print(f"Not tuned for {plan.preset.name}: {named}. Set learning rates with --lr NAME=RATE.")
     full = [plan.config(cell, seed, rates.get(cell)) for seed in range(arguments.seeds) for cell in plan.cells]
     lengths = sorted({plan.preset.steps, *(arguments.horizons or [])}, reverse=True)
     configs = [replace(config, preset=replace(config.preset, steps=steps)) for steps in lengths for config in full]

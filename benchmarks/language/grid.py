@@ -15,7 +15,7 @@ from benchmarks.language.workers import Pool
 from benchmarks.output.plots import plot_rates
 from benchmarks.output.records import Row, read_rows
 from benchmarks.output.rows import cell_of, check_corpus, group, loss_cells, mean_loss, setting, unit
-from benchmarks.output.tables import publish
+from benchmarks.output.tables import publish, set_aside
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)
 #: Explains the mark beside a learning rate.
@@ -41,13 +41,15 @@ def grid(arguments: Namespace) -> int:
 
 def _but_the_rate(config: dict[str, Any]) -> str:
     """The configuration as text without the learning rate: equal for runs that differ in nothing else."""
-    return json.dumps({**config, "lr": None}, sort_keys=True)
+    kept = {name: value for name, value in config.items() if name != "lr" and value}  # rows on file have no new fields
+    return json.dumps(kept, sort_keys=True)
 
 
 def write_grid(rows: list[Row], out: Path) -> None:
     """Print the table of a grid, the optimizer with the lowest loss first, and write `grid.md` and `grid.png`."""
     if rows:
         check_corpus(rows)
+        set_aside(out / "grid.md", "grid.png")
         groups = group(rows, lambda row: (cell_of(row), float(row["config"]["lr"])))
         names = sorted({name for name, _ in groups}, key=lambda name: (best_loss(rates_of(name, groups)), name))
         ranked = {(name, lr): runs for name in names for lr, runs in rates_of(name, groups).items()}

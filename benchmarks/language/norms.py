@@ -8,7 +8,7 @@ from benchmarks.language.workers import Pool
 from benchmarks.output.plots import plot_norms
 from benchmarks.output.records import Row
 from benchmarks.output.rows import cell_of, check_corpus, group, loss_cells, setting
-from benchmarks.output.tables import publish
+from benchmarks.output.tables import publish, set_aside
 
 
 def norms(arguments: Namespace) -> int:
@@ -31,6 +31,7 @@ def write_norms(rows: list[Row], out: Path) -> None:
     rows = [row for row in rows if row["status"] == "finished"]
     if rows:
         check_corpus(rows)
+        set_aside(out / "norms.md", "norms_residual.png", "norms_rows.png", "norms_alpha.png")
         cells = group(rows, cell_of)
         table = [norms_line(name, members) for name, members in cells.items()]
         files = plot_norms({name: members[0] for name, members in cells.items()}, out)

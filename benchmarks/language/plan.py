@@ -1,15 +1,17 @@
 """From the command line to the runs: optimizers, rates, seeds, corpus, device."""
 
-import difflib
+import inspect
 from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-import normopt
+from benchmarks import peers
 from benchmarks.harness import PlanError
+from benchmarks.language.contenders import read_contenders
 from benchmarks.language.data import Corpus, load_or_fall_back
+from benchmarks.language.plugins import import_plugins
 from benchmarks.language.presets import (
     CONSTRAINED_MODELS,
     DECLARATIONS,
@@ -17,13 +19,16 @@ from benchmarks.language.presets import (
     TUNED,
     Preset,
     RunConfig,
+    read_tuned,
     tuned_options,
     variants,
 )
 from benchmarks.language.room import check_room
+from benchmarks.language.train import MODELS, make_model, make_optimizer
 from benchmarks.language.workers import default_size
 from benchmarks.output.records import WriteError
 from benchmarks.output.rows import cell_name
+from normopt.ingredient import nearest
 
 #: The first seed of `grid` and `sweep`, far from the seeds of `compare`, on which the chosen rates are judged.
 TUNING_SEED = 1000
@@ -37,14 +42,17 @@ class Plan:
 
     def __init__(self, arguments: Namespace) -> None:
         self.arguments = arguments
-        self.cells = {
-            cell_name(optimizer, model): (optimizer, model)
-            for model in arguments.model
-            for optimizer in check_names(arguments.optimizers)
-        }
+        self.plugins = import_plugins(arguments.plugin)
         self.device = resolve_device(arguments.device)
         self.workers: int = arguments.workers or default_size(self.device)
         self.preset = choose_preset(arguments)
+        self.tuned = read_tuned(arguments.tuned, self.preset.name)
+        self.contenders = {c.name: c for c in read_contenders(arguments.optimizers, variants(self.tuned))}
+        self.cells = {
+            cell_name(optimizer, model): (optimizer, model)
+            for model in arguments.model
+            for optimizer in self.contenders
+        }
         self.corpus: Corpus = load_or_fall_back(arguments.data)
         self.corpus.check(self.preset.context)
         try:
@@ -52,6 +60,26 @@ class Plan:
         except WriteError as error:
             remedy = "make room there or give another --out"
             raise PlanError(f"--out {arguments.out} cannot be used: {error}; {remedy}") from None
+        self._check_cells()
+
+    def _check_cells(self) -> None:
+        """Make every model and every optimizer once, without memory for the weights; raises `PlanError`."""
+        check_model_options(self.arguments.model, self.arguments.model_options)
+        for cell, (optimizer, model) in self.cells.items():
+            if peers.is_peer(self.contenders[optimizer].base) and model in CONSTRAINED_MODELS:
+                raise PlanError(
+                    f"--model {model} has constraints, which {optimizer} would not keep: leave one of them out"
+                )
+            config = self.config(cell, seed=0)
+            try:
+                with torch.device("meta"):
+                    made = make_model(config, self.corpus.vocab_size)
+            except (TypeError, ValueError) as error:
+                raise PlanError(f"{model} cannot be made with {config.model_options}: {error}") from None
+            try:
+                make_optimizer(config, made)
+            except Exception as error:
+                raise PlanError(f"--optimizers: {optimizer} cannot be made: {error}") from error
 
     def config(self, cell: str, seed: int, lr: float | None = None, diagnose: bool = False) -> RunConfig:
         """One run, by default at the tuned learning rate; no warm-up for constrained models unless asked for."""
@@ -71,6 +99,7 @@ class Plan:
             device=self.device,
             model_options={**entry.get("model_options", {}), **self.arguments.model_options},
             diagnose=diagnose,
+            plugins=self.plugins,
         )
 
     def _schedule(self, model: str, tuned: dict[str, Any]) -> Preset:
@@ -82,9 +111,31 @@ class Plan:
         return replace(self.preset, **free)
 
     def entry(self, cell: str) -> dict[str, Any]:
-        """The entry of a cell in `tuned.json`, declarations included; else the optimizer's entry on the GPT."""
-        entry, tuned = tuned_options(self.preset.name, cell)
-        return entry if tuned else tuned_options(self.preset.name, self.cells[cell][0])[0]
+        """The entry of a cell in `tuned.json`, declarations included; else the optimizer's entry on the GPT.
+
+        An own combination has the entry of the optimizer that it is made of, with the options that it sets. Another
+        library's optimizer has the entry of normopt's optimizer of that name, as far as it has these arguments.
+        """
+        optimizer, model = self.cells[cell]
+        contender = self.contenders[optimizer]
+        entry = self._tuned(contender.base, model)
+        if peers.is_peer(contender.base) and not self._has_entry(contender.base):
+            of_ours = self._tuned(contender.base.partition(":")[2].lower(), model)
+            entry = {name: value for name, value in of_ours.items() if peers.takes(contender.base, name)}
+            entry |= {"rest": peers.REST} if contender.base in peers.MATRICES_ONLY else {}
+        if contender.base != contender.name:
+            entry = {"optimizer": contender.base, **entry, **contender.options}
+            own = contender.options.get("rest")
+            entry |= {"rest": {**peers.REST, **own}} if isinstance(own, dict) and "optimizer" not in own else {}
+        return entry
+
+    def _tuned(self, optimizer: str, model: str) -> dict[str, Any]:
+        """The entry of an optimizer on a model, else on the GPT."""
+        entry, tuned = tuned_options(self.preset.name, cell_name(optimizer, model), self.tuned)
+        return entry if tuned else tuned_options(self.preset.name, optimizer, self.tuned)[0]
+
+    def _has_entry(self, optimizer: str) -> bool:
+        return optimizer in self.tuned.get(self.preset.name, {}) or optimizer in self.tuned["quick"]
 
     def options(self, cell: str) -> dict[str, Any]:
         """A copy of the tuned options, learning rate included; constrained models are not decayed."""
@@ -106,18 +157,19 @@ class Plan:
 
     def untuned(self) -> list[str]:
         """The cells without an entry of their own for this preset."""
-        return [cell for cell in self.cells if not tuned_options(self.preset.name, cell)[1]]
+        return [cell for cell in self.cells if not tuned_options(self.preset.name, cell, self.tuned)[1]]
 
 
-def check_names(names: list[str]) -> list[str]:
-    """The names without repetitions; an unknown one raises `PlanError` with the nearest known one."""
-    known = sorted({*normopt.list_optimizers(), *variants()})
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(known)}"
-            raise PlanError(f"unknown optimizer {name!r}: {hint}")
-    return list(dict.fromkeys(names))
+def check_model_options(models: list[str], options: dict[str, Any]) -> None:
+    """Raise `PlanError` for an argument that one of the models does not have, with those that the model has."""
+    for model in models:
+        parameters = list(inspect.signature(MODELS[model]).parameters.values())
+        known = [p.name for p in parameters if p.default is not p.empty]
+        for name in options:
+            if name not in known:
+                raise PlanError(
+                    f"--model-options {name}={options[name]}: {model} has no {name}; {nearest(name, known)}"
+                )
 
 
 def resolve_device(name: str) -> str:

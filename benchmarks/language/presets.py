@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import PlanError
 from benchmarks.output.rows import cell_name
 
 TUNED = Path(__file__).with_name("tuned.json")
@@ -79,7 +80,41 @@ PRESETS = {
 CONSTRAINED_MODELS = ("angpt", "ngpt")
 
 
-def tuned_options(preset: str, optimizer: str) -> tuple[dict[str, Any], bool]:
+#: Entries of optimizers by preset and name, see `tuned_options`.
+Tuned = dict[str, dict[str, dict[str, Any]]]
+
+
+def read_tuned(own: Path | None = None, preset: str = "quick") -> Tuned:
+    """The entries of `tuned.json`, with those of the file `own` in their place or beside them.
+
+    `own` holds what `tuned.json` holds, or the entries of `preset` alone, as in the `chosen.json` that `sweep` writes.
+
+    Raises:
+        PlanError: if `own` cannot be read, or an entry is not a dict with a positive learning rate.
+    """
+    tuned: Tuned = json.loads(TUNED.read_text())
+    if own is None:
+        return tuned
+    try:
+        given = json.loads(own.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"--tuned {own} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise PlanError(f"--tuned {own} is not JSON: {error}") from None
+    if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
+        raise PlanError(
+            f'--tuned {own} is not like {{"quick": {{"muon": {{"lr": 0.04}}}}}} or {{"muon": {{"lr": 0.04}}}}'
+        )
+    for name, entries in (given if given.keys() <= PRESETS.keys() else {preset: given}).items():
+        for optimizer, entry in entries.items():
+            lr = entry.get("lr") if isinstance(entry, dict) else None
+            if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
+                raise PlanError(f"--tuned {own}: {optimizer} has no positive number as its lr")
+        tuned[name] = {**tuned.get(name, {}), **entries}
+    return tuned
+
+
+def tuned_options(preset: str, optimizer: str, tuned: Tuned | None = None) -> tuple[dict[str, Any], bool]:
     """The options for an optimizer, learning rate included, and whether they were tuned at this preset.
 
     An optimizer without an entry for the preset has the options of "quick", and without any entry a learning rate of
@@ -88,15 +123,15 @@ def tuned_options(preset: str, optimizer: str) -> tuple[dict[str, Any], bool]:
     hyperparameter and its values, for `sweep` to try, like `{"momentum": [0.9, 0.98]}`; "schedule" sets "warmup" and
     "decay" where the command line does not, "model_options" arguments of the model.
     """
-    tuned = json.loads(TUNED.read_text())
+    tuned = tuned or read_tuned()
     if optimizer in tuned.get(preset, {}):
         return tuned[preset][optimizer], True
     return tuned["quick"].get(optimizer, UNTUNED), False
 
 
-def variants() -> list[str]:
+def variants(tuned: Tuned | None = None) -> list[str]:
     """The names in `tuned.json` that are not optimizers of normopt but variants of an optimizer."""
-    tuned = json.loads(TUNED.read_text())
+    tuned = tuned or read_tuned()
     return [name for entries in tuned.values() for name, options in entries.items() if "optimizer" in options]
 
 
@@ -104,7 +139,8 @@ def variants() -> list[str]:
 class RunConfig:
     """Everything that determines a run; `key` identifies it in the results.
 
-    `diagnose`: measure the norms inside the model whenever the loss curve gets a point.
+    `diagnose`: measure the norms inside the model whenever the loss curve gets a point. `plugins`: Python files that
+    are imported before the run, each with the hash of its content.
     """
 
     optimizer: str
@@ -118,12 +154,14 @@ class RunConfig:
     device: str
     model_options: dict[str, Any] = field(default_factory=dict)
     diagnose: bool = False
+    plugins: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
-        """Hash of the configuration; of the corpus its content counts, not its path, and unset options do not count."""
+        """Hash of the configuration; of files their content counts, not their paths, and unset options do not count."""
         content = {name: value for name, value in asdict(self).items() if name != "source"}
-        for name in ("model_options", "diagnose"):
+        content["plugins"] = list(self.plugins.values())
+        for name in ("model_options", "diagnose", "plugins"):
             if not content[name]:
                 del content[name]
         content["preset"] = {name: value for name, value in content["preset"].items() if value is not None}

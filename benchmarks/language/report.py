@@ -1,6 +1,7 @@
 """`python -m benchmarks report`: tables and plots of runs on file, whichever command made them, and README's table."""
 
 import os
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from benchmarks.harness import PlanError
 from benchmarks.language.data import load_or_fall_back
 from benchmarks.language.ngram import counting
 from benchmarks.output.comparison import write_comparison
-from benchmarks.output.records import RESULTS, Row, read_rows, replacing
+from benchmarks.output.records import RESULTS, Row, read_rows, replacing, unreadable
 from benchmarks.output.rows import cell_of, check_corpus, group, mean_loss, steps_of
 from benchmarks.output.tables import Table, drawn
 
@@ -20,7 +21,11 @@ LEFT_OUT = ("bits/byte", "tok/s", "fwd+bwd ms", "opt ms")
 
 def report(arguments: Namespace) -> int:
     """Report the runs on file in `arguments.runs`, best first, to `arguments.out`; returns the exit code."""
-    rows = [row for folder in arguments.runs for row in read_rows(folder / RESULTS).values()]
+    rows = []
+    for folder in arguments.runs:
+        if lost := unreadable(folder / RESULTS):
+            print(lost, file=sys.stderr)
+        rows += read_rows(folder / RESULTS).values()
     if not rows:
         raise PlanError(f"no runs in {', '.join(map(str, arguments.runs))}: give folders that hold a {RESULTS}")
     try:

@@ -23,7 +23,7 @@ from benchmarks.language.workers import Pool
 from benchmarks.output.plots import plot_rates
 from benchmarks.output.records import Row, replacing
 from benchmarks.output.rows import cell_name, cell_of, check_corpus, group, setting, steps_of, unit
-from benchmarks.output.tables import publish
+from benchmarks.output.tables import publish, set_aside
 
 FINALISTS, SEEDS = 2, 2
 
@@ -116,6 +116,7 @@ def write_sweep(
 ) -> None:
     """Print the choices, and write `sweep.md`, `sweep.png` and `chosen.json`: `tuned` with the chosen options."""
     check_corpus(rows)
+    set_aside(out / "sweep.md", "sweep.png", "chosen.json")
     of_cell = group(rows, lambda row: cell_name(row["config"]["optimizer"], row["config"]["model"]))
     table = [sweep_line(search, gap, of_cell[search.cell]) for search in searches]
     short = [row for row in rows if steps_of(row) == steps]

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +14,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import normopt
+from benchmarks import peers
 from benchmarks.harness import state_bytes
+from benchmarks.language.contenders import BARE
 from benchmarks.language.data import Corpus, load
 from benchmarks.language.diagnose import measure
 from benchmarks.language.presets import RunConfig
 from benchmarks.language.progress import Progress, clock
 from benchmarks.output.records import Row, WriteError, git_commit, replacing, source_hash
 from normopt.nn import GPT, anGPT, nGPT
+from normopt.roles.options import entry
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": GPT, "angpt": anGPT, "ngpt": nGPT}
 UNDECAYED = ("embedding", "unembedding", "vector", "scalar")
@@ -36,9 +38,7 @@ class Run:
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
         self.config, self.preset, self.corpus = config, config.preset, corpus
         torch.manual_seed(config.seed)
-        sizes = (self.preset.d_model, self.preset.n_layers, self.preset.n_heads)
-        options = {"d_ff": self.preset.d_ff, **config.model_options}
-        self.model = MODELS[config.model](corpus.vocab_size, *sizes, **options).to(config.device)
+        self.model = make_model(config, corpus.vocab_size).to(config.device)
         self.init_hash = tensor_hash(self.model.state_dict())
         self.optimizer = make_optimizer(config, self.model)
         self.scheduler = LambdaLR(self.optimizer, self.preset.rate)
@@ -48,6 +48,7 @@ class Run:
     def train_step(self) -> float:
         """One update; returns the training loss. The run has diverged if the loss or the gradient is not finite."""
         tokens = self.corpus.batch(self.order[self.progress.step], self.preset.context).to(self.config.device)
+        self._mode("train")
         start = clock(self.config.device)
         loss, norm = self._gradient(tokens)
         middle = clock(self.config.device)
@@ -85,9 +86,14 @@ class Run:
     @torch.no_grad()
     def evaluate(self, tokens: int) -> float:
         """Mean validation loss in nats per token over about `tokens` tokens, the same tokens every time."""
+        self._mode("eval")
         windows = self.corpus.validation_windows(tokens, self.preset.context)
         chunks = torch.split(windows, self.preset.micro_batch)
         return sum(self._loss(chunk.to(self.config.device)).item() * len(chunk) for chunk in chunks) / len(windows)
+
+    def _mode(self, name: str) -> None:
+        """Tell optimizers that evaluate at other weights than they train, as schedule-free ones do, which to show."""
+        getattr(self.optimizer, name, lambda: None)()
 
     def record_curve(self) -> None:
         """Add a point to the loss curve if this step is one of the evaluations."""
@@ -124,16 +130,25 @@ class Run:
         return self.progress.step * self.preset.batch * self.preset.context / max(self.progress.seconds, 1e-9)
 
 
+def make_model(config: RunConfig, vocab_size: int) -> nn.Module:
+    """The model of a run."""
+    sizes = (config.preset.d_model, config.preset.n_layers, config.preset.n_heads)
+    return MODELS[config.model](vocab_size, *sizes, **{"d_ff": config.preset.d_ff, **config.model_options})
+
+
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a run; weight decay applies to the hidden matrices only."""
-    options: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in config.options.items()
-    }
-    if "weight_decay" in options:
-        geometry = options.get("geometry", {})
-        undecayed = {role: {"weight_decay": 0.0, **geometry.get(role, {})} for role in UNDECAYED}
-        options["geometry"] = {**geometry, **undecayed}
-    return normopt.create(options.pop("optimizer", config.optimizer), model, lr=config.lr, **options)
+    options = peers.tuples(config.options)
+    name = options.pop("optimizer", config.optimizer)
+    if peers.is_peer(name):
+        return peers.make(name, model, config.lr, options.pop("rest", None), **options)
+    if name == BARE:
+        return normopt.SteepestDescent(model, lr=config.lr, **options)
+    geometry = options.get("geometry", {})
+    table = normopt.GEOMETRIES.get(geometry) if isinstance(geometry, str) else geometry
+    if "weight_decay" in options and table is not None:
+        options["geometry"] = {**table, **{role: {"weight_decay": 0.0, **entry(table, role)} for role in UNDECAYED}}
+    return normopt.create(name, model, lr=config.lr, **options)
 
 
 def train(config: RunConfig, checkpoint: Path, report: Report) -> Row:

@@ -18,9 +18,20 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.harness import limit_threads
+from benchmarks.language.plugins import import_again
 from benchmarks.language.presets import RunConfig
 from benchmarks.language.train import train
-from benchmarks.output.records import RESULTS, Row, WriteError, alone, append_row, partial_path, read_rows, source_hash
+from benchmarks.output.records import (
+    RESULTS,
+    Row,
+    WriteError,
+    alone,
+    append_row,
+    partial_path,
+    read_rows,
+    source_hash,
+    unreadable,
+)
 
 REPORT_SECONDS = 0.2
 
@@ -54,6 +65,8 @@ class Pool:
 
     def _run(self, configs: list[RunConfig]) -> list[Row]:
         done = read_rows(self.results)
+        if lost := unreadable(self.results):
+            print(lost, file=sys.stderr)
         _announce([done[config.key] for config in configs if config.key in done], len(configs), self.results)
         waiting = [config for config in configs if config.key not in done]
         for config in configs:
@@ -181,6 +194,7 @@ def _work(config: RunConfig, checkpoint: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
     with suppress(BrokenPipeError):
         try:
+            import_again(config.plugins)
             pipe.send(("row", train(config, checkpoint, _throttled(pipe))))
         except BrokenPipeError:
             raise

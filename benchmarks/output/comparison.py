@@ -18,9 +18,14 @@ from benchmarks.output.rows import (
     steps_of,
     unit,
 )
-from benchmarks.output.tables import Table, drawn, publish, write_table
+from benchmarks.output.tables import Table, drawn, publish, set_aside, write_table
 from benchmarks.output.targets import Target, mean_losses, reach, seconds_a_step
 
+#: What is written beside `compare.md`.
+FILES = (
+    *("compare.csv", "compare.tex", "targets.csv", "targets.tex"),
+    *("loss_steps.png", "loss_seconds.png", "horizons.png"),
+)
 #: The optimizer that all other optimizers are compared with.
 BASELINE = "adamw"
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1 .. 9 degrees of freedom
@@ -36,6 +41,7 @@ def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ())
     if not rows:
         return []
     check_corpus(rows)
+    set_aside(out / "compare.md", *FILES)
     lengths = sorted({steps_of(row) for row in rows})
     full = [row for row in rows if steps_of(row) == lengths[-1]]
     groups = group(full, cell_of)

@@ -69,13 +69,31 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """The rows of a JSONL file by key; of equal keys the last row counts, and incomplete lines are skipped."""
-    rows: dict[str, Row] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-            row = json.loads(line)
-            rows[row["key"]] = row
-    return rows
+    """The rows of a JSONL file by key; of equal keys the last row counts, and what is no row is left out."""
+    return {row["key"]: row for row in map(_row, _lines(path)) if row is not None}
+
+
+def unreadable(path: Path) -> str:
+    """How many lines of a JSONL file are no rows, and which, as a sentence; empty if all are rows."""
+    numbers = [i for i, line in enumerate(_lines(path), 1) if line.strip() and _row(line) is None]
+    if not numbers:
+        return ""
+    shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+    lines = "1 line is no row and is" if len(numbers) == 1 else f"{len(numbers)} lines are no rows and are"
+    return f"{path}: {lines} left out: line{'' if len(numbers) == 1 else 's'} {shown}"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+
+
+def _row(line: str) -> Row | None:
+    """A line as a row, which has a key; None for any other line, such as one that a crash cut short."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("key"), str) else None
 
 
 @contextlib.contextmanager

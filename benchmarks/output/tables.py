@@ -1,13 +1,14 @@
 """Tables: on the terminal, as Markdown with the command that made the table, as CSV and as LaTeX."""
 
 import csv
+import itertools
 import shlex
 import sys
 from pathlib import Path
 
 from tabulate import tabulate
 
-from benchmarks.output.records import replacing
+from benchmarks.output.records import replacing, writing
 
 Table = list[dict[str, str]]
 
@@ -24,6 +25,25 @@ def publish(table: Table, setting: str, path: Path, notes: list[str]) -> None:
         text = "\n\n".join([f"`{command_line()}`", setting, drawn(table, "github"), *notes])
         partial.write_text(text + "\n", encoding="utf-8")
     print(f"Written to {path.parent}: {path.name}, all rows as JSON lines, and the plots")
+
+
+def set_aside(path: Path, *others: str) -> None:
+    """Move a table that another command wrote, and the `others` beside it, to the next folder in `earlier/`; say so.
+
+    To be called before `publish` and before any of the `others` is written.
+    """
+    if not path.exists():
+        return
+    command = path.read_text(encoding="utf-8").partition("\n")[0]
+    if command == f"`{command_line()}`":
+        return
+    earlier = path.parent / "earlier"
+    folder = next(earlier / str(i) for i in itertools.count(1) if not (earlier / str(i)).exists())
+    moved = [name for name in (path.name, *others) if (path.parent / name).exists()]
+    with writing(folder / path.name):
+        for name in moved:
+            (path.parent / name).rename(folder / name)
+    print(f"{path} held the table of another command, {command}. Moved to {folder}: {', '.join(moved)}")
 
 
 def command_line() -> str:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 import normopt
 from benchmarks.harness import PlanError, imported, origin
 from benchmarks.output.records import Row, append_row, replacing
-from benchmarks.output.tables import command_line
+from benchmarks.output.tables import command_line, set_aside
 from benchmarks.probes.parts import Make
 from benchmarks.probes.torch_contract import LIMITS, PROBES
 
@@ -78,6 +78,7 @@ def probe_all(parsed: argparse.Namespace) -> int:
     makes = dict(contenders(SMOKE if parsed.smoke else names))
     probes = [name for name in PROBES if not (parsed.smoke and name in SLOW)]
     measured_with = origin()
+    set_aside(parsed.out / "probes.md", "probes.jsonl")
     (parsed.out / "probes.jsonl").unlink(missing_ok=True)
     rows = []
     for name, make in makes.items():

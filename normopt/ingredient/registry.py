@@ -47,10 +47,20 @@ def _by_name(kind: type[T], name: str) -> T:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an error message: the known name most like ``name``, if one is, and all known names."""
+    """A hint for an error message: the known name most like ``name``, if one is, and all known names.
+
+    Most like ``"learning_rate"`` is its abbreviation ``"lr"``, and the other way round; else what is spelled alike.
+    """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    close = [other for other in known if _abbreviates(other, name) or _abbreviates(name, other)]
+    close += difflib.get_close_matches(name, known, n=1)
     return (f"did you mean {close[0]!r}? " if close else "") + f"Known: {', '.join(known)}"
+
+
+def _abbreviates(short: str, long: str) -> bool:
+    """Whether ``short`` is the initials of the several words of ``long``: ``lr`` of ``learning_rate``."""
+    words = re.split(r"[_-]", long)
+    return len(words) > 1 and short == "".join(word[:1] for word in words)
 
 
 def _dashed(name: str) -> str:

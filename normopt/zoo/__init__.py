@@ -1,5 +1,6 @@
 """The published optimizers, each a named choice of ingredients, and what declares one's own."""
 
+import inspect
 from fnmatch import fnmatch
 from typing import Any
 
@@ -97,7 +98,13 @@ def create(name: str, model: nn.Module | ParamsT, **options: Any) -> SteepestDes
 
     Raises:
         ValueError: unknown name; the message holds the nearest one.
+        TypeError: an argument that the optimizer's class does not have; the message holds the nearest one.
     """
     if name.lower() not in SteepestDescent.registry:
         raise ValueError(f"unknown optimizer {name!r}; {nearest(name.lower(), SteepestDescent.registry)}")
-    return SteepestDescent.registry[name.lower()](model, **options)
+    cls = SteepestDescent.registry[name.lower()]
+    arguments = inspect.signature(cls).parameters
+    takes_any = any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments.values())
+    for option in () if takes_any else options.keys() - arguments.keys():
+        raise TypeError(f"{cls.__name__} has no argument {option!r}; {nearest(option, arguments)}")
+    return cls(model, **options)

@@ -17,11 +17,13 @@ ROOT = Path(benchmarks.__file__).parent
 FOLDERS = ("language", "cost", "probes", "output")
 #: What each part may import of the others; a module of a folder may also import the rest of its folder.
 ALLOWED = {
-    "__main__": {"language", "cost", "probes", "harness", "output"},
-    "language": {"harness", "output"},
-    "cost": {"harness", "output"},
+    "__main__": {"language", "cost", "probes", "arguments", "harness", "output"},
+    "language": {"peers", "harness", "output"},
+    "cost": {"peers", "harness", "output"},
     "probes": {"harness", "output"},
+    "peers": {"harness", "output"},
     "harness": {"output"},
+    "arguments": set(),
     "output": set(),
 }
 
@@ -75,6 +77,11 @@ def test_every_module_has_its_folder() -> None:
 def test_normopt_does_not_import_its_benchmarks() -> None:
     for path in Path(normopt.__file__).parent.rglob("*.py"):
         assert not imports_of(path), path
+
+
+def test_the_wheel_holds_what_readme_says() -> None:
+    assert 'packages = ["normopt"]' in (ROOT.parent / "pyproject.toml").read_text()
+    assert "The benchmark is in this repository\nand not in the wheel" in (ROOT.parent / "README.md").read_text()
 
 
 def test_help_does_not_wait_for_torch() -> None:

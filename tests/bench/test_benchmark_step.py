@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
+from benchmarks import peers
 from benchmarks.__main__ import main
 from benchmarks.cost import contenders
 from benchmarks.cost.step import SETS, Entry, make_parameters
@@ -50,7 +51,7 @@ def test_families_have_ours_and_a_peer() -> None:
 
 def test_hidden_matrices_and_the_rest_are_all_parameters() -> None:
     model = make_parameters(SETS["smoke"])
-    hidden, rest = contenders.hidden(model), contenders.rest(model)
+    hidden, rest = peers.hidden(model), peers.rest(model)
     assert len(hidden) == 2 * 5 and all(p.ndim == 2 for p in hidden)
     assert {id(p) for p in hidden} | {id(p) for p in rest} == {id(p) for p in model.parameters()}
     assert len(hidden) + len(rest) == len(list(model.parameters()))

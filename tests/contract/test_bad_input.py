@@ -431,6 +431,24 @@ def test_unknown_optimizers_and_norms_come_with_the_nearest() -> None:
         normopt.norms.get("spektral")
 
 
+@pytest.mark.parametrize("name", normopt.list_optimizers())
+def test_a_rate_by_its_long_name_is_told_its_short_one(name: str) -> None:
+    with pytest.raises(TypeError, match="'learning_rate'; did you mean 'lr'"):
+        normopt.create(name, nn.Linear(2, 2), learning_rate=0.1)
+
+
+def test_a_constructor_that_was_written_by_hand_is_told_too() -> None:
+    class ByHand(normopt.SteepestDescent):
+        def __init__(self, params: nn.Module, lr: float = 0.1) -> None:
+            super().__init__(params, lr)
+
+    try:
+        with pytest.raises(TypeError, match="ByHand has no argument 'learning_rate'; did you mean 'lr'"):
+            normopt.create("byhand", nn.Linear(2, 2), learning_rate=0.1)
+    finally:
+        del normopt.SteepestDescent.registry["byhand"]
+
+
 def test_users_may_name_roles_of_their_own() -> None:
     optimizer = normopt.create(
         "adamw", Net(), geometry={"expert": {"lr": 0.5}}, overrides={"up.weight": {"role": "expert"}}

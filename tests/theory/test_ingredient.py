@@ -208,6 +208,9 @@ def test_get_says_what_is_wrong(spec: object, error: type[Exception], message: s
 def test_nearest() -> None:
     assert nearest("spectrl", ["row", "spectral"]) == "did you mean 'spectral'? Known: row, spectral"
     assert nearest("xyz", {"b": 1, "a": 2}) == "Known: a, b"
+    assert nearest("learning_rate", ["gamma", "lr"]) == "did you mean 'lr'? Known: gamma, lr"
+    assert nearest("wd", ["lr", "weight_decay"]) == "did you mean 'weight_decay'? Known: lr, weight_decay"
+    assert nearest("l", ["lr", "r"]).startswith("did you mean 'lr'?"), "one word has no initials"
 
 
 @pytest.mark.usefixtures("registry")
