@@ -105,7 +105,8 @@ def _view_as(name: str, role: Role, has_norm: bool = False) -> View:
         return View({"conv": True, "embedding": False}.get(name), transpose=name == "embedding")
     if name == role.name:
         return role.view
-    return View(transpose=name == "embedding") if "embedding" in (name, role.name) else role.view
+    is_table = "embedding" in (name, role.name)
+    return View(role.view.flatten, transpose=name == "embedding") if is_table else role.view
 
 
 def _inferred(model: nn.Module) -> dict[str, Role]:

@@ -124,6 +124,8 @@ def test_no_override_makes_all_experts_one_matrix(override: Any) -> None:
     model = language_model("Mixtral", **MIXTURES["Mixtral"])
     role = found(model, "experts.down_proj", overrides={"*.experts.*": override})
     assert role.view == View(flatten=False)
+    table = found(model, "experts.down_proj", overrides={"*.experts.*": "embedding"})
+    assert table.view == View(flatten=False, transpose=True)
 
 
 class Stack(nn.Module):
@@ -299,7 +301,7 @@ def test_state_of_grouped_convolutions_is_saved_and_loaded() -> None:
 @pytest.mark.parametrize("conv", [nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3, groups=2)], ids=str)
 def test_bounds_across_groups_are_refused(conv: Any) -> None:
     conv.normopt_bounds = {"weight": "RowBound(axis=-2)"}
-    with pytest.raises(ValueError, match="run across the matrices"):
+    with pytest.raises(ValueError, match="run across the 2 matrices"):
         SteepestDescent(conv, norm="spectral")
     conv.normopt_bounds = {"weight": "RowBound(radius=0.1)"}
     moved(conv)
