@@ -157,8 +157,8 @@ def _rms(x: Tensor) -> Tensor:
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    has = torch.amp.autocast_mode.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if has else nullcontext()
+    on = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _on_host(numbers: list[list[Any]]) -> list[list[float]]:

@@ -180,6 +180,17 @@ def test_every_dtype(dtype: torch.dtype) -> None:
         assert row["effective_lr"] == pytest.approx(row["update_rms"], rel=0.2)  # polar factors, bfloat16
 
 
+def test_autocast_changes_no_number() -> None:
+    found = []
+    for enabled in (True, False):
+        params = tensors(dtype=torch.float32)
+        optimizer = normopt.zoo.Muon(params)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), optimizer.metrics() as measured:
+            run(optimizer, params, 1)
+        found.append(measured.rows())
+    assert [repr(row) for row in found[0]] == [repr(row) for row in found[1]]
+
+
 # By role, and where the numbers go -----------------------------------------------------------------------------------
 
 

@@ -274,6 +274,11 @@ def test_the_documented_table_is_the_printed_one() -> None:
     assert not [name for name in ZOO if f"`{name}`" not in page]
 
 
+def test_the_documented_description_is_the_printed_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reports.md").read_text()
+    assert describe(normopt.create("muon", GPT(256, 96, 12, 3), lr=0.02)) in page
+
+
 # The command line ----------------------------------------------------------------------------------------------------
 
 
