@@ -52,7 +52,7 @@ from normopt.momentum import (
 from normopt.norms import Column, Direction, Euclidean, KyFan, Max, Norm, Nuclear, PerBlock, Row, Schatten, Spectral
 from normopt.optimizer import SteepestDescent
 from normopt.polar import PolarCoefficients
-from normopt.report import describe, periodic_table
+from normopt.report import describe, periodic_table, summary
 from normopt.roles.geometries import GEOMETRIES, width_scaled
 from normopt.roles.groups import param_groups
 from normopt.roles.infer import infer_roles
@@ -163,6 +163,7 @@ __all__ = [
     "polar",
     "roles",
     "stepsize",
+    "summary",
     "width_scaled",
     "zoo",
 ]

@@ -35,6 +35,7 @@ from normopt.engine.schedulers import first_weight
 from normopt.engine.totals import share
 from normopt.ingredient import Stage, nearest
 from normopt.ingredient.view import View
+from normopt.metrics import Metrics
 from normopt.momentum.base import Momentum, NoMomentum
 from normopt.roles.geometries import overlaid
 from normopt.roles.groups import param_groups, vectors_by_adam
@@ -354,6 +355,10 @@ class SteepestDescent(Optimizer):
         traced = self.compiles and going and not any(batch.rule.decides_on_host for batch in going)
         concluded = (self._compiled if traced else loop.advance)(going)
         share(self.param_groups, concluded, found_inf)
+
+    def metrics(self) -> Metrics:
+        """Measure the step in ``with optimizer.metrics() as measured: ...``, see :class:`~normopt.metrics.Metrics`."""
+        return Metrics(self)
 
 
 def _without_autocast() -> AbstractContextManager[Any]:

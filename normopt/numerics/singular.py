@@ -8,15 +8,47 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from normopt.numerics.lengths import normalized
+from normopt.numerics.lengths import euclidean, normalized
 
 #: Iterations that reach the last bits of float64: of the Illinois method, and of Newton's method inside each.
 SECANTS, NEWTON_STEPS = 14, 10
+
+#: How often a Gram matrix is squared where the host must not wait: its 4096th power has a trace whose root is too large
+#: by n^(1/8192) at most, 0.1% for n = 4096.
+SQUARINGS = 12
 
 
 def singular_values(x: Tensor) -> Tensor:
     """The singular values of each matrix, shape ``(..., min(m, n))``, computed in float32 or better."""
     return torch.linalg.svdvals(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+def largest_singular_value(x: Tensor) -> Tensor:
+    """The largest singular value of each matrix, shape ``(...)``, in float32 or better.
+
+    Exact on the CPU. Elsewhere a decomposition would wait for the device: there it is ``trace((x^T x)^4096)^(1/8192)``.
+    """
+    if x.numel() == 0:
+        return x.sum(dim=(-2, -1))
+    if x.is_cpu:
+        return singular_values(x).amax(dim=-1)
+    size = euclidean(x, (-2, -1), keepdim=True)
+    x = x.to(size.dtype) / torch.where(size == 0, 1.0, size)
+    return _largest_of_unit(x) * size[..., 0, 0]
+
+
+def _largest_of_unit(x: Tensor) -> Tensor:
+    """The same for matrices whose Frobenius norm is 1 or 0, from products alone."""
+    power = x @ x.mT if x.shape[-2] < x.shape[-1] else x.mT @ x
+    log = torch.zeros_like(power[..., 0, 0])
+    for _ in range(SQUARINGS):  # x^T x to the power of 2^i is exp(2^i log) times power
+        trace = power.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        trace = torch.where(trace == 0, 1.0, trace)
+        log = 2 * (log + trace.log())
+        power = power / trace[..., None, None]
+        power = power @ power
+    log = log + power.diagonal(dim1=-2, dim2=-1).sum(dim=-1).log()
+    return (log / 2 ** (SQUARINGS + 1)).exp()
 
 
 def map_singular_values(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 #: What users import from. A name that several of these have is listed under the first.
 MODULES = ["normopt", "normopt.norms", "normopt.zoo", "normopt.nn"]
-MODULES += ["normopt.integrations", "normopt.polar", "normopt.ingredient"]
+MODULES += ["normopt.integrations", "normopt.metrics", "normopt.polar", "normopt.ingredient"]
 
 #: Modules that a process may load which has nothing but torch and numpy with what these two require.
 RUNTIME = {"normopt", "torch", "torchgen", "functorch", "numpy"}

@@ -203,7 +203,7 @@ def test_frozen_parameters_belong_to_the_optimizer_and_move_once_they_have_gradi
         step_on(optimizer, trained)
     assert all(torch.equal(p, q) for p, q in zip(frozen, before, strict=True))
     assert not any(optimizer.state.get(p) for p in frozen)
-    rows = [line for line in normopt.describe(optimizer).splitlines() if "frozen, moves once it gets gradients" in line]
+    rows = [row for row in normopt.summary(optimizer) if "frozen, moves once it gets gradients" in row["reason"]]
     assert len(rows) == len(frozen)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for p in frozen:

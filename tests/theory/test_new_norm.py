@@ -155,7 +155,7 @@ def test_every_hidden_matrix_moves_by_the_learning_rate_in_its_norm(pairs: type[
 
 def test_the_report_names_it(pairs: type[Norm]) -> None:
     report = normopt.describe(Run(Smoothed(pairs()), 0.01).optimizer)
-    assert "Smoothed(norm=Pairs())" in report
+    assert "Smoothed(norm=Pairs(), beta=0.999, eps=1e-08)" in report
 
 
 def test_the_definition_is_short() -> None:
