@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normopt.constraints import L2, Constraint, WeightDecay
 from normopt.directions import Identity, Smoothed
-from normopt.engine.checkpoint import VERSION, difference
+from normopt.engine.checkpoint import VERSION, check_whole, difference
 from normopt.engine.checks import name_of
-from normopt.momentum import EMA, HeavyBall
+from normopt.engine.plan import state_shapes
+from normopt.momentum import EMA, HeavyBall, LionMomentum, Momentum, WarmNesterov
 from normopt.norms import Max, Spectral
 from normopt.norms.base import Scale
 from normopt.optimizer import SteepestDescent
@@ -44,28 +46,52 @@ class Kind:
     rule: Callable[[Numbers, Rule], Rule]
 
 
-def from_torch_state(optimizer: SteepestDescent, state_dict: Mapping[str, Any]) -> None:
-    """Load the state of an optimizer of torch.optim, so that the next steps are those that it would have taken.
+#: Momenta whose state is an average or a sum of gradients, with factors that decay by a constant.
+AVERAGES = (EMA, LionMomentum, HeavyBall, WarmNesterov)
 
-    For AdamW and Adam (:class:`~normopt.zoo.AdamW`, :class:`~normopt.zoo.Adam`), Muon (:class:`~normopt.zoo.Muon`) and
-    SGD (:class:`~normopt.zoo.SGD`), with all their options but ``differentiable``, and ``capturable``, which stays the
-    new optimizer's own. Learning rates, betas, decays and what schedulers have written are taken over. How Muon's polar
+
+def from_torch_state(
+    optimizer: SteepestDescent, state_dict: Mapping[str, Any], model: nn.Module | None = None
+) -> dict[str, str]:
+    """Load the state of an optimizer of torch.optim: AdamW, Adam, Muon or SGD.
+
+    Without ``model``, the next steps are those that torch's optimizer would have taken. The new optimizer must be the
+    equivalent one: :class:`~normopt.zoo.AdamW`, :class:`~normopt.zoo.Adam`, :class:`~normopt.zoo.Muon` or
+    :class:`~normopt.zoo.SGD`, with all their options but ``differentiable``, and ``capturable``, which stays the new
+    optimizer's own. Learning rates, betas, decays and what schedulers have written are taken over. How Muon's polar
     factor is computed is not, where torch has its defaults: ``orthogonalize`` is the new optimizer's own.
 
+    With ``model``, any optimizer takes over, in whatever param groups, and every parameter gets by its name what means
+    the same: averages of gradients (an :class:`EMA` and a heavy ball are turned into each other), Adam's second moments
+    where the new rule divides by them, and the count of steps where nothing is missing beside them. All numbers of
+    param groups are the new optimizer's own. What is missing starts anew as at the first step, and so does an average
+    with bias correction beside it, which would be corrected as if it were new.
+
     Args:
-        optimizer: the equivalent one, on the same parameters in the same order and in the same param groups.
+        optimizer: without ``model`` the equivalent one, on the same parameters in the same order and in the same param
+            groups; else any one, on parameters of ``model``. What it held before is replaced.
         state_dict: what ``state_dict`` of torch's optimizer returned; it is not modified.
+        model: whose parameters both optimizers were given. Where the state has no names (``param_names``, of an
+            optimizer made from ``model.named_parameters()``, or names in place of numbers), it must have one param
+            group with all parameters of the model in order, or all that are trained.
+
+    Returns:
+        Parameter name -> what starts anew and why; empty if nothing does.
 
     Raises:
-        ValueError: another class than these, other parameters or param groups, or an optimizer that does something
-            else; the message says what. Nothing has been loaded.
+        ValueError: another class than these, other parameters or param groups, sharded or flattened state; without
+            ``model``, an optimizer that does something else; the message says what. Nothing has been loaded.
     """
+    if model is not None:
+        return _by_name(optimizer, state_dict, model)
     theirs, groups = state_dict["param_groups"], optimizer.param_groups
+    check_whole(groups, state_dict)
     sizes = [[len(group["params"]) for group in each] for each in (groups, theirs)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"from_torch_state: param groups of {sizes[1]} parameters cannot go to groups of {sizes[0]}: build the "
-            "optimizer on the same parameters in the same order, not on the model"
+            "optimizer on the same parameters in the same order, not on the model, or give from_torch_state the model, "
+            "which carries by name what means the same"
         )
     state: dict[Any, dict[str, Tensor]] = {}
     converted = []
@@ -79,6 +105,134 @@ def from_torch_state(optimizer: SteepestDescent, state_dict: Mapping[str, Any]) 
             if state_dict["state"].get(key):
                 state[key] = _state(name_of(mine, p), state_dict["state"][key], kind)
     optimizer.load_state_dict({"state": state, "param_groups": converted})
+    return {}
+
+
+def _by_name(optimizer: SteepestDescent, state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, str]:
+    names = {p: _plain(name) for name, p in model.named_parameters()}
+    check_whole([{"params": list(names)}], state_dict)
+    saved = _named_groups(state_dict, model)
+    if not saved.keys() & names.values():
+        raise ValueError(
+            f"from_torch_state: no parameter of the saved state is one of the model's: it has {sorted(saved)[:5]}, the "
+            f"model {sorted(names.values())[:5]}; give the model that the state was saved for"
+        )
+    empty = optimizer.state_dict()
+    state: dict[Any, dict[str, Tensor]] = {}
+    anew: dict[str, str] = {}
+    for mine, group in zip(optimizer.param_groups, empty["param_groups"], strict=True):
+        rule = rule_of(mine).at(mine)
+        for p, key in zip(mine["params"], group["params"], strict=True):
+            if p not in names:
+                raise ValueError(
+                    f"from_torch_state: {name_of(mine, p)} is no parameter of the model; give its own model"
+                )
+            name = names[p]
+            needed = state_shapes(p, rule).keys()
+            if not needed:
+                continue
+            if name not in saved or not saved[name][1]:
+                anew[name] = f"{', '.join(sorted(needed))}: the saved state has nothing for it"
+                continue
+            theirs, held = saved[name]
+            found, reason = _carried(theirs, _state(name, held, _kind(theirs)), mine, rule, needed)
+            if found:
+                state[key] = found
+            if needed - found.keys():
+                anew[name] = f"{', '.join(sorted(needed - found.keys()))}: {reason}"
+    optimizer.load_state_dict({"state": state, "param_groups": empty["param_groups"]})
+    return anew
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what DistributedDataParallel, FSDP and torch.compile put into it."""
+    wrappers = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+def _named_groups(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[Numbers, Mapping[str, Any]]]:
+    """Each parameter's saved param group and state, by name."""
+    groups = state_dict["param_groups"]
+    found: dict[str, tuple[Numbers, Mapping[str, Any]]] = {}
+    for group in groups:
+        keys = group["params"]
+        names = group.get("param_names") or (keys if all(isinstance(key, str) for key in keys) else None)
+        if names is None:
+            every = [
+                [name for name, p in model.named_parameters() if p.requires_grad or also] for also in (True, False)
+            ]
+            names = next((each for each in every if len(each) == len(keys)), None) if len(groups) == 1 else None
+        if names is None:
+            raise ValueError(
+                f"from_torch_state: the saved state has no names for its {[len(each['params']) for each in groups]} "
+                "parameters, and is not one param group with all of the model's: make torch's optimizer from "
+                "model.named_parameters(), or put the names into each saved group, as a list param_names"
+            )
+        for name, key in zip(names, keys, strict=True):
+            found[_plain(name)] = group, state_dict["state"].get(key) or {}
+    return found
+
+
+def _carried(
+    theirs: Numbers, held: Mapping[str, Tensor], mine: Numbers, rule: Rule, needed: Set[str]
+) -> tuple[dict[str, Tensor], str]:
+    """What of one parameter's state, under our names, means the same under ``rule``; and why the rest does not."""
+    found: dict[str, Tensor] = {}
+    their_rule = _kind(theirs).rule(theirs, rule)
+    factor, reason = _factor(their_rule, rule, bool(theirs.get("maximize", False)) != bool(mine["maximize"]))
+    if "momentum" in needed & held.keys() and factor is not None:
+        found["momentum"] = held["momentum"] if factor == 1.0 else held["momentum"] * factor
+    counts = _adams(their_rule)
+    if counts and _adams(rule) and not rule.step_size.overrides("weigh") and _l2(rule) == _l2(their_rule):
+        found |= {name: held[name] for name in needed & {"second_moment", "max_second_moment"} & held.keys()}
+    if needed <= found.keys():
+        if counts or isinstance(rule.momentum, HeavyBall) or not _corrects(rule.momentum):
+            return {**found, "step": held["step"]}, ""
+        return {}, "the saved state does not count steps, which a bias correction needs"
+    if "momentum" in found and not _corrects(rule.momentum):
+        return {"momentum": found["momentum"], "step": torch.tensor(0.0)}, "the saved state has nothing of the kind"
+    return {}, reason or "the saved state lacks some of it, and a bias correction would take the rest for new"
+
+
+def _corrects(momentum: Momentum) -> bool:
+    """Whether the first steps of this momentum count on a start from 0."""
+    if isinstance(momentum, HeavyBall):
+        return momentum.decides_on_host
+    return isinstance(momentum, WarmNesterov) or bool(getattr(momentum, "bias_correction", False))
+
+
+def _adams(rule: Rule) -> bool:
+    """Whether the state ``second_moment`` is Adam's: the average of the squares of each entry of the gradient."""
+    norm = rule.norm
+    if not isinstance(norm, Smoothed) or not isinstance(norm.norm, Max):
+        return False
+    return norm.accumulate == "ema" and not norm.centered and norm.initial == 0.0
+
+
+def _l2(rule: Rule) -> float:
+    """What is added to the gradient for each unit of weight, before averages see it."""
+    return sum(float(each.weight_decay) for each in rule.constraint if isinstance(each, L2))
+
+
+def _factor(theirs: Rule, mine: Rule, turned: bool) -> tuple[float | None, str]:
+    """By what their average of gradients is multiplied to be ours, or ``None`` and why there is no such number."""
+    if not isinstance(mine.momentum, AVERAGES):
+        return None, f"{mine.momentum} keeps no average of gradients"
+    if mine.step_size.overrides("weigh"):
+        return None, f"{mine.step_size} weighs gradients before they are averaged"
+    if _l2(theirs) != _l2(mine):
+        return None, f"the averaged gradients had L2 decay {_l2(theirs)}, here they have {_l2(mine)}"
+    gains = [_gain(rule.momentum) for rule in (theirs, mine)]
+    if not all(0 < gain < math.inf for gain in gains):
+        return None, f"{theirs.momentum} and {mine.momentum} are no averages in the same sense"
+    return (-1.0 if turned else 1.0) * (1.0 if gains[0] == gains[1] else gains[1] / gains[0]), ""
+
+
+def _gain(momentum: Momentum) -> float:
+    """What the state tends to for gradients that are all 1."""
+    if not isinstance(momentum, HeavyBall):
+        return 1.0
+    return (1 - momentum.dampening) / (1 - momentum.beta) if momentum.beta < 1 else math.inf
 
 
 def _kind(group: Numbers) -> Kind:

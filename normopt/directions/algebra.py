@@ -11,7 +11,7 @@ from torch import Tensor
 from normopt.ingredient.registry import get, read
 from normopt.ingredient.stage import Context, Direction, Stage, coarsest, substate
 from normopt.ingredient.traits import like, trait
-from normopt.ingredient.validate import check_range
+from normopt.ingredient.validate import check_positive, check_range
 from normopt.norms.base import Norm
 from normopt.norms.entrywise import Euclidean
 from normopt.numerics.lengths import axes, euclidean, normalize
@@ -40,7 +40,7 @@ class Clipped(Direction):
 
     Args:
         norm: the norm, or its name.
-        radius: the radius of the ball, not negative.
+        radius: the radius of the ball, positive.
     """
 
     reduces = like("norm")
@@ -52,7 +52,7 @@ class Clipped(Direction):
 
     def __post_init__(self) -> None:
         read(self, "norm", Norm)
-        check_range(self, "radius", self.radius, 0, float("inf"))
+        check_positive(self, "radius", self.radius)
 
     @property
     def decides_on_host(self) -> bool:

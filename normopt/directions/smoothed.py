@@ -19,6 +19,9 @@ ACCUMULATE = ("ema", "sum", "max")
 
 EPS_AT = ("corrected", "raw", "moment")
 
+#: Rounding errors of new roots do not make them count as stale.
+MARGIN = 1.001
+
 
 @dataclass(frozen=True)
 class Smoothed(Direction):
@@ -44,8 +47,11 @@ class Smoothed(Direction):
         eps_at: where ``eps`` is added: to the root, after the bias correction (``"corrected"``) or before it
             (``"raw"``, SOAP), or to the second moment under the root (``"moment"``, DASGO).
         frequency: compute the roots at the first step and at every multiple of this step, and keep them as state in
-            between; for the spectral norm, whose roots are expensive. While the gradients of a matrix are 0, its first
-            root is postponed, at most to the first multiple.
+            between; for the spectral norm, whose roots are expensive. A matrix whose kept roots make its gradient
+            longer than new roots can, sqrt(1 / (1 - beta)) times the duality map at most (once, for a sum), or 0, gets
+            new ones at once: the directions in which the gradient is large were small when the roots were computed.
+            So steps are as bounded as with 1. Directions that a root leaves out, see
+            :func:`normopt.numerics.eigen.matrix_power`, wait for the next.
 
     Raises:
         ValueError: the norm has no second moment, a number is out of range, or options exclude each other.
@@ -127,16 +133,23 @@ class Smoothed(Direction):
         return d if isinstance(correction, float) and correction == 1.0 else d.mul_(correction)
 
     def _refresh(self, state: dict[str, Tensor], context: Context) -> None:
-        """Recompute the kept roots: all of them every ``frequency`` steps, before the first time those that are 0."""
+        """Recompute the kept roots: all of them every ``frequency`` steps, in between those that do not fit ``g``.
+
+        New roots are those of statistics that are at least ``add / correction^2`` times the second moment of ``g``, so
+        they make ``g`` at most ``correction / sqrt(add)`` times as long as its duality map: the inverse roots are
+        operator-monotone. Roots for which that holds at every step bound averages of gradients alike.
+        """
         kept = _named(state, "root")
         if context.step % self.frequency == 0:
             for root, new in zip(kept, self._roots(state, context), strict=True):
                 root.copy_(new)
-        elif context.step < self.frequency:
-            missing = [(root == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True) for root in kept]
-            if any(bool(each.any()) for each in missing):
-                for root, each, new in zip(kept, missing, self._roots(state, context), strict=True):
-                    root.copy_(torch.where(each, new, root))
+            return
+        add = 1.0 if self.accumulate == "sum" else 1 - self.beta
+        longest = MARGIN * self._correction(context.step) / add**0.5
+        stale = (self.norm.unit_lengthening(context.g, kept) > longest)[..., None, None]
+        if bool(stale.any()):
+            for root, new in zip(kept, self._roots(state, context), strict=True):
+                root.copy_(torch.where(stale, new, root))
 
     def _remember(self, g: Tensor, state: dict[str, Tensor], context: Context) -> None:
         stats = _named(state, "second_moment")

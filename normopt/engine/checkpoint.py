@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from normopt.rule import INGREDIENTS, Rule, rule_of
 #: Of what ``state_dict`` returns; it is in every param group as ``state_version``. States from before it have none.
 VERSION = 1
 
-#: What older states do not have, and what it was; an optimizer that has another value keeps it.
+#: What older states do not have, and what it was.
 ADDED = {"nonfinite": "raise", "capturable": False, "state_dtype": None}
 
 
 def accepted(groups: Sequence[dict[str, Any]], saved: Mapping[str, Any]) -> dict[str, Any]:
     """The saved state as this version would have written it; nothing is modified.
+
+    What a group's step reads and the saved group does not have stays what it is. ``step`` may be a number.
 
     Args:
         groups: the param groups that it is for.
@@ -30,17 +33,64 @@ def accepted(groups: Sequence[dict[str, Any]], saved: Mapping[str, Any]) -> dict
         ValueError: a newer version, or other param groups, ingredients, parameters or shapes; the message says which.
     """
     if not {"state", "param_groups"} <= saved.keys():
-        raise ValueError(f"a saved state has 'state' and 'param_groups', this one has {sorted(map(str, saved))}")
+        flat = any(str(key).startswith("state.") for key in saved)
+        hint = (
+            "; torch.distributed.checkpoint has flattened it, whose set_optimizer_state_dict loads it with the option "
+            "flatten_optimizer_state_dict=True"
+        )
+        found = f"{sorted(map(str, saved))[:10]}{hint if flat else ''}"
+        raise ValueError(f"a saved state has 'state' and 'param_groups', this one has {found}")
+    check_whole(groups, saved)
     if len(groups) != len(saved["param_groups"]):
         raise ValueError(f"the saved state has {len(saved['param_groups'])} param groups, this optimizer {len(groups)}")
-    own = [{name: group.get(name, value) for name, value in ADDED.items()} for group in groups]
+    own = [{name: group.get(name, ADDED.get(name)) for name in _numbers(group)} for group in groups]
     upgraded = [{**mine, **group} for mine, group in zip(own, saved["param_groups"], strict=True)]
+    state = {key: _counted(held) for key, held in saved["state"].items()}
     for i, (mine, theirs) in enumerate(zip(groups, upgraded, strict=True)):
         _check_group(i, mine, theirs)
         for p, key in zip(mine["params"], theirs["params"], strict=True):
-            _check_state(name_of(mine, p), p, rule_of(mine).resolve(theirs), saved["state"].get(key, {}))
+            _check_state(name_of(mine, p), p, rule_of(mine).resolve(theirs), state.get(key, {}))
         theirs["state_version"] = VERSION
-    return {**saved, "param_groups": upgraded}
+    return {**saved, "state": state, "param_groups": upgraded}
+
+
+def _numbers(group: Mapping[str, Any]) -> set[str]:
+    """The names of what a step reads of a param group, save what optimizers find out by themselves."""
+    return {"lr", "maximize", *ADDED, *rule_of(group).options()} & {*group, *ADDED}
+
+
+def _counted(held: Mapping[str, Any]) -> Mapping[str, Any]:
+    """One parameter's saved state, with the number of steps as a tensor."""
+    step = held.get("step")
+    if isinstance(step, Real) and not isinstance(step, bool):
+        return {**held, "step": torch.tensor(float(step))}
+    return held
+
+
+def check_whole(groups: Sequence[Mapping[str, Any]], saved: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` for a state whose tensors are sharded or flattened, as FSDP and ZeRO keep them."""
+    advice = (
+        "Save the whole state, by torch.distributed.checkpoint.state_dict.get_optimizer_state_dict with "
+        "StateDictOptions(full_state_dict=True); nothing has been loaded"
+    )
+    shapes: dict[Any, torch.Size] = {}
+    for key, held in saved["state"].items():
+        for name, value in held.items() if isinstance(held, Mapping) else ():
+            if type(value).__name__ in ("DTensor", "ShardedTensor"):
+                kind = type(value).__name__
+                raise ValueError(f"the saved state {name!r} of parameter {key!r} is sharded, a {kind}. {advice}")
+            if isinstance(value, Tensor) and name != "step" and value.numel() > 1:
+                shapes[key] = value.shape
+    params = [p for group in groups for p in group["params"]]
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    other = len(keys) != len(params) or any(
+        key in shapes and len(shapes[key]) == 1 and p.ndim > 1 for p, key in zip(params, keys, strict=True)
+    )
+    if other and shapes and any(p.ndim > 1 for p in params) and all(len(shape) == 1 for shape in shapes.values()):
+        raise ValueError(
+            f"the saved state has only vectors, for {len(keys)} parameters, where this optimizer has {len(params)} "
+            f"with matrices among them: a wrapper such as FSDP or ZeRO has flattened it. {advice}"
+        )
 
 
 def _check_group(i: int, mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

@@ -89,7 +89,7 @@ class HeavyBall(Momentum):
     average of :class:`EMA`.
 
     Args:
-        beta: momentum coefficient (decay rate), in [0, 1); 0 keeps no state.
+        beta: momentum coefficient (decay rate), not negative; 0 keeps no state, 1 sums up all gradients.
         dampening: each gradient but the first is multiplied by ``1 - dampening``; in [0, 1].
         nesterov: use Nesterov momentum; needs ``beta > 0`` and no dampening.
         damp_first: dampen the first gradient too.
@@ -104,7 +104,7 @@ class HeavyBall(Momentum):
     damp_first: bool = False
 
     def __post_init__(self) -> None:
-        check_range(self, "beta", self.beta, 0, 1)
+        check_range(self, "beta", self.beta, 0, math.inf)
         check_range(self, "dampening", self.dampening, 0, 1, closed=True)
         if self.nesterov is True and not (self.beta and not self.dampening):
             raise ValueError("HeavyBall: nesterov needs beta > 0 and dampening = 0")

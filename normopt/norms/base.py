@@ -116,6 +116,15 @@ class Norm(Direction):
         fits = out is not None and out.is_contiguous() and (out.shape, out.dtype) == like
         return torch.div(m, root, out=out) if fits else m / root
 
+    def unit_lengthening(self, g: Tensor, roots: tuple[Tensor, ...]) -> Tensor:
+        """How long ``g`` divided by ``roots`` is, in Frobenius lengths of ``unit_dualize`` of a full-rank gradient.
+
+        At most ``1 / sqrt(c)`` if the roots are those of statistics that are at least ``c`` times ``second_moment(g)``;
+        ``inf`` where a ``g`` that is not 0 becomes 0. ``Smoothed`` asks it whether roots of earlier statistics still
+        fit. For a norm whose second moments are matrices; shape ``(...)``, that of the roots without their matrices.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no roots that are kept")
+
     def unit_update_rms(self, m: int, n: int) -> float:
         """The root mean square of ``dualize`` at scale 1 for a full-rank (m x n) gradient."""
         return math.nan

@@ -91,6 +91,10 @@ class PerBlock(Norm):
     def unit_divide(self, m: Tensor, roots: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
         return self.join(self.inner.divide(self.cut(m), roots, out), m.shape)
 
+    def unit_lengthening(self, g: Tensor, roots: tuple[Tensor, ...]) -> Tensor:
+        """That of each block, shape ``(..., blocks)``."""
+        return self.inner.unit_lengthening(self.cut(g), roots)
+
     def unit_update_rms(self, m: int, n: int) -> float:
         """The root of the mean square over all blocks, of which the last may be smaller."""
         (high, height), (wide, width) = self._parts((m, n))

@@ -13,7 +13,8 @@ from normopt.ingredient.traits import trait
 from normopt.ingredient.validate import check_choice, check_range
 from normopt.norms.schatten import UnitarilyInvariant
 from normopt.numerics.eigen import Eps, matrix_power
-from normopt.numerics.singular import largest_singular_value, map_singular_values, singular_values
+from normopt.numerics.lengths import euclidean
+from normopt.numerics.singular import map_singular_values, singular_values
 from normopt.polar.coefficients import PolarCoefficients
 from normopt.polar.decompositions import exact
 from normopt.polar.factor import METHODS, polar
@@ -77,7 +78,7 @@ class Spectral(UnitarilyInvariant):
         return self.sides == "both"
 
     def unit_norm(self, w: Tensor) -> Tensor:
-        return largest_singular_value(w)
+        return singular_values(w).amax(dim=-1) if w.numel() else w.sum(dim=(-2, -1))
 
     def unit_dual_norm(self, g: Tensor) -> Tensor:
         return singular_values(g).sum(dim=-1)
@@ -100,8 +101,7 @@ class Spectral(UnitarilyInvariant):
     def unit_roots(self, stats: tuple[Tensor, ...], eps: Eps) -> tuple[Tensor, ...]:
         """``(stats + eps) ** -exponent``; 1 for a side of size 1 whose other side is larger."""
         stats = tuple(s.to(torch.promote_types(s.dtype, torch.float32)) for s in stats)
-        larger = [s.shape[-1] > 1 for s in stats]
-        taken = larger if any(larger) else [True] * len(stats)
+        taken = _taken(stats)
         exponent = 1 / (2 * sum(taken)) if self.exponent is None else self.exponent
         roots = zip(stats, taken, strict=True)
         return tuple(matrix_power(s, -exponent, eps) if is_taken else torch.ones_like(s) for s, is_taken in roots)
@@ -114,6 +114,20 @@ class Spectral(UnitarilyInvariant):
             return roots[0] @ m @ roots[1]
         return roots[0] @ m if m.shape[-2] < m.shape[-1] else m @ roots[0]
 
+    def unit_lengthening(self, g: Tensor, roots: tuple[Tensor, ...]) -> Tensor:
+        """With an ``exponent`` of its own, the factor by which ``g`` grows to the power that makes it scale-free.
+
+        Twice the exponent squares the factor or more, by the inequality of power means, so the result is not too small
+        for exponents above the usual one.
+        """
+        before, after = (euclidean(x, (-2, -1)) for x in (g, self.unit_divide(g, roots)))
+        usual = 1 / (2 * sum(_taken(roots)))
+        if self.exponent is not None and self.exponent != usual:
+            grown = torch.where(before > 0, after / before, 0.0)
+            after = before * (grown ** (usual / self.exponent) if self.exponent else 1.0)
+        lengths = after / math.sqrt(max(min(g.shape[-2:]), 1))
+        return torch.where((after == 0) & (before > 0), torch.inf, lengths)
+
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """``<g, dualize(g)>``: the dual norm, as accurate as the method's polar factor."""
         return (g * self.dualize(g)).sum(dim=(-2, -1))
@@ -123,6 +137,12 @@ class Spectral(UnitarilyInvariant):
         """A random semi-orthogonal matrix times the scale's factor, by the exact method. Returns ``w``."""
         noise = torch.empty_like(self._matrix(w), dtype=torch.promote_types(w.dtype, torch.float32))
         return w.copy_(exact(noise.normal_(generator=generator)) * self.factor(w.shape))
+
+
+def _taken(sides: tuple[Tensor, ...]) -> list[bool]:
+    """Which of the square matrices count: all but one of size 1 beside a larger one, as of a vector."""
+    larger = [side.shape[-1] > 1 for side in sides]
+    return larger if any(larger) else [True] * len(sides)
 
 
 def _name_of_float(dtype: object) -> str | None:

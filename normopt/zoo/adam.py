@@ -185,7 +185,7 @@ class Adafactor(FixedStepOptimizer):
         doc="the least that a gradient is divided by (``None``: the ``eps`` of the working dtype), and the least size "
         "of weights.",
     )
-    d: float = arg(default=1.0, doc="largest root mean square of ``u``.")
+    d: float = arg(default=1.0, doc="largest root mean square of ``u``, positive.")
     weight_decay: float = 0.0
 
     def rule(self) -> Rule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from normopt.constraints import L2, WeightDecay
 from normopt.directions import Chain, Decayed, Identity, Smoothed
-from normopt.ingredient import option
+from normopt.ingredient import check_range, option
 from normopt.momentum import EMA, HeavyBall
 from normopt.norms import Euclidean, Max
 from normopt.roles.options import Geometry
@@ -85,6 +85,7 @@ class NovoGrad(DeclaredOptimizer):
     )
 
     def rule(self) -> Rule:
+        check_range(self, "betas[0]", self.betas[0], 0, 1)
         beta, decay = option("betas", 0), option("weight_decay")
         unit = Smoothed(Euclidean("unit"), option("betas", 1), option("eps"), initial="first")
         summed = HeavyBall(beta, dampening=beta if self.grad_averaging else 0.0)

@@ -31,8 +31,9 @@ class Shampoo(DeclaredOptimizer):
     Defaults are those of facebookresearch/optimizers' Distributed Shampoo (arXiv 2309.06497), which differs in this: it
     starts to precondition at step ``preconditioning_frequency``, and moves by the graft or the momentum before, where
     here roots are computed at the first step already; it cuts blocks of ``block_size`` and a rest, where here all
-    blocks of a side are equally long; and it damps directions that no root has seen by ``eps`` alone, where here they
-    wait for the next root if ``eps`` is below rounding errors.
+    blocks of a side are equally long; and it damps directions that no root has seen by ``eps`` alone, where here a
+    gradient in such directions gets new roots at once, see :class:`~normopt.directions.Smoothed`, or waits for the next
+    ones if ``eps`` is below rounding errors.
 
     Raises:
         ValueError: an unknown ``graft``, or a number out of range.
@@ -52,7 +53,9 @@ class Shampoo(DeclaredOptimizer):
         'of the averaged gradient, ``"sgd"``, the averaged gradient itself, or ``None`` (arXiv 2002.11803).',
     )
     preconditioning_frequency: int = arg(
-        default=1, doc="compute roots at the first step and at every multiple of this."
+        default=1,
+        doc="compute roots at the first step, at every multiple of this, and where the present gradient does not fit "
+        "the last ones.",
     )
     block_size: int = arg(default=1024, doc="longer sides are cut into blocks, each with roots of its own.")
     exponent: float | None = arg(

@@ -486,14 +486,14 @@ COUNT = [0, -1, 1.5]
 NAME = ["nonsense"]
 #: What every argument of that name must not be.
 OUT_OF_RANGE: dict[str, list[Any]] = {
-    **dict.fromkeys(["lr", "weight_decay", "eps", "d", "delta", "wd_ratio", "gamma", "lr_decay"], ABOVE),
+    **dict.fromkeys(["lr", "weight_decay", "eps", "delta", "wd_ratio", "gamma", "lr_decay"], ABOVE),
     **dict.fromkeys(
         ["aux_lr", "aux_eps", "aux_weight_decay", "graft_eps", "momentum_decay", "scale", "lr_ratio"], ABOVE
     ),
     **dict.fromkeys(["initial_accumulator_value", "trust_coefficient", "init_factor", "alpha", "exponent"], ABOVE),
     **dict.fromkeys(["momentum", "beta2", "mu", "beta3", "graft_beta2"], BELOW_ONE),
     "dampening": [-1.0, 1.5, NAN, "much"],
-    **dict.fromkeys(["a0", "b0", "d0", "d_coef", "radius"], POSITIVE),
+    **dict.fromkeys(["a0", "b0", "d", "d0", "d_coef", "radius"], POSITIVE),
     "growth_rate": [0.5, NAN, "much"],
     "max_grad_norm": [-1.0, 0.0, NAN, "much"],
     "rank_fraction": [0.0, 1.5, *ABOVE],
@@ -508,10 +508,14 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "overrides": [{"nonsense": "linear"}],
     "state_dtype": ["float16", "nonsense", torch.int8],
 }
+#: Those whose momentum is a heavy ball.
+HEAVY = ["lars", "rmsprop", "sgd", "sgdp"]
 #: Where an argument of that name means something else.
 BUT: dict[tuple[str, str], list[Any]] = {
     ("adafactor", "eps"): [(-1.0, 1e-3), (NAN, 1e-3), (None, -1.0), (None, NAN), 1e-3],
     ("rmsprop", "alpha"): BELOW_ONE,
+    # As in torch: a heavy ball of 1 sums up all gradients.
+    **{(name, "momentum"): ABOVE for name in HEAVY},
     ("scion", "radius"): [-1.0, NAN, INF],
     **{(name, "scale"): [-1.0, 0.0, NAN, INF, "nonsense"] for name in normopt.list_optimizers("*descent")},
     ("normalizedsgd", "scale"): [-1.0, 0.0, NAN, INF, "nonsense"],

@@ -62,7 +62,9 @@ def test_roots_and_bases_are_computed_when_they_are_due(monkeypatch: pytest.Monk
             found += [t] if calls else []
         return found
 
-    assert steps_with(lambda p: Shampoo(p, preconditioning_frequency=4), eighs) == [1, 4, 8]
+    assert steps_with(lambda p: Shampoo(p, eps=100.0, preconditioning_frequency=4), eighs) == [1, 4, 8]
+    # The second gradient is large where the first was small.
+    assert steps_with(lambda p: Shampoo(p, preconditioning_frequency=4), eighs) == [1, 2, 4, 8]
     assert steps_with(lambda p: Shampoo(p), eighs) == list(range(1, 10))
     # Their first call is no step.
     assert steps_with(lambda p: SOAP(p, precondition_frequency=4), eighs) == [1]

@@ -177,9 +177,6 @@ def test_what_differs_is_named() -> None:
     refuse(optimizer, spoiled(good, nonfinite="never"), "unknown nonfinite 'never'")
     refuse(optimizer, spoiled(good, param_names=["b", "a", "c", "d"]), "another order, 'a' here where 'b' was")
     refuse(optimizer, spoiled(good, params=[0, 1, 2]), "4 parameters here, 3 there")
-    missing = spoiled(good)
-    del missing["param_groups"][0]["betas"]
-    refuse(optimizer, missing, "option 'betas' is missing")
     for value in (0.5, None, "zeros"):
         broken = spoiled(good)
         broken["state"][1]["momentum"] = value
@@ -189,6 +186,51 @@ def test_what_differs_is_named() -> None:
     refuse(optimizer, stepless, "parameter 'd': its saved state has no 'step'")
     several = ZOO["adamw"]([{"params": [p]} for p in tensors()]).state_dict()
     refuse(optimizer, several, "the saved state has 4 param groups, this optimizer 1")
+
+
+@every
+def test_what_a_saved_group_does_not_say_stays_what_it_is(make: Make) -> None:
+    """Whatever has a default, ``maximize`` and ``lr`` among them; a count of steps may be a plain number."""
+    params, optimizer = trained(make)
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    twin = make(named(others), lr=0.1)
+    state = optimizer.state_dict()
+    found = {name for group in optimizer.param_groups for name in rule_of(group).step_size.init_shared()}
+    keep = {"params", "param_names", "rule", *found}
+    old = {
+        "state": {key: {**held, "step": int(held["step"])} for key, held in state["state"].items()},
+        "param_groups": [{k: v for k, v in group.items() if k in keep} for group in state["param_groups"]],
+    }
+    twin.load_state_dict(old)
+    assert_equal(snapshot(twin), snapshot(optimizer))
+    if not any(rule_of(group).momentum.looks_back for group in optimizer.param_groups):
+        run(optimizer, params, 1)
+        run(twin, others, 1)
+        assert_equal(snapshot(twin), snapshot(optimizer))
+
+
+def test_flattened_and_sharded_states_say_so() -> None:
+    """FSDP and ZeRO keep vectors in place of matrices: one for several parameters, or one for each."""
+    params, optimizer = trained(ZOO["adamw"])
+    flat = {key: {name: x.flatten() if x.ndim else x for name, x in s.items()} for key, s in optimizer.state.items()}
+    state = optimizer.state_dict()
+    state["state"] = dict(enumerate(flat.values()))
+    refuse(optimizer, state, "only vectors, for 4 parameters.*FSDP or ZeRO has flattened it.*full_state_dict=True")
+    one = {name: torch.cat([s[name].flatten() for s in flat.values()]) for name in ("momentum", "second_moment")}
+    state["state"] = {0: {"step": torch.tensor(2.0), **one}}
+    state["param_groups"][0] |= {"params": [0], "param_names": ["_flat_param"]}
+    refuse(optimizer, state, "only vectors, for 1 parameters, where this optimizer has 4 with matrices.*flattened")
+    theirs = [nn.Parameter(torch.zeros(sum(p.numel() for p in params)))]
+    reference = torch.optim.AdamW(theirs)
+    run(reference, theirs, 1)
+    with pytest.raises(ValueError, match="FSDP or ZeRO has flattened it"):
+        normopt.from_torch_state(optimizer, reference.state_dict())
+    DTensor = type("DTensor", (Tensor,), {})
+    sharded = optimizer.state_dict()
+    sharded["state"][1] = {**sharded["state"][1], "momentum": torch.zeros(4, 6).as_subclass(DTensor)}
+    with pytest.raises(ValueError, match="'momentum' of parameter 1 is sharded, a DTensor"):
+        optimizer.load_state_dict(sharded)
+    refuse(optimizer, {"state.a.step": torch.tensor(1.0)}, "flatten_optimizer_state_dict=True")
 
 
 def test_the_numbers_of_the_whole_optimizer_must_be_there() -> None:
@@ -262,6 +304,7 @@ SWITCHES: dict[str, tuple[type, dict[str, Any], Make, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {}, zoo.SGD, {"momentum": 0.5}),
     "heavy ball": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}, zoo.SGD, {}),
     "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, zoo.SGD, {}),
+    "momentum of 1": (torch.optim.SGD, {"momentum": 1.0}, zoo.SGD, {}),
     "muon": (torch.optim.Muon, {"momentum": 0.8}, zoo.Muon, {}),
     "moonlight": (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw", "nesterov": False}, zoo.Muon, {}),
     "muon's steps": (torch.optim.Muon, {"ns_steps": 3}, zoo.Muon, {"ns_steps": 3}),
