@@ -75,7 +75,9 @@ def groups_by_shape(params: Any, table: Geometry) -> list[dict[str, Any]]:
     """
     given = [params] if isinstance(params, Tensor) else list(params)
     check_distinct(given)
-    named: dict[str, Tensor] = dict(each if isinstance(each, tuple) else (f"added.{i}", each) for i, each in enumerate(given))
+    named: dict[str, Tensor] = dict(
+        each if isinstance(each, tuple) else (f"added.{i}", each) for i, each in enumerate(given)
+    )
     found = {}
     for name, p in sorted(named.items(), key=lambda item: item[1].ndim):
         role = ("scalar", "vector", "linear", "conv")[min(p.ndim, 3)]

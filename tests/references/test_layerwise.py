@@ -195,7 +195,7 @@ def test_novograd_is_pytorch_optimizers(options: dict[str, Any]) -> None:
 NOTHING: dict[str, Any] = {"betas": (0.0, 0.0), "eps": 0.0}
 LIMITS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
     "novograd": (NOTHING, lambda g, w: g / g.norm()),
-    "lars": ({"momentum": 0.0, "trust_coefficient": 1.0}, lambda g, w: g * w.norm() / g.norm()),
+    "lars": ({"momentum": 0.0, "trust_coefficient": 1.0}, lambda g, w: g * w.norm() / g.norm() if g.ndim > 1 else g),
     "lamb": (NOTHING | {"weight_decay": 0.0, "always_adapt": True}, lambda g, w: g.sign() * rms(w)),
 }
 
@@ -203,4 +203,5 @@ LIMITS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
 @pytest.mark.parametrize("name", LIMITS)
 def test_without_memory(name: str) -> None:
     """Normalized descent, and sign descent as long as the weights: only this step's gradient counts."""
-    assert_without_memory(name, *LIMITS[name])
+    tolerance = 1e-10 if name == "lars" else 1e-12  # its gradients of vectors are not rescaled, and are small at times
+    assert_without_memory(name, *LIMITS[name], tolerance)
