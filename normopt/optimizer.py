@@ -39,7 +39,14 @@ from normopt.ingredient import Stage, nearest
 from normopt.ingredient.view import View
 from normopt.momentum.base import Momentum, NoMomentum
 from normopt.roles.geometries import overlaid
-from normopt.roles.groups import groups_by_shape, groups_of_module, param_groups, to_distinct_names, vectors_by_adam
+from normopt.roles.groups import (
+    all_tensors,
+    groups_by_shape,
+    groups_of_module,
+    param_groups,
+    to_distinct_names,
+    vectors_by_adam,
+)
 from normopt.roles.options import Geometry, entry, merged, with_beta
 from normopt.rule import INGREDIENTS, Rule, rule_of
 from normopt.stepsize.base import StepSize, double
@@ -197,16 +204,19 @@ class SteepestDescent(Optimizer):
         self.defaults.pop("differentiable", None)  # torch's, which groups that are added later would get
         self.defaults = {**ADDED, **self.defaults}
         self._names = WeakTensorKeyDictionary()
+        self.role_table = state.get("role_table", overlaid(self.own_table, None))
         self._forget_steps()
         for group in self.param_groups:
             learn_names(self._names, group)
-            for name, value in {**ADDED, "state_version": VERSION, **rates(group, self.defaults["lr"])}.items():
+            for name, value in {**ADDED, "state_version": VERSION}.items():
                 group.setdefault(name, value)
+            if "lr_ratio" not in group:
+                group |= rates({"lr": group.get("initial_lr", group["lr"])}, self.defaults["lr"])
 
     def __getstate__(self) -> dict[str, Any]:
         self._guard.settle(self.param_groups, self.state)
-        kept = ("own_table", "role_table", "arguments", "compiles")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        kept = {name: getattr(self, name) for name in ("own_table", "role_table", "compiles")}
+        return {**super().__getstate__(), **kept, "arguments": dict(self.arguments)}
 
     # Param groups ---------------------------------------------------------------------------------------------
 
@@ -235,31 +245,37 @@ class SteepestDescent(Optimizer):
 
     def _by_role(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The group itself, or one for each role of its parameters where it names a module or comes to a model."""
-        params = group["params"]
+        params, names = group["params"], group.get("param_names")
         is_module = isinstance(params, nn.Module)
+        if not isinstance(params, (nn.Module, Tensor, set)):
+            params = list(params)
         comes_to_model = any("role" in other for other in self.param_groups)
-        if not is_module and (not comes_to_model or {"norm", "rule", "role"} & group.keys() or isinstance(params, set)):
-            return [dict(group)]
-        known = [name for other in self.param_groups for name in other.get("param_names", ())]
-        named = not self.param_groups or "param_names" in self.param_groups[0]
-        found = groups_of_module(params, self.role_table) if is_module else groups_by_shape(params, self.role_table)
+        if not is_module and (not comes_to_model or {"norm", "rule", "role"} & group.keys() or not all_tensors(params)):
+            return [{**group, "params": params}]
+        if is_module:
+            found = groups_of_module(params, self.role_table)
+        else:
+            found = groups_by_shape(zip(names, params, strict=True) if names else params, self.role_table)
         own = rule_of(self.defaults)
         if not own.norm.takes_vectors:
             found = list(vectors_by_adam(found, own.step_size, own.constraint))
-        said = {name: value for name, value in group.items() if name != "params"}
+        said = {name: value for name, value in group.items() if name not in ("params", "param_names", "lr_ratio")}
+        ratio = group.get("lr_ratio", 1.0)
+        check_lr(ratio, "lr_ratio")
         if "lr" in said and float(self.defaults["lr"]) > 0:
             check_lr(said["lr"])
-            said["lr_ratio"] = said.get("lr_ratio", 1.0) * float(said.pop("lr")) / float(self.defaults["lr"])
+            ratio = float(ratio) * float(said.pop("lr")) / float(self.defaults["lr"])
+        known = [name for other in self.param_groups for name in other.get("param_names", ())]
+        named = not self.param_groups or "param_names" in self.param_groups[0]
         for part in found:
             part["params"] = to_distinct_names(part["params"], known) if named else [p for _, p in part["params"]]
-            if "lr_ratio" in said:
-                part["lr_ratio"] = part.get("lr_ratio", 1.0) * said["lr_ratio"]
-        return [merged(part, {name: said[name] for name in said.keys() - {"lr_ratio"}}) for part in found]
+            if ratio != 1:
+                part["lr_ratio"] = part.get("lr_ratio", 1.0) * ratio
+        return [merged(part, said) for part in found]
 
     def _add(self, group: dict[str, Any]) -> None:
         rule = self._check_group(group)
         if not isinstance(group["params"], (Tensor, set)):
-            group["params"] = list(group["params"])
             check_distinct(group["params"])
         super().add_param_group(group)
         group = self.param_groups[-1]

@@ -45,7 +45,12 @@ def param_groups(
     if isinstance(geometry, str) and geometry not in GEOMETRIES:
         raise ValueError(f"unknown geometry {geometry!r}; {nearest(geometry, GEOMETRIES)}")
     table = GEOMETRIES[geometry] if isinstance(geometry, str) else geometry
-    return _grouped(dict(model.named_parameters()), infer_roles(model, overrides), table)
+    found = infer_roles(model, overrides)
+    known = {*ROLES, "*", *(role.name for role in found.values())}
+    for unknown in table.keys() - known:
+        hint = nearest(unknown, known)
+        raise ValueError(f"the geometry has an entry for role {unknown!r}, but no parameter has that role; {hint}")
+    return _grouped(dict(model.named_parameters()), found, table)
 
 
 def groups_of_module(module: nn.Module, table: Geometry) -> list[dict[str, Any]]:
@@ -62,6 +67,13 @@ def groups_of_module(module: nn.Module, table: Geometry) -> list[dict[str, Any]]
             reason = "a hidden layer: the module was added, and is not taken to hold the output layer"
             found[name] = replace(role, name="linear", reason=reason)
     return _grouped(dict(module.named_parameters()), found, table)
+
+
+def all_tensors(params: Any) -> bool:
+    """Whether ``params`` is a tensor or a list of tensors, named or not, with one at least."""
+    given = [params] if isinstance(params, Tensor) else params
+    is_list = isinstance(given, list) and bool(given)
+    return is_list and all(isinstance(each[1] if isinstance(each, tuple) else each, Tensor) for each in given)
 
 
 def groups_by_shape(params: Any, table: Geometry) -> list[dict[str, Any]]:
@@ -87,7 +99,7 @@ def groups_by_shape(params: Any, table: Geometry) -> list[dict[str, Any]]:
         f"add_param_group: {len(found)} parameters came without their module and got roles by their shapes: "
         f"{', '.join(f'{count} {role}' for role, count in counts.items())}. An embedding or an output layer looks "
         "like any other matrix: pass the module, {'params': module}, or name a norm, to say what they are.",
-        stacklevel=5,
+        stacklevel=4,  # where add_param_group is called
     )
     return _grouped(named, found, table)
 
@@ -104,10 +116,6 @@ def _grouped(parameters: Mapping[str, Tensor], found: Mapping[str, Role], table:
     """One group for each role, view and set of options."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     members: dict[tuple[Any, ...], list[tuple[str, Role]]] = defaultdict(list)
-    known = {*ROLES, "*", *(role.name for role in found.values())}
-    for unknown in table.keys() - known:
-        hint = nearest(unknown, known)
-        raise ValueError(f"the geometry has an entry for role {unknown!r}, but no parameter has that role; {hint}")
     for name, role in found.items():
         if role.name not in table and "*" not in table:
             raise ValueError(f"the geometry has no entry for role {role.name!r} (parameter {name!r}); add it or '*'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from functools import partial
 from typing import Any
@@ -287,6 +288,26 @@ def test_a_module_comes_to_an_optimizer_of_parameters() -> None:
 
 def by_name(optimizer: normopt.SteepestDescent) -> dict[str, dict[str, Any]]:
     return {name: group for group in optimizer.param_groups for name in group["param_names"]}
+
+
+def test_what_a_model_never_had_is_no_hindrance() -> None:
+    """A role of the user's in the geometry, groups that name their rule, what is no tensor."""
+    geometry, overrides = {"expert": "max"}, {"up.weight": {"role": "expert"}}
+    optimizer = normopt.create("muon", Net(), geometry=geometry, overrides=overrides)
+    optimizer.add_param_group({"params": nn.Linear(3, 3)})
+    optimizer.add_param_group({"params": [("own", nn.Parameter(torch.ones(3)))], "norm": "max"})
+    assert "role" not in optimizer.param_groups[-1]
+    with pytest.raises(TypeError, match="can only optimize Tensors"):
+        optimizer.add_param_group({"params": [3]})
+    with pytest.raises(ValueError, match="lr_ratio must be a finite number"):
+        optimizer.add_param_group({"params": nn.Linear(3, 3), "lr_ratio": "much"})
+
+
+def test_modules_come_to_copies_of_a_bare_optimizer() -> None:
+    for made in (normopt.SteepestDescent(Net()), normopt.create("soap", Net())):
+        for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            copied.add_param_group({"params": nn.Linear(3, 3)})
+            assert by_name(copied)["weight"]["rule"] == by_name(made)["up.weight"]["rule"]
 
 
 # Rates ---------------------------------------------------------------------------------------------------------------
