@@ -249,6 +249,7 @@ class SteepestDescent(Optimizer):
         is_module = isinstance(params, nn.Module)
         if not isinstance(params, (nn.Module, Tensor, set)):
             params = list(params)
+            check_distinct(params)
         comes_to_model = any("role" in other for other in self.param_groups)
         if not is_module and (not comes_to_model or {"norm", "rule", "role"} & group.keys() or not all_tensors(params)):
             return [{**group, "params": params}]
@@ -275,8 +276,6 @@ class SteepestDescent(Optimizer):
 
     def _add(self, group: dict[str, Any]) -> None:
         rule = self._check_group(group)
-        if not isinstance(group["params"], (Tensor, set)):
-            check_distinct(group["params"])
         super().add_param_group(group)
         group = self.param_groups[-1]
         check_parameters(group, rule)

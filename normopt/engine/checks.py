@@ -106,7 +106,9 @@ def check_known(names: Set[str], rule: Rule, spare: Set[str]) -> None:
 
 
 def _is_near(name: str, known: Set[str]) -> bool:
-    """Whether a name can be a known one with a slip: most letters in order, and about as long."""
+    """Whether a name can be a known one with a slip: most letters in order, about as long, and no longer one of it."""
+    if any(len(each) > 2 and name.startswith(f"{each}_") for each in known):
+        return False  # as weight_decay_mult
     return any(abs(len(name) - len(each)) <= 2 for each in difflib.get_close_matches(name, known, n=3, cutoff=0.75))
 
 

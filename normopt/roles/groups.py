@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from normopt.constraints.base import Constraint
 from normopt.constraints.decay import L2, WeightDecay
-from normopt.engine.checks import check_distinct
 from normopt.ingredient.registry import nearest
 from normopt.ingredient.view import View
 from normopt.roles.geometries import GEOMETRIES, adam_options
@@ -86,7 +85,6 @@ def groups_by_shape(params: Any, table: Geometry) -> list[dict[str, Any]]:
         table: what the roles get.
     """
     given = [params] if isinstance(params, Tensor) else list(params)
-    check_distinct(given)
     named: dict[str, Tensor] = dict(
         each if isinstance(each, tuple) else (f"added.{i}", each) for i, each in enumerate(given)
     )
