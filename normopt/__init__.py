@@ -36,6 +36,7 @@ from normopt.directions import (
     Sinkhorn,
     Smoothed,
 )
+from normopt.engine.schedulers import set_lr
 from normopt.ingredient import Option
 from normopt.ingredient.view import View
 from normopt.momentum import (
@@ -162,6 +163,7 @@ __all__ = [
     "periodic_table",
     "polar",
     "roles",
+    "set_lr",
     "stepsize",
     "summary",
     "width_scaled",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from normopt.engine.checkpoint import ADDED, VERSION, accepted, restored, to_hom
 from normopt.engine.checks import (
     check_alone,
     check_distinct,
+    check_fixed,
     check_gradients,
     check_known,
     check_lr,
@@ -31,15 +33,22 @@ from normopt.engine.look_back import look_back
 from normopt.engine.names import follow_names, learn_names
 from normopt.engine.plan import Plan
 from normopt.engine.prepare import adopt, prepared
-from normopt.engine.schedulers import first_weight
+from normopt.engine.schedulers import first_weight, own_rates, rates
 from normopt.engine.totals import share
 from normopt.ingredient import Stage, nearest
 from normopt.ingredient.view import View
 from normopt.metrics import Metrics
 from normopt.momentum.base import Momentum, NoMomentum
 from normopt.roles.geometries import overlaid
-from normopt.roles.groups import param_groups, vectors_by_adam
-from normopt.roles.options import Geometry, entry, with_beta
+from normopt.roles.groups import (
+    all_tensors,
+    groups_by_shape,
+    groups_of_module,
+    param_groups,
+    to_distinct_names,
+    vectors_by_adam,
+)
+from normopt.roles.options import Geometry, entry, merged, with_beta
 from normopt.rule import INGREDIENTS, Rule, rule_of
 from normopt.stepsize.base import StepSize, double
 
@@ -101,6 +110,12 @@ class SteepestDescent(Optimizer):
 
     #: What ``table`` and ``rest`` said when the optimizer was made.
     own_table: Geometry
+    #: The same under the user's geometry: what modules get that are added later.
+    role_table: Geometry
+    #: What a declared optimizer was made with, save parameters: a group may name another value.
+    arguments: Mapping[str, Any] = MappingProxyType({})
+    #: Entries of torch's param groups that have only one value here.
+    fixed: ClassVar[Mapping[str, Any]] = {"differentiable": False}
     #: Whether updates run through ``torch.compile``.
     compiles: bool = False
     #: Every subclass by its lower-case name, for :func:`normopt.create`; of two with one name the first.
@@ -162,8 +177,9 @@ class SteepestDescent(Optimizer):
         for name in numbers.keys() - rule.options():
             raise TypeError(f"options: no ingredient of {rule} reads {name!r}; {nearest(name, rule.options())}")
         self.own_table = {"*": self.rest(), **self.table()}
+        self.role_table = overlaid(self.own_table, geometry)
         if isinstance(params, nn.Module):
-            params = param_groups(params, overlaid(self.own_table, geometry), overrides)
+            params = param_groups(params, self.role_table, overrides)
             params = (
                 params if rule.norm.takes_vectors else list(vectors_by_adam(params, rule.step_size, rule.constraint))
             )
@@ -189,50 +205,102 @@ class SteepestDescent(Optimizer):
         self.defaults.pop("differentiable", None)  # torch's, which groups that are added later would get
         self.defaults = {**ADDED, **self.defaults}
         self._names = WeakTensorKeyDictionary()
+        self.role_table = state.get("role_table", overlaid(self.own_table, None))
         self._forget_steps()
         for group in self.param_groups:
             learn_names(self._names, group)
             for name, value in {**ADDED, "state_version": VERSION}.items():
                 group.setdefault(name, value)
+            if "lr_ratio" not in group:
+                group |= rates({"lr": group.get("initial_lr", group["lr"])}, self.defaults["lr"])
 
     def __getstate__(self) -> dict[str, Any]:
         self._guard.settle(self.param_groups, self.state)
-        return {**super().__getstate__(), "own_table": self.own_table, "compiles": self.compiles}
+        kept = {name: getattr(self, name) for name in ("own_table", "role_table", "compiles")}
+        return {**super().__getstate__(), **kept, "arguments": dict(self.arguments)}
 
     # Param groups ---------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group as in torch.optim; it may name its own ingredients, and ``lr_ratio`` in place of ``lr``."""
-        group = dict(param_group)
+        """Add a param group as in torch.optim; it may name its own ingredients, and ``lr_ratio`` beside ``lr``.
+
+        ``params`` may be a module: it becomes one group for each role, as a whole model does, but none of its layers is
+        taken for the output layer. Parameters without a module that come to those of a model, without a ``norm``, get
+        roles by their shapes, with a warning. The ``lr`` of several roles is what ``lr`` is to a model: each role keeps
+        its ratio to it.
+
+        ``lr_ratio`` multiplies the group's ``lr``, or the optimizer's if the group has none. What stays in the group
+        under this name is the ratio of its learning rate to the optimizer's, for :func:`normopt.set_lr`. An ``lr``
+        that is a tensor is copied where another group holds it. Entries that nothing reads stay in the group.
+
+        Raises:
+            ValueError, TypeError: those of the constructor; no group has been added.
+        """
+        count = len(self.param_groups)
+        try:
+            for group in self._by_role(param_group):
+                self._add(group)
+        except Exception:
+            del self.param_groups[count:]
+            raise
+
+    def _by_role(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The group itself, or one for each role of its parameters where it names a module or comes to a model."""
+        params, names = group["params"], group.get("param_names")
+        is_module = isinstance(params, nn.Module)
+        if not isinstance(params, (nn.Module, Tensor, set)):
+            params = list(params)
+            check_distinct(params)
+        comes_to_model = any("role" in other for other in self.param_groups)
+        if not is_module and (not comes_to_model or {"norm", "rule", "role"} & group.keys() or not all_tensors(params)):
+            return [{**group, "params": params}]
+        if is_module:
+            found = groups_of_module(params, self.role_table)
+        else:
+            found = groups_by_shape(zip(names, params, strict=True) if names else params, self.role_table)
+        own = rule_of(self.defaults)
+        if not own.norm.takes_vectors:
+            found = list(vectors_by_adam(found, own.step_size, own.constraint))
+        said = {name: value for name, value in group.items() if name not in ("params", "param_names", "lr_ratio")}
+        ratio = group.get("lr_ratio", 1.0)
+        check_lr(ratio, "lr_ratio")
+        if "lr" in said and float(self.defaults["lr"]) > 0:
+            check_lr(said["lr"])
+            ratio = float(ratio) * float(said.pop("lr")) / float(self.defaults["lr"])
+        known = [name for other in self.param_groups for name in other.get("param_names", ())]
+        named = not self.param_groups or "param_names" in self.param_groups[0]
+        for part in found:
+            part["params"] = to_distinct_names(part["params"], known) if named else [p for _, p in part["params"]]
+            if ratio != 1:
+                part["lr_ratio"] = part.get("lr_ratio", 1.0) * ratio
+        return [merged(part, said) for part in found]
+
+    def _add(self, group: dict[str, Any]) -> None:
         rule = self._check_group(group)
-        if not isinstance(group["params"], (Tensor, set)):
-            group["params"] = list(group["params"])
-            check_distinct(group["params"])
         super().add_param_group(group)
         group = self.param_groups[-1]
-        try:
-            check_parameters(group, rule)
-        except Exception:
-            del self.param_groups[-1]
-            raise
+        check_parameters(group, rule)
+        own_rates(self.param_groups)
         learn_names(self._names, group)
         for name, value in rule.step_size.init_shared().items():
             device = group["params"][0].device if group["params"] else torch.device("cpu")
             fresh = torch.full((), value, dtype=double(device), device=device)
-            kin = (other for other in self.param_groups if type(rule_of(other).step_size) is type(rule.step_size))
+            kin = (other for other in self.param_groups[:-1] if type(rule_of(other).step_size) is type(rule.step_size))
             group[name] = next((other[name] for other in kin if name in other), fresh)
 
     def _check_group(self, group: dict[str, Any]) -> Rule:
         """The group's rule, which takes the place of the ingredients that it names; all numbers are in range."""
+        was_complete = "rule" in group  # that of another optimizer
+        check_fixed(group, self.fixed)
         rule = self._rule_of(group)
         group |= {"rule": repr(rule), "state_version": VERSION}
         if "state_dtype" in group:
             group["state_dtype"] = dtype_name(group["state_dtype"])
-        if "lr_ratio" in group:
-            check_lr(self.defaults["lr"])
-            group["lr"] = self.defaults["lr"] * group.pop("lr_ratio")
-        own = {name for role in self.own_table for name in entry(self.own_table, role)} if "role" in group else set()
-        check_known(group.keys(), rule, self.defaults.keys() | own)
+        if not was_complete:
+            own = {name for role in self.own_table for name in entry(self.own_table, role)} & group.keys()
+            check_known(group.keys(), rule, self.defaults.keys() | self.arguments.keys() | own)
+        if not (was_complete and "lr_ratio" in group):
+            group |= rates(group, self.defaults["lr"])
         check_numbers({**self.defaults, **group}, rule)
         return rule
 
@@ -247,9 +315,9 @@ class SteepestDescent(Optimizer):
         return self._unbounded_rule_of(group).bounded(bounds)
 
     def _unbounded_rule_of(self, group: dict[str, Any]) -> Rule:
-        default = rule_of(self.defaults)
         if "rule" in group:
             return rule_of(group)
+        default = self._own_rule(group)
         given = {name: group.pop(name) for name in INGREDIENTS & group.keys()}
         if isinstance(given.get("momentum"), (int, float)):
             beta = given.pop("momentum")
@@ -258,6 +326,10 @@ class SteepestDescent(Optimizer):
             if "momentum" not in default.options():
                 given["momentum"] = beta if default.momentum == NoMomentum() else with_beta(default.momentum, beta)
         return default.updated(given)
+
+    def _own_rule(self, group: Mapping[str, Any]) -> Rule:
+        """The optimizer's own rule, with what the group says of arguments that a rule is made of."""
+        return rule_of(self.defaults)
 
     # Saving and loading -------------------------------------------------------------------------------------------
 
@@ -281,6 +353,8 @@ class SteepestDescent(Optimizer):
 
         def accept(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             given.update(accepted(self.param_groups, state_dict))
+            for mine, saved in zip(self.param_groups, given["param_groups"], strict=True):
+                saved.setdefault("lr_ratio", mine["lr_ratio"])  # of older versions
             return given
 
         hook = self.register_load_state_dict_pre_hook(accept)  # the last one
@@ -289,6 +363,7 @@ class SteepestDescent(Optimizer):
         finally:
             hook.remove()
         self._guard = FiniteGuard()
+        own_rates(self.param_groups)
         for mine, saved in zip(self.param_groups, given["param_groups"], strict=True):
             to_home(mine)
             for p, key in zip(mine["params"], saved["params"], strict=True):

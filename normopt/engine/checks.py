@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping, Set
 from numbers import Real
@@ -23,7 +24,13 @@ STATE_DTYPES = ("bfloat16", "float32", "parameter")
 GROUP_KEYS = {"params", "param_names", "lr", "maximize", "role", "reasons", "rule", "name", "initial_lr", "lr_scale"}
 GROUP_KEYS |= {"nonfinite", "capturable", "state_dtype", "state_version"}
 GROUP_KEYS |= {f"{bound}_{name}" for bound in ("base", "max", "min") for name in ("lr", "momentum")}
+GROUP_KEYS |= {"foreach", "fused"}
 
+#: What users may say in a param group whatever its rule.
+SAID = {"lr", "lr_ratio", "maximize", "nonfinite", "capturable", "state_dtype", "bounds", "differentiable"}
+
+#: What other libraries call options that have another name here, too unlike it to be a near miss.
+OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay"}
 
 #: What is wrong with parts of parameters, and what to do.
 WHOLE = (
@@ -58,11 +65,11 @@ def dtype_name(dtype: Any) -> str | None:
     return name
 
 
-def check_lr(lr: Any) -> None:
+def check_lr(lr: Any, name: str = "lr") -> None:
     """Raise a ``ValueError`` unless ``lr`` is a number, or a tensor with one entry, that is finite and not negative."""
     is_number = lr.numel() == 1 if isinstance(lr, Tensor) else isinstance(lr, Real) and not isinstance(lr, bool)
     if not is_number or not 0 <= float(lr) < math.inf:
-        raise ValueError(f"lr must be a finite number that is not negative, got {lr!r}")
+        raise ValueError(f"{name} must be a finite number that is not negative, got {lr!r}")
 
 
 def check_numbers(options: Mapping[str, Any], rule: Rule) -> None:
@@ -86,10 +93,30 @@ def check_keeping(options: Mapping[str, Any], resolved: Rule) -> None:
 
 
 def check_known(names: Set[str], rule: Rule, spare: Set[str]) -> None:
-    """Raise a ``TypeError`` for param-group entries that nothing reads, save ``spare``."""
-    known = rule.options() | INGREDIENTS | {"lr", "maximize", "nonfinite", "capturable", "state_dtype"}
-    for name in names - known - GROUP_KEYS - spare:
-        raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {nearest(name, known)}")
+    """Raise a ``TypeError`` for param-group entries that nothing reads and that look like a known one misspelt.
+
+    All others are the user's own, such as the ``rho`` of wrappers, and stay in the group. ``spare`` is known too.
+    """
+    known = rule.options() | INGREDIENTS | SAID | spare
+    for name in names - known - GROUP_KEYS:
+        meant = OTHER_NAMES.get(name)
+        if meant in known or _is_near(name, known):
+            hint = f"did you mean {meant!r}?" if meant in known else nearest(name, known)
+            raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {hint}")
+
+
+def _is_near(name: str, known: Set[str]) -> bool:
+    """Whether a name can be a known one with a slip: most letters in order, about as long, and no longer one of it."""
+    if any(len(each) > 2 and name.startswith(f"{each}_") for each in known):
+        return False  # as weight_decay_mult
+    return any(abs(len(name) - len(each)) <= 2 for each in difflib.get_close_matches(name, known, n=3, cutoff=0.75))
+
+
+def check_fixed(group: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` for an entry of torch's param groups that has only one value here."""
+    for name, value in fixed.items():
+        if group.get(name, value) != value:
+            raise ValueError(f"param group: {name}={group[name]!r} is not supported; leave {name} {value}")
 
 
 def check_distinct(params: Iterable[Any]) -> None:

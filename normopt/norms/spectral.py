@@ -30,8 +30,7 @@ class Spectral(UnitarilyInvariant):
     :func:`normopt.polar.polar`; only ``"exact"`` satisfies the identities to rounding). Second moment:
     ``(G G^T, G^T G)`` with ``whiten(M, (L, R)) = L^(-1/4) M R^(-1/4)`` (Shampoo, arXiv 1802.09568); for vectors the
     side of size 1 is left out and the other has power -1/2. ``norm``, ``dual_norm`` and ``project`` use singular
-    values, but on accelerators ``norm`` waits for no decomposition and is up to 0.1% too large; step sizes estimate the
-    dual norm by ``<g, dualize(g)>``, one more polar factor. Scale ``"rms"``: sqrt(out/in), the RMS -> RMS norm.
+    values; step sizes estimate the dual norm by ``<g, dualize(g)>``, one more polar factor. Scale ``"rms"``: sqrt(out/in), the RMS -> RMS norm.
 
     Args:
         scale: see :class:`~normopt.norms.Norm`.

@@ -12,8 +12,8 @@ from normopt.momentum.base import Momentum
 ROLES = ("embedding", "linear", "unembedding", "conv", "vector", "scalar", "other")
 
 #: A geometry is a table role -> norm, or role -> dict of param-group options ("norm", "momentum", "constraint",
-#: numbers, and "lr_ratio", which multiplies the optimizer's learning rate). ``"*"`` stands for all roles that are not
-#: named, and ``{}`` for the optimizer's own ingredients.
+#: numbers, and "lr_ratio", which multiplies the role's own learning rate if it has one, else the optimizer's).
+#: ``"*"`` stands for all roles that are not named, and ``{}`` for the optimizer's own ingredients.
 Geometry = Mapping[str, Any]
 
 
@@ -25,14 +25,16 @@ def entry(table: Geometry, role: str) -> dict[str, Any]:
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Several layers of param-group options as one; later layers win.
 
-    Three options are special. ``lr`` and ``lr_ratio`` replace each other. A number for ``momentum`` becomes the
-    ``beta`` of the momentum in an earlier layer. Bounds are added to those of earlier layers, but ``()`` or ``None``
-    removes them.
+    Three options are special. ``lr`` replaces an earlier ``lr_ratio``, which would be relative to another rate;
+    ``lr_ratio`` is relative to an earlier ``lr``, and replaces an earlier ``lr_ratio``. A number for ``momentum``
+    becomes the ``beta`` of the momentum in an earlier layer. Bounds are added to those of earlier layers, but ``()`` or
+    ``None`` removes them.
     """
     options: dict[str, Any] = {}
     for layer in layers:
         below = options.get("momentum")
-        rates = {"lr", "lr_ratio"} if {"lr", "lr_ratio"} & layer.keys() else set()
+        rates = {"lr", "lr_ratio"} if "lr" in layer else {"lr_ratio"}
+        rates = rates if {"lr", "lr_ratio"} & layer.keys() else set()
         before, options = options, {name: value for name, value in options.items() if name not in rates} | dict(layer)
         if options.get("bounds"):
             options["bounds"] = _several(before.get("bounds")) + _several(layer.get("bounds"))

@@ -19,7 +19,8 @@ class GradientTrust(StepSize):
     """LARS' local rate: each gradient is multiplied by ``coefficient ||w|| / (||g|| + weight_decay ||w||)``.
 
     Momentum averages the products, so that the length of a step is the rate times the size of the weights. The factor
-    is 1 where weights or gradient are 0; ``g`` is the gradient without L2 (You et al., arXiv 1708.03888).
+    is 1 where weights or gradient are 0; ``g`` is the gradient without L2 (You et al., arXiv 1708.03888). Vectors and
+    scalars are left alone, and L2 does not reach them, as in the references.
 
     Args:
         coefficient: the trust coefficient, not negative.
@@ -35,6 +36,8 @@ class GradientTrust(StepSize):
         check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
 
     def weigh(self, g: Tensor, context: Context, shared: Numbers) -> Weighed:
+        if context.is_vector:
+            return Weighed(context.raw, context.raw)
         size, slope = (euclidean(x, axes(x), keepdim=True) for x in (context.w, context.raw))
         trusted = g * _ratio(size, slope + self.weight_decay * size, self.coefficient)
         return Weighed(trusted, trusted)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from torch import Tensor
 
 from normopt.constraints import L2, WeightDecay
@@ -44,6 +47,7 @@ class AdamW(DeclaredOptimizer):
     those of torch.optim.AdamW.
     """
 
+    fixed: ClassVar[Mapping[str, Any]] = {**DeclaredOptimizer.fixed, "decoupled_weight_decay": True}
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-2

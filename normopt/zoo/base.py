@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 from normopt.ingredient import get, nearest, option
 from normopt.optimizer import SteepestDescent
 from normopt.roles.options import Geometry
-from normopt.rule import Rule
+from normopt.rule import INGREDIENTS, Rule
 from normopt.stepsize import LearningRateFree, StepSize
 
 if sys.version_info >= (3, 11):
@@ -109,10 +109,12 @@ class Declared(SteepestDescent):
     """An optimizer whose annotated class attributes are its arguments, in this order, as those of dataclasses are.
 
     ``rule()``, ``table()`` and ``rest()`` find them on ``self``, and may change them, ``self.beta3 = ...``. Numbers
-    that the rule reads by ``option("name")`` go to the param groups, where schedulers can change them. After that no
-    argument is kept: param groups are all that there is. Attributes that are no arguments are annotated as ``ClassVar``
-    or not at all, or begin with ``_``. To the class's docstring are added the docstring of ``table`` and a section on
-    the arguments. A class without a rule is abstract, and an ``__init__`` that is written by hand is left as it is.
+    that the rule reads by ``option("name")`` go to the param groups, where schedulers can change them. Of the other
+    arguments of a rule a param group may name its own value, from which its rule is declared anew, such as
+    ``ns_steps``. After that no argument is an attribute: what is needed for groups that are added later is in
+    ``arguments``. Attributes that are no arguments are annotated as ``ClassVar`` or not at all, or begin with ``_``. To
+    the class's docstring are added the docstring of ``table`` and a section on the arguments. A class without a rule is
+    abstract, and an ``__init__`` that is written by hand is left as it is.
     """
 
     _abstract: ClassVar[bool] = True
@@ -153,8 +155,17 @@ class Declared(SteepestDescent):
         rule, wanted = self.rule(), vars(self).get("step_size")
         return rule if wanted is None else rule.updated({"step_size": wanted})
 
-    def _construct(self, kept: set[str]) -> None:
-        """Make the param groups, then forget all attributes but those ``kept``."""
+    def _own_rule(self, group: Mapping[str, Any]) -> Rule:
+        """The optimizer's own rule, declared anew where the group names arguments that no option of it stands for."""
+        rule = super()._own_rule(group)
+        names = self.arguments.keys() - rule.options() - INGREDIENTS - {*HANDED_ON, "lr", "lr_ratio"}
+        said = {name: group[name] for name in names & group.keys()}
+        return self.declared((), **{**self.arguments, **said}).completed_rule() if said else rule
+
+    def _construct(self, kept: set[str], given: Mapping[str, Any]) -> None:
+        """Make the param groups, then forget all attributes but those ``kept``; ``given`` is what ``declared`` took."""
+        self.arguments = {name: value for name, value in given.items() if name not in ("params", "overrides")}
+        kept = kept | {"arguments"}
         rule, found = self.completed_rule(), vars(self)
         numbers = {name: found[name] for name in rule.options() & found.keys()}
         handed_on = {name: found[name] for name in HANDED_ON if name in found}
@@ -227,8 +238,9 @@ def _constructor(cls: type[Declared]) -> Callable[..., None]:
 
     def __init__(self: Declared, *args: Any, **kwargs: Any) -> None:
         kept = {*vars(self)}
-        vars(self).update(_bound(cls, args, kwargs))
-        self._construct(kept)
+        given = _bound(cls, args, kwargs)
+        vars(self).update(given)
+        self._construct(kept, given)
 
     signature, made = _signature(cls), vars(__init__)
     first = P("self", P.POSITIONAL_OR_KEYWORD)

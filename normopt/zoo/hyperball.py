@@ -113,7 +113,8 @@ class NaP(Declared):
         self, params: ParamsT | nn.Module, lr: float | Tensor = 1e-3, base: str = "adam", **options: Any
     ) -> None:
         vars(self).update(vars(self.declared(params, lr, base, **options)))
-        self._construct(set())
+        defaults = {name: a.default for name, a in self._base._arguments.items()}
+        self._construct(set(), {**defaults, "lr": lr, "base": base, **options})
 
     @classmethod
     def declared(

@@ -7,9 +7,8 @@ from normopt.directions import Chain, Decayed, Identity, Smoothed
 from normopt.ingredient import check_range, option
 from normopt.momentum import EMA, HeavyBall
 from normopt.norms import Euclidean, Max
-from normopt.roles.options import Geometry
 from normopt.rule import Rule
-from normopt.stepsize import Constant, GradientTrust, TrustRatio
+from normopt.stepsize import GradientTrust, TrustRatio
 from normopt.zoo.base import L2_DECAY, DeclaredOptimizer, FixedStepOptimizer, arg
 
 
@@ -17,7 +16,8 @@ class LARS(FixedStepOptimizer):
     """:class:`SGD` whose gradients are made as long as ``trust_coefficient ||w||`` first (arXiv 1708.03888).
 
     ``g <- (g + weight_decay w) trust_coefficient ||w|| / (||g|| + weight_decay ||w||)``, ``b <- momentum b +
-    (1 - dampening) g``, ``w <- w - lr b``. Arguments and defaults are those of pytorch_optimizer's LARS.
+    (1 - dampening) g``, ``w <- w - lr b``. Vectors and scalars move by plain SGD without decay. Arguments and defaults
+    are those of pytorch_optimizer's LARS.
     """
 
     weight_decay: float = arg(default=0.0, doc=L2_DECAY)
@@ -25,11 +25,6 @@ class LARS(FixedStepOptimizer):
     dampening: float = 0.0
     trust_coefficient: float = arg(default=1e-3, doc="length of a gradient, in units of the weights.")
     nesterov: bool = arg(default=False, doc="step along ``g + momentum b``.")
-
-    def table(self) -> Geometry:
-        """Given a whole model, vectors and scalars move by plain SGD without decay; given parameters, all are alike."""
-        plain = {"step_size": Constant(), "weight_decay": 0.0}
-        return {"vector": plain, "scalar": plain}
 
     def rule(self) -> Rule:
         ball = HeavyBall(option("momentum"), option("dampening"), option("nesterov"), damp_first=True)

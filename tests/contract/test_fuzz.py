@@ -21,6 +21,9 @@ from normopt.numerics import host
 from tests.support.optimizers import BARE, JOINT, ZOO
 from tests.support.steps import assert_equal, snapshot
 
+#: Matrices that come to a model without their module get a role by their shape, and a warning.
+pytestmark = pytest.mark.filterwarnings("ignore:add_param_group")
+
 WHOLE = {**ZOO, "stormplus": partial(normopt.create, "stormplus")}
 MATRICES = {name: partial(SteepestDescent, **options) for name, options in {**BARE, **JOINT}.items()}
 GROUPS: list[dict[str, Any]] = [{}, {"lr": 0.02}, {"norm": "max"}, {"nonfinite": "skip"}, {"maximize": True}]

@@ -191,6 +191,41 @@ def test_lightning_takes_the_steps_of_a_plain_loop(name: str, monkeypatch: pytes
     assert_same_weights(net, twin)
 
 
+@pytest.mark.slow
+@theirs
+@pytest.mark.parametrize("name", ["adamw", "muon", "scion", "prodigy"])
+def test_lightning_unfreezes_a_backbone(name: str) -> None:
+    """Its callback adds the backbone's parameters without names: they train by their shapes, ten times as slowly."""
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import BackboneFinetuning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
+            self.head = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+
+        def training_step(self, tokens: Tensor, _: int) -> Tensor:
+            logits = self.head(self.backbone(tokens[:, :-1]))
+            return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+        def configure_optimizers(self) -> normopt.SteepestDescent:
+            return normopt.create(name, self, lr=0.02)
+
+    module = Module()
+    before = copy.deepcopy(module.state_dict())
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_epochs=3, accelerator="cpu", callbacks=[thaw], enable_checkpointing=False, **quiet)
+    with pytest.warns(UserWarning, match="came without their module and got roles by their shapes: 2 vector, 3 linear"):
+        trainer.fit(module, torch.utils.data.DataLoader(batches(4), batch_size=None))
+    groups = trainer.optimizers[0].param_groups
+    added = [group for group in groups if any("its shape" in reason for reason in group["reasons"])]
+    assert added == groups[-len(added) :] and sum(len(group["params"]) for group in added) == 5
+    assert all(group["lr_ratio"] < 0.11 for group in added)
+    assert not any(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
 # accelerate ---------------------------------------------------------------------------------------------------------
 
 

@@ -103,3 +103,77 @@ def test_plateau(make: Make) -> None:
         run(optimizer, list(model.parameters()), 1)
         schedule.step(1.0)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate / 100 for rate in rates])
+
+
+# By hand -------------------------------------------------------------------------------------------------------------
+
+
+@whole
+def test_a_rate_set_by_hand_keeps_the_ratios(make: Make) -> None:
+    """A loop over a schedule takes the steps of LambdaLR, goes on from a checkpoint, and reaches what is added."""
+    model, twin, third = Net(), Net(), Net()
+    twin.load_state_dict(model.state_dict())
+    optimizer, other, resumed = (make(net, lr=0.05) for net in (model, twin, third))
+    schedule = lr_scheduler.LambdaLR(other, lambda i: 0.5**i)
+    for i in range(4):
+        normopt.set_lr(optimizer, 0.05 * 0.5**i)
+        run(optimizer, list(model.parameters()), 1, first=i)
+        run(other, list(twin.parameters()), 1, first=i)
+        schedule.step()
+    assert_equal([*model.parameters()], [*twin.parameters()], 1e-6)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"][:1]:
+        del group["lr_ratio"]  # as older versions saved it
+    resumed.load_state_dict(saved)
+    layer = torch.nn.Linear(3, 3)
+    for each in (optimizer, resumed):
+        each.add_param_group({"params": layer, "lr_ratio": 0.5})
+        normopt.set_lr(each, 0.01)
+    for each in (optimizer, resumed):
+        expected = [group["lr_ratio"] * 0.01 for group in each.param_groups]
+        assert [group["lr"] for group in each.param_groups] == pytest.approx(expected)
+    assert [g["lr_ratio"] for g in resumed.param_groups] == [g["lr_ratio"] for g in optimizer.param_groups]
+
+
+@whole
+def test_one_cycle_keeps_the_ratios_with_a_list(make: Make) -> None:
+    model = Net()
+    optimizer = make(model, lr=0.05)
+    peaks = [0.02 * group["lr_ratio"] for group in optimizer.param_groups]
+    schedule = lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=10, cycle_momentum=False)
+    for i in range(3):
+        factors = [g["lr"] / g["lr_ratio"] for g in optimizer.param_groups if g["lr_ratio"]]
+        assert max(factors) == pytest.approx(min(factors))
+        run(optimizer, list(model.parameters()), 1, first=i)
+        schedule.step()
+
+
+def test_rates_that_are_tensors_are_set_in_place() -> None:
+    optimizer = normopt.create("muon", Net(), lr=torch.tensor(0.05))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    normopt.set_lr(optimizer, 0.01)
+    assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
+    assert {round(float(rate), 6) for rate in rates} == {0.01, 0.005}
+    theirs = torch.optim.SGD(tensors(), lr=0.1)
+    normopt.set_lr(theirs, 0.3)
+    assert theirs.param_groups[0]["lr"] == 0.3
+
+
+def test_rates_without_a_ratio_are_not_set() -> None:
+    a, b = tensors()[:2]
+    optimizer = normopt.create("adamw", [{"params": [a]}, {"params": [b], "lr": 0.1}], lr=0.0)
+    with pytest.raises(ValueError, match=r"made with lr=0, so that the rate of param group 1 has no ratio"):
+        normopt.set_lr(optimizer, 0.1)
+    with pytest.raises(ValueError, match="lr must be a finite number"):
+        normopt.set_lr(optimizer, -0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.1]
+
+
+@whole
+def test_plateau_multiplies_rates_that_are_tensors_once(make: Make) -> None:
+    optimizer = make(Net(), lr=torch.tensor(0.1, dtype=torch.float64))
+    before = [float(group["lr"]) for group in optimizer.param_groups]
+    schedule = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    for _ in range(2):
+        schedule.step(1.0)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([rate / 10 for rate in before])

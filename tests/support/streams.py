@@ -38,14 +38,16 @@ def move(optimizer: torch.optim.Optimizer, params: list[Tensor], gradients: list
     return [p.detach() - w for p, w in zip(params, before, strict=True)]
 
 
-def assert_without_memory(name: str, options: dict[str, Any], direction: Callable[[Tensor, Tensor], Tensor]) -> None:
+def assert_without_memory(
+    name: str, options: dict[str, Any], direction: Callable[[Tensor, Tensor], Tensor], tolerance: float = 1e-12
+) -> None:
     """With these options an optimizer moves by a function of this step's gradient and weights alone."""
     params = weights()
     optimizer = normopt.create(name, params, lr=0.01, **options)
     for _, gs in zip(range(5), stream(params, (1.0, 1e-3, 1e3)), strict=False):
         before = [p.detach().clone() for p in params]
         for change, g, w in zip(move(optimizer, params, gs), gs, before, strict=True):
-            assert_close(change, -0.01 * direction(g, w), 1e-12)
+            assert_close(change, -0.01 * direction(g, w), tolerance)
 
 
 def gradients(seed: int, *shapes: tuple[int, ...]) -> Iterator[list[Tensor]]:
