@@ -198,7 +198,7 @@ class SteepestDescent(Optimizer):
     def _forget_steps(self) -> None:
         self._plans: dict[int, list[Plan]] = {}
         self._guard = FiniteGuard()
-        self._compiled = torch.compile(loop.advance) if self.compiles else loop.advance
+        self._compiled = torch.compile(loop.take_step) if self.compiles else loop.take_step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -428,7 +428,7 @@ class SteepestDescent(Optimizer):
                 going.append(batch)
         # Where all have kernels nothing is left to compile, and the compiler would skip the function ever after.
         traced = self.compiles and going and not any(batch.rule.decides_on_host for batch in going)
-        concluded = (self._compiled if traced else loop.advance)(going)
+        concluded = (self._compiled if traced else loop.take_step)(going)
         share(self.param_groups, concluded, found_inf)
 
     def metrics(self) -> Metrics:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from normopt.engine import plan as plans
+from normopt.engine.checks import name_of
 from normopt.engine.kernels import AdamKernel
 from normopt.engine.plan import Plan, State, age
 from normopt.ingredient.stage import Context, Rate
@@ -142,7 +143,7 @@ class Batch:
         """The state for this step: copies of what is kept in fewer bits."""
         return {**self.state, **{name: self.state[name].to(self.working) for name in self.plan.rounded}}
 
-    def store(self, state: Mapping[str, Tensor]) -> None:
+    def save_low_precision(self, state: Mapping[str, Tensor]) -> None:
         """Keep what the step has made of these copies."""
         for salt, name in enumerate(self.plan.rounded):
             kept = self.state[name]
@@ -163,7 +164,13 @@ class Batch:
             self.lr = torch.tensor(self.lr, dtype=torch.float64, device="cpu")
         elif isinstance(self.lr, Tensor):
             self.lr = self.lr.squeeze().to(self.params[0].device, non_blocking=True)
-        step = self.taken() + 1
+        taken = self.taken()
+        if self.can_read_values and not taken >= -float(self.rule.norm.looks_first):
+            raise ValueError(
+                f"{name_of(self.group, self.params[0])}: the state 'step' must be a number of steps, 0 or more, got "
+                f"{self.steps[0].item()!r}"
+            )
+        step = taken + 1
         step = step if self._in_tensors or self.captured else max(1.0, step)
         self.rate = self.rule.step_size.rate(self.lr, step, self.readable(self.shared))
         self.shrink: Rate = reduce(mul, (constraint.shrink(self.rate) for constraint in self.rule.constraint), 1.0)
@@ -299,8 +306,8 @@ class Batch:
         return chunk
 
     def snapshot(self) -> None:
-        """Copy weights and state, if only the device knows whether the step can be taken."""
-        if self.found_inf is not None:
+        """Copy weights and state once, if only the device knows whether the step can be taken."""
+        if self.found_inf is not None and not self._before:
             self._before = [x.clone() for x in (self.low_precision_weights(), *self.state.values())]
 
     def undo_if_found_inf(self) -> None:
@@ -312,6 +319,7 @@ class Batch:
         torch._foreach_copy_(self.params, self.scatter(restored))
         for x, y in zip(self.state.values(), old, strict=True):
             x.copy_(torch.where(found_inf, y, x))
+        self._before = []
         if self.captured:
             self.steps.copy_(torch.where(found_inf, self.steps - 1, self.steps))
 

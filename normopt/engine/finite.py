@@ -99,7 +99,7 @@ class FiniteGuard:
         #: Whether the host knows that all entries are so small that sums of their squares are finite.
         self.is_small = False
         self._flags: list[_Flags] = []
-        self._counted: list[weakref.ref[Tensor]] = []
+        self._counted: list[tuple[weakref.ref[Tensor], float]] = []
         self._refused = ""
 
     def may_go(self, batches: Sequence[Batch], *, again: bool = False) -> bool:
@@ -132,7 +132,7 @@ class FiniteGuard:
     def note_count(self, batch: Batch) -> None:
         """Remember that a batch counts this step; the count is taken back if the device leaves the step out."""
         if batch.found_inf is not None and not batch.captured:
-            self._counted += map(weakref.ref, batch.params)
+            self._counted += [(weakref.ref(p), batch.steps[0].item() + 1) for p in batch.params]
 
     def settle(self, groups: Sequence[Mapping[str, Any]], state: State) -> None:
         """Find out whether the device took the last step; if not, take back its count, and keep the error if any."""
@@ -143,8 +143,8 @@ class FiniteGuard:
             self._flags, self._counted = [], []
         culprits = [p for flags in self._flags for p in flags.culprits()]
         if culprits:
-            for p in (reference() for reference in self._counted):
-                if p is not None and "step" in state.get(p, ()):
+            for p, number in ((reference(), number) for reference, number in self._counted):
+                if p is not None and state.get(p, {}).get("step") == number:  # somebody may have set it since
                     state[p]["step"] -= 1
             ids = {*map(id, culprits)}
             refusing = [(group, p) for group in groups if group["nonfinite"] == "raise" for p in group["params"]]

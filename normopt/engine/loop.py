@@ -29,26 +29,25 @@ class Pending(NamedTuple):
     direction: Tensor
 
 
-def advance(batches: Sequence[Batch]) -> dict[str, Shared]:
+def take_step(batches: Sequence[Batch]) -> dict[str, Shared]:
     """Move the parameters of all batches, and return what step sizes have concluded.
 
     One batch goes after the other, so that temporary memory stays small, unless a step size must see all of them.
     """
     parts = [part for batch in batches for part in batch.chunks()]
-    for part in parts:
-        part.snapshot()
     totals = Totals()
     survey(parts, totals)
-    pending: Iterable[Pending] = (steepest(part, totals) for part in parts)
+    pending: Iterable[Pending] = (find_direction(part, totals) for part in parts)
     if any(part.rule.step_size.overrides("measure") for part in parts):
         pending = measured([*pending], totals)
     for each in pending:
-        move(each)
+        update_weights(each)
     return totals.concluded
 
 
-def steepest(batch: Batch, totals: Totals) -> Pending:
+def find_direction(batch: Batch, totals: Totals) -> Pending:
     """Which gradient do we trust, and which direction is steepest? Nothing but state changes."""
+    batch.snapshot()
     rule, state = batch.rule, batch.loaded()
     context = batch.context(totals.of(rule, batch.shared))  # gather
     trusted, memory, scale = rule.step_size.weigh(context.g, context, context.shared)
@@ -59,7 +58,7 @@ def steepest(batch: Batch, totals: Totals) -> Pending:
     return Pending(batch, context, state, averaged, direction)
 
 
-def move(pending: Pending) -> None:
+def update_weights(pending: Pending) -> None:
     """How far do we go, and where may the weights live?"""
     batch, context, state, averaged, d = pending
     rule = batch.rule
@@ -68,16 +67,16 @@ def move(pending: Pending) -> None:
             d, factor = constraint.update(d, context)  # constraint, of the update
             context = replace(context, shrink=context.shrink * factor)
         length = rule.step_size.length(averaged, d, context, context.shared)  # step size
-        scatter(batch, d, length, context)
-    batch.store(state)
+        apply_update(batch, d, length, context)  # scatter
+    batch.save_low_precision(state)
     batch.undo_if_found_inf()
 
 
-def scatter(batch: Batch, d: Tensor, length: Rate, context: Context) -> None:
+def apply_update(batch: Batch, d: Tensor, length: Rate, context: Context) -> None:
     """``w <- shrink w - length d``, brought to where the weights may live; in place where the dtype allows."""
     params, size, shrink = batch.params, -length, context.shrink
     if batch.working != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
-        store(batch, context, batch.weights() * shrink + d * size)
+        write_weights(batch, context, batch.weights() * shrink + d * size)
         return
     if isinstance(shrink, Tensor):
         torch._foreach_add_(params, torch._foreach_mul(params, shrink - 1))
@@ -92,10 +91,10 @@ def scatter(batch: Batch, d: Tensor, length: Rate, context: Context) -> None:
     else:
         torch._foreach_add_(params, batch.scatter(d), alpha=size)
     if batch.rule.acting("weight"):
-        store(batch, context, batch.weights())
+        write_weights(batch, context, batch.weights())
 
 
-def store(batch: Batch, context: Context, new: Tensor) -> None:
+def write_weights(batch: Batch, context: Context, new: Tensor) -> None:
     """Write new weights to the parameters, brought to where the constraints let them live."""
     bounds = batch.rule.acting("weight")
     bounded = new
@@ -113,13 +112,14 @@ def run_kernel(batch: Batch, kernel: AdamKernel) -> None:
     if batch.moves and batch.rule.acting("weight"):
         nothing = torch.empty(0)
         context = Context(nothing, nothing, batch.number, batch.rate, None, batch.weights, is_vector=batch.is_vector)
-        store(batch, context, batch.weights())
+        write_weights(batch, context, batch.weights())
 
 
 def survey(batches: Sequence[Batch], totals: Totals) -> None:
     """Let step sizes look at all gradients before momentum sees any of them."""
     for batch in batches:
         if batch.rule.step_size.overrides("survey"):
+            batch.snapshot()
             context = batch.context(totals.of(batch.rule, batch.shared))
             totals.add(batch.rule, batch.shared, batch.rule.step_size.survey(batch.loaded(), context, context.shared))
     totals.conclude()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ class _Layout(NamedTuple):
 
     def _fits(self, entry: Any, shape: torch.Size, strides: tuple[int, ...]) -> bool:
         return (
-            isinstance(entry, Tensor)
+            not entry.is_inference()  # which could not be changed in place
             and (entry.dtype, entry.device) == (self.dtype, self.device)
             and entry.shape == shape
             # Where there is one entry, a stride means nothing.
@@ -87,6 +88,8 @@ class Plan:
 
     def __init__(self, group: Mapping[str, Any], members: list[int], rule: Rule) -> None:
         self.members, self.rule = members, rule
+        #: The rule as the group writes it: under one plan only its numbers may change.
+        self.text = group["rule"]
         params = self.params(group)
         self.kinds = [*map(_kind, params)]
         self.flat = rule.elementwise
@@ -112,8 +115,9 @@ class Plan:
         self.layouts = {"step": _Layout.of(steps, steps.unbind(), self.home)}
         for name, whole in state.items():
             self.layouts[name] = _Layout.of(whole, self.parts(whole, params), params[0].device)
-        # Which tensors the entries were, and where, when they were last looked at.
+        # Which tensors the entries were, how they were strided and where, when they were last looked at.
         self._seen: list[int] = []
+        self._strides: list[tuple[int, ...]] = []
         self._places: list[int] = []
 
     def whole(self, name: str, entries: Sequence[Tensor]) -> Tensor:
@@ -138,7 +142,11 @@ class Plan:
         Their data may have been replaced, and the rule may have got a momentum in place of 0, or another
         ``state_dtype``.
         """
-        if self.kinds != [*map(_kind, params)] or self.captured != bool(group["capturable"]):
+        if (
+            group["rule"] != self.text
+            or self.kinds != [*map(_kind, params)]
+            or self.captured != bool(group["capturable"])
+        ):
             return False
         if self.kept != kept_dtype(group, params[0].dtype, self.working):
             return False
@@ -162,8 +170,11 @@ class Plan:
         every = [entry for entries in found.values() for entry in entries]
         now = [*map(id, every)]
         if now != self._seen:
-            if not all(isinstance(entry, Tensor) for entry in every):
+            if not all(isinstance(entry, Tensor) and entry.layout == torch.strided for entry in every):
                 return None
+            self._places = []
+        strides = [*map(Tensor.stride, every)]
+        if strides != self._strides:
             self._places = []
         places = _addresses(every)
         if places != self._places:
@@ -174,7 +185,7 @@ class Plan:
             return None
         if len(held) > 1 and not self.captured and len({*self.layouts["step"].whole(found["step"]).tolist()}) > 1:
             return None
-        self._seen, self._places = now, places
+        self._seen, self._strides, self._places = now, strides, places
         return found
 
     def gather(self, tensors: Iterable[Tensor]) -> Tensor:
@@ -225,8 +236,16 @@ def partition(group: Mapping[str, Any], members: Iterable[int], rule: Rule, stat
 
 
 def age(state: State, p: Tensor) -> float:
-    """How many steps ``p`` has taken."""
-    return float(state[p]["step"]) if "step" in state.get(p, ()) else 0.0
+    """How many steps ``p`` has taken.
+
+    Raises:
+        ValueError: its state says something that is no number of steps.
+    """
+    step = state[p]["step"] if "step" in state.get(p, ()) else 0.0
+    number = float(step) if isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1) else -1.0
+    if not 0 <= number < math.inf:
+        raise ValueError(f"the state 'step' must be a number of steps, 0 or more, got {step!r}")
+    return number
 
 
 def state_shapes(p: Tensor, rule: Rule) -> dict[str, tuple[int, ...]]:
@@ -238,14 +257,19 @@ def state_shapes(p: Tensor, rule: Rule) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape if is_own and y.shape == x.shape else y.shape) for name, y in state.items()}
 
 
-def separate(state: State, joined: Iterable[Tensor]) -> None:
-    """Give the state of all parameters but ``joined`` memory of its own, where it was part of a batch.
+def separate(state: State, joined: Mapping[int, Set[str]], names: Set[str]) -> None:
+    """Give those ``names`` of state memory of their own that are no longer part of a batch.
 
     A parameter that has left its batch would keep the memory of the whole batch alive.
+
+    Args:
+        state: what ``optimizer.state`` is.
+        joined: the names that are parts of batches, by the parameter's ``id``.
+        names: what plans call their state; other entries are somebody else's.
     """
-    ids = {*map(id, joined)}
     for p, held in state.items():
-        for name, entry in held.items() if id(p) not in ids else ():
+        for name in names & held.keys() - joined.get(id(p), frozenset()):
+            entry = held[name]
             if isinstance(entry, Tensor) and entry.untyped_storage().nbytes() > entry.numel() * entry.element_size():
                 held[name] = entry.clone()
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from normopt.engine.batch import Batch
-from normopt.engine.checks import check_keeping, check_parameters
+from normopt.engine.checks import check_keeping, check_lr, check_parameters
 from normopt.engine.plan import Plan, State, partition, separate
 from normopt.engine.schedulers import forward
 from normopt.engine.totals import shared_by
@@ -37,6 +37,8 @@ def prepared(
     found = []
     for place, group in enumerate(groups):
         rule = rule_of(group)
+        if not isinstance(group["lr"], Tensor):  # a tensor's value may be on a device
+            check_lr(group["lr"])
         forward(group, rule, defaults)
         resolved, shared = rule.at(group), shared_by(group, rule)
         present = [i for i, p in enumerate(group["params"]) if p.grad is not None]
@@ -81,6 +83,7 @@ def _from(
 
 def adopt(found: list[list[Batch]], plans: dict[int, list[Plan]], state: State) -> None:
     """Let the step that is about to be taken have its state: from now on ``state`` holds views of new layouts."""
+    names = {name for each in plans.values() for plan in each for name in plan.layouts}
     plans.clear()
     plans.update({place: [batch.plan for batch in batches] for place, batches in enumerate(found)})
     every = [batch for batches in found for batch in batches]
@@ -88,4 +91,5 @@ def adopt(found: list[list[Batch]], plans: dict[int, list[Plan]], state: State) 
     for batch in fresh:
         batch.adopt(state)
     if fresh:
-        separate(state, (p for batch in every for p in batch.params))
+        joined = {id(p): batch.plan.layouts.keys() for batch in every for p in batch.params}
+        separate(state, joined, names.union(*joined.values()))

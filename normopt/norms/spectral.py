@@ -27,10 +27,11 @@ class Spectral(UnitarilyInvariant):
     """The largest singular value: the l2 -> l2 operator norm (Bernstein & Newhouse, Prop. 5).
 
     Dual norm: the nuclear norm. Duality map: the polar factor ``U V^T``, by the chosen method (see
-    :func:`normopt.polar.polar`; only ``"exact"`` satisfies the identities to rounding). Second moment:
-    ``(G G^T, G^T G)`` with ``whiten(M, (L, R)) = L^(-1/4) M R^(-1/4)`` (Shampoo, arXiv 1802.09568); for vectors the
-    side of size 1 is left out and the other has power -1/2. ``norm``, ``dual_norm`` and ``project`` use singular
-    values; step sizes estimate the dual norm by ``<g, dualize(g)>``, one more polar factor. Scale ``"rms"``: sqrt(out/in), the RMS -> RMS norm.
+    :func:`normopt.polar.polar`; only ``"exact"`` satisfies the identities to rounding). Second moment: ``(G G^T, G^T
+    G)`` with ``whiten(M, (L, R)) = L^(-1/4) M R^(-1/4)`` (Shampoo, arXiv 1802.09568); for vectors the side of size 1 is
+    left out and the other has power -1/2. ``norm``, ``dual_norm`` and ``project`` use singular values; step sizes
+    estimate the dual norm by ``<g, dualize(g)>``, one more polar factor. Scale ``"rms"``: sqrt(out/in), the RMS -> RMS
+    norm.
 
     Args:
         scale: see :class:`~normopt.norms.Norm`.

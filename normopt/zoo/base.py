@@ -122,10 +122,12 @@ class Declared(SteepestDescent):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = _declared_in(cls)
         above: dict[str, Arg] = {}
         for base in reversed(cls.__bases__):
             above |= getattr(base, "_arguments", {})
+        own = _declared_in(cls) | _defaults_in(cls, above)
+        if own and "__init__" not in vars(cls):
+            _check_constructors(cls)
         own = {name: a._replace(doc=a.doc or above.get(name, a).doc) for name, a in own.items()}
         words = {name for name, a in (above | own).items() if a.kw_only}
         order = [name for name in above | own if name not in words] + [name for name in own | above if name in words]
@@ -202,13 +204,34 @@ def _declared_in(cls: type[Declared]) -> dict[str, Arg]:
     for name, kind in inspect.get_annotations(cls).items():
         if name.startswith("_") or "ClassVar" in str(kind):
             continue
-        if hasattr(SteepestDescent, name) or name in ("state", "defaults", "param_groups"):
+        has_method = any(callable(vars(base).get(name)) for base in cls.__mro__[1:])
+        if has_method or hasattr(SteepestDescent, name) or name in ("state", "defaults", "param_groups"):
             raise TypeError(f"{cls.__name__}: an argument cannot be called {name!r}, which every optimizer has")
         value = vars(cls).get(name, P.empty)
         found[name] = (value if isinstance(value, Arg) else Arg(value))._replace(type=kind, module=cls.__module__)
         if name in vars(cls):
             delattr(cls, name)
     return found
+
+
+def _defaults_in(cls: type[Declared], above: Mapping[str, Arg]) -> dict[str, Arg]:
+    """New defaults of arguments of the bases, given without a type: ``momentum = 0.9``."""
+    names = vars(cls).keys() & above.keys() - inspect.get_annotations(cls).keys()
+    found = {name: above[name]._replace(default=vars(cls)[name]) for name in names}
+    for name in names:
+        delattr(cls, name)
+    return found
+
+
+def _check_constructors(cls: type[Declared]) -> None:
+    """Raise a ``TypeError`` if a constructor that is made from arguments would bypass one that is written by hand."""
+    for base in cls.__mro__[1 : cls.__mro__.index(Declared)]:
+        init = vars(base).get("__init__")
+        if init is not None and not hasattr(init, "_is_of_declaration"):
+            raise TypeError(
+                f"{cls.__name__}: {base.__name__} has an __init__ of its own, which arguments declared here would "
+                "bypass; write an __init__ here too, or declare the arguments there"
+            )
 
 
 def _signature(cls: type[Declared]) -> inspect.Signature:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 import normopt
 from normopt import SteepestDescent
+from normopt.numerics import host
 
 Make = Callable[..., Optimizer]
 #: ``optimizer.state``, or the same of a state dict, and its keys in the parameters' order.
@@ -771,3 +772,111 @@ def test_modules_that_are_moved(make: Make) -> None:
     assert all(p is q for p, q in zip(holder, run.params, strict=True))
     holder.double().float()
     assert not unlike(run.go(2), twin.go(2))
+
+
+# What plans and guards remember ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [lambda groups: groups.pop(0), lambda groups: groups.reverse()], ids=["pop", "turn"])
+def test_groups_may_go_and_change_places(change: Callable[[list[Any]], Any]) -> None:
+    """Another group's parameter of one shape may be seen as other matrices."""
+
+    def made() -> tuple[list[Tensor], Optimizer]:
+        torch.manual_seed(0)
+        params: list[Tensor] = [nn.Parameter(torch.randn(8, 8)) for _ in range(2)]
+        heads = {"params": params[:1], "view": normopt.View(split=4)}
+        return params, normopt.zoo.Muon([heads, {"params": params[1:]}], lr=0.1)
+
+    (ours, optimizer), (theirs, twin) = made(), made()
+    for step in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(8, 8)
+            q.grad = p.grad.clone()
+        if step == 2:
+            change(optimizer.param_groups)
+        optimizer.step()
+        twin.step()
+    assert torch.equal(ours[1], theirs[1]) and optimizer.state[ours[1]]["step"] == 4
+
+
+@ours
+def test_an_entry_that_is_transposed_in_place_is_seen_so(make: Make) -> None:
+    def run(touch: Callable[[dict[str, Any], str], None]) -> Tensor:
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(6, 6))
+        optimizer = make([p])
+        for step in range(4):
+            g = torch.randn(6, 6)
+
+            def closure(g: Tensor = g) -> None:
+                p.grad = g
+
+            if step == 3:
+                for name, x in list(optimizer.state[p].items()):
+                    if x.ndim > 1 and x.shape[-1] == x.shape[-2]:
+                        touch(optimizer.state[p], name)
+            optimizer.step(closure)
+        return p.detach()
+
+    def in_place(state: dict[str, Any], name: str) -> None:
+        state[name].transpose_(-1, -2)
+
+    def anew(state: dict[str, Any], name: str) -> None:
+        state[name] = state[name].mT.clone()
+
+    assert torch.equal(run(in_place), run(anew))
+
+
+def test_a_step_that_a_device_left_out_is_not_taken_from_a_count_that_was_set_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host, "DEFERRED", True)
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = normopt.zoo.AdamW([p], lr=0.1, nonfinite="skip")
+    for g in (torch.ones(4), torch.full((4,), float("nan"))):
+        p.grad = g
+        optimizer.step()
+    optimizer.state[p]["step"] = 0
+    for name in ("momentum", "second_moment"):
+        optimizer.state[p][name].zero_()
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1 and p.isfinite().all()
+
+
+@pytest.mark.parametrize("step", [-1, None, float("nan"), "3", torch.tensor(-1.0), torch.zeros(2)], ids=str)
+def test_what_is_no_number_of_steps_is_refused(step: Any) -> None:
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = normopt.zoo.AdamW([p], lr=0.1)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.state[p]["step"] = step
+    with pytest.raises(ValueError, match="'step'"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_a_count_that_is_negative_in_place_is_refused() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = normopt.zoo.AdamW([p], lr=0.1)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.state[p]["step"].fill_(-1.0)
+    with pytest.raises(ValueError, match="parameter 0 of its group: the state 'step'"):
+        optimizer.step()
+
+
+def test_entries_of_others_are_left_alone() -> None:
+    """A view that somebody keeps in the state of a parameter which leaves its batch stays a view."""
+    params = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    optimizer = normopt.zoo.AdamW(params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones(4)
+    optimizer.step()
+    flat = torch.zeros(8)
+    optimizer.state[params[0]]["theirs"] = flat[:4]
+    params[0].grad = None
+    optimizer.step()
+    flat.add_(1)
+    assert (optimizer.state[params[0]]["theirs"] == 1).all()

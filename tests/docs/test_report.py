@@ -320,7 +320,7 @@ def test_describe_a_model_that_a_factory_returns(capsys: pytest.CaptureFixture[s
         (["factories:broken"], "factories:broken() raised ZeroDivisionError: division by zero"),
         (["factories:gpt", "--optimizer", "muun"], "unknown optimizer 'muun'; did you mean 'muon'?"),
         (["factories:gpt", "--set", "momentum"], "--set momentum: write NAME=VALUE"),
-        (["factories:gpt", "--set", "wd=1"], "Muon() got an unexpected keyword argument 'wd'"),
+        (["factories:gpt", "--set", "wd=1"], "Muon has no argument 'wd'; did you mean 'weight_decay'?"),
         (["factories:gpt", "--lr", "-1"], "lr"),
     ],
 )
