@@ -432,3 +432,39 @@ def test_nap_takes_declared_optimizers_of_the_users() -> None:
         zoo.NaP(weights(), base="byhand")
     with pytest.raises(TypeError, match=r"Tabled\(\) got an unexpected keyword argument 'momentum'"):
         zoo.NaP(weights(), 0.1, "tabled", momentum=0.9)
+
+
+# What subclasses may leave out, and what they may not -----------------------------------------------------------------
+
+
+def test_a_default_without_a_type_counts(registry: None) -> None:
+    class Slower(zoo.Muon):
+        momentum = 0.5
+
+    class Faster(Slower):
+        lr = 0.3
+
+    (group,) = Faster([nn.Parameter(torch.zeros(2, 2))]).param_groups
+    assert group["momentum"] == 0.5 and group["lr"] == 0.3 and Faster.__name__.lower() in normopt.list_optimizers()
+
+
+@pytest.mark.parametrize("name", ["rule", "rates", "table", "step", "state"])
+def test_an_argument_cannot_have_the_name_of_what_every_optimizer_has(name: str, registry: None) -> None:
+    with pytest.raises(TypeError, match=f"an argument cannot be called '{name}'"):
+        type("Shadow", (zoo.Muon,), {"__annotations__": {name: int}, name: 3})
+
+
+def test_a_constructor_written_by_hand_is_not_bypassed(registry: None) -> None:
+    class ByHand(zoo.Muon):
+        def __init__(self, params: Any, lr: float = 0.3, **others: Any) -> None:
+            super().__init__(params, lr=lr, **others)
+
+    with pytest.raises(TypeError, match="ByHand has an __init__ of its own"):
+
+        class Below(ByHand):
+            more: int = 3
+
+    class Beside(ByHand):
+        pass
+
+    assert Beside([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]["lr"] == 0.3
