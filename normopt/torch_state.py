@@ -23,10 +23,10 @@ from normopt.polar import JORDAN, PolarCoefficients
 from normopt.rule import Rule, rule_of
 from normopt.stepsize import Constant
 
-Numbers = Mapping[str, Any]
+Options = Mapping[str, Any]
 
 #: torch.optim.Muon's names for the scale of an update, and ours.
-SCALES: dict[str | None, Scale] = {None: "max1", "original": "max1", "match_rms_adamw": "adamw"}
+MUON_SCALES: dict[str | None, Scale] = {None: "max1", "original": "max1", "match_rms_adamw": "adamw"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Kind:
     marks: frozenset[str]
     numbers: tuple[str, ...]
     state: Mapping[str, str]
-    rule: Callable[[Numbers, Rule], Rule]
+    rule: Callable[[Options, Rule], Rule]
 
 
 #: Momenta whose state is an average or a sum of gradients, with factors that decay by a constant.
@@ -150,10 +150,10 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
-def _named_groups(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[Numbers, Mapping[str, Any]]]:
+def _named_groups(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[Options, Mapping[str, Any]]]:
     """Each parameter's saved param group and state, by name."""
     groups = state_dict["param_groups"]
-    found: dict[str, tuple[Numbers, Mapping[str, Any]]] = {}
+    found: dict[str, tuple[Options, Mapping[str, Any]]] = {}
     for group in groups:
         keys = group["params"]
         names = group.get("param_names") or (keys if all(isinstance(key, str) for key in keys) else None)
@@ -174,7 +174,7 @@ def _named_groups(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, 
 
 
 def _carried(
-    theirs: Numbers, held: Mapping[str, Tensor], mine: Numbers, rule: Rule, needed: Set[str]
+    theirs: Options, held: Mapping[str, Tensor], mine: Options, rule: Rule, needed: Set[str]
 ) -> tuple[dict[str, Tensor], str]:
     """What of one parameter's state, under our names, means the same under ``rule``; and why the rest does not."""
     found: dict[str, Tensor] = {}
@@ -235,7 +235,7 @@ def _gain(momentum: Momentum) -> float:
     return (1 - momentum.dampening) / (1 - momentum.beta) if momentum.beta < 1 else math.inf
 
 
-def _kind(group: Numbers) -> Kind:
+def _kind(group: Options) -> Kind:
     for kind in KINDS:
         if kind.marks <= group.keys():
             return kind
@@ -245,14 +245,14 @@ def _kind(group: Numbers) -> Kind:
     )
 
 
-def _check_names(mine: Numbers, theirs: Numbers) -> None:
+def _check_names(mine: Options, theirs: Options) -> None:
     names = mine.get("param_names") or [], theirs.get("param_names") or []
     for a, b in zip(*names, strict=False):
         if a != b:
             raise ValueError(f"from_torch_state: the parameter {a!r} stands where the saved state has {b!r}")
 
 
-def _numbers(mine: Numbers, theirs: Numbers, kind: Kind) -> dict[str, Any]:
+def _numbers(mine: Options, theirs: Options, kind: Kind) -> dict[str, Any]:
     """What a param group takes over: what it reads, and what schedulers have left."""
     cycled = {"initial_lr", *(f"{bound}_{name}" for bound in ("base", "max", "min") for name in ("lr", "momentum"))}
     taken = theirs.keys() & ({"lr"} | cycled | ({*kind.numbers} & mine.keys()))
@@ -281,7 +281,7 @@ def _state(name: str, theirs: Mapping[str, Any], kind: Kind) -> dict[str, Tensor
     return {"step": step, **{kind.state[key]: value for key, value in known.items()}} if known else {}
 
 
-def _adam(group: Numbers, mine: Rule) -> Rule:
+def _adam(group: Options, mine: Rule) -> Rule:
     beta1, beta2 = group["betas"]
     decays = any(isinstance(each, WeightDecay) for each in mine.constraint)  # what older versions of torch do not say
     decay = (WeightDecay if group.get("decoupled_weight_decay", decays) else L2)(group["weight_decay"])
@@ -289,16 +289,16 @@ def _adam(group: Numbers, mine: Rule) -> Rule:
     return Rule(norm, EMA(beta1, bias_correction=True), Constant(), (decay,), mine.view)
 
 
-def _sgd(group: Numbers, mine: Rule) -> Rule:
+def _sgd(group: Options, mine: Rule) -> Rule:
     momentum = HeavyBall(group["momentum"], group["dampening"], group["nesterov"])
     return Rule(Identity(), momentum, Constant(), (L2(group["weight_decay"]),), mine.view)
 
 
-def _muon(group: Numbers, mine: Rule) -> Rule:
+def _muon(group: Options, mine: Rule) -> Rule:
     a, b, c = group["ns_coefficients"]
     usual = ((a, b, c),) == JORDAN.coefficients and group["ns_steps"] == JORDAN.steps
     norm = mine.norm if usual and isinstance(mine.norm, Spectral) else _iterated((a, b, c), group["ns_steps"], mine)
-    norm = replace(norm, scale=SCALES[group["adjust_lr_fn"]])
+    norm = replace(norm, scale=MUON_SCALES[group["adjust_lr_fn"]])
     momentum = EMA(group["momentum"], group["nesterov"])
     return Rule(norm, momentum, Constant(), (WeightDecay(group["weight_decay"]),), mine.view)
 
