@@ -17,6 +17,7 @@ from benchmarks.output.records import read_rows
 from benchmarks.probes.command import PEERS, REPRESENTATIVES, SLOW, contenders
 from benchmarks.probes.torch_contract import LIMITS, PROBES
 from normopt import SteepestDescent
+from tests.support.optimizers import FAMILIES
 
 #: Those that cannot be probed so, and why.
 LEFT_OUT = {"stormplus": "needs a closure in every step, which GradScaler never gives"}
@@ -28,9 +29,6 @@ MISSING = {
 }
 #: Optimizers of a heavy ball, which takes any momentum from 0 up, as torch.optim.SGD's does.
 HEAVY_BALLS = ("lars", "rmsprop", "sgd", "sgdp")
-#: One of each file of the zoo, of whom everything is asked. The slow tests ask the others, as `probes --all` does.
-FAMILIES = ("sgd", "lion", "adamw", "lars", "muon", "normuon", "scion", "soap", "scale")
-FAMILIES += ("normalizedsgd", "adamh", "adamp", "prodigy")
 #: Of whom slow questions are asked.
 COMPILED = ("sgd", "adamw", "muon")
 NAMES = [name for name in normopt.list_optimizers() if name not in LEFT_OUT]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,16 @@ COUPLED = {"lamb", "prodigy", "dadaptadam"}
 LOCAL = {name: make for name, make in ZOO.items() if name not in COUPLED}
 LOCAL |= {name: partial(SteepestDescent, **options) for name, options in BARE.items()}
 EVERY = ZOO | LOCAL | {name: partial(SteepestDescent, **options) for name, options in JOINT.items()}
+#: One optimizer of each file of the zoo.
+FAMILIES = ("sgd", "lion", "adamw", "lars", "muon", "normuon", "scion", "soap", "scale")
+FAMILIES += ("normalizedsgd", "adamh", "adamp", "prodigy")
+
+
+def by_family(names: Iterable[str]) -> list[Any]:
+    """These optimizers as parameters of a test that is fast for one of each family, and slow for the others."""
+    return [pytest.param(name, marks=[] if name in FAMILIES else [pytest.mark.slow]) for name in names]
+
+
 #: Every optimizer of the registry, in every setting: what trains a whole model.
 WHOLE = ZOO | {name: partial(normopt.create, name) for name in LOOK_BACK}
 #: Those and every bare combination.
