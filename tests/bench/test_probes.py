@@ -28,7 +28,7 @@ MISSING = {
     "compile_fullgraph": "the host reads whether gradients are finite, and the step counter",
 }
 #: Optimizers of a heavy ball, which takes any momentum from 0 up, as torch.optim.SGD's does.
-HEAVY_BALLS = ("lars", "rmsprop", "sgd", "sgdp")
+HEAVY_BALLS = ("lars", "rmsprop", "sgd")
 #: Of whom slow questions are asked.
 COMPILED = ("sgd", "adamw", "muon")
 NAMES = [name for name in normopt.list_optimizers() if name not in LEFT_OUT]

@@ -77,13 +77,13 @@ def degree(stage: Stage, x: int | None = 1) -> int | None:
     return None if stage.degree is None else stage.degree * x
 
 
-def degree_of_steps(rule: Rule) -> int | None:
-    """The same of whole steps."""
+def degree_of_steps(rule: Rule, is_small: bool = False) -> int | None:
+    """The same of whole steps; ``is_small`` for vectors and scalars, which LARS leaves to SGD."""
     step_size = rule.step_size
     clipped = isinstance(step_size, TrustRatio) and step_size.max_grad_norm < math.inf
     if isinstance(step_size, Storm) or clipped:
         return None
-    found = degree(rule.norm, 0 if isinstance(step_size, GradientTrust) else 1)
+    found = degree(rule.norm, 0 if isinstance(step_size, GradientTrust) and not is_small else 1)
     if found is None or (isinstance(step_size, TrustRatio) and step_size.always_adapt):
         return None if found is None else 0
     return found + (step_size.times == "dual norm")
@@ -172,12 +172,12 @@ def not_finite(optimizer: SteepestDescent) -> list[str]:
 # Direction and finite numbers --------------------------------------------------------------------------------------
 
 
-def may_stand_still(name: str, dtype: torch.dtype, kind: float | str, rule: Rule) -> bool:
+def may_stand_still(name: str, p: Tensor, kind: float | str, rule: Rule) -> bool:
     """Why a step may be 0 where the gradient is not."""
     size = kind if isinstance(kind, float) else 1.0
     return (
-        (size < 1 and degree_of_steps(rule) != 0)  # eps outweighs the gradient, or the step is as short as it
-        or (dtype != torch.float32 and name in TOO_SHORT_FOR_HALF)
+        (size < 1 and degree_of_steps(rule, p.ndim < 2) != 0)  # eps outweighs the gradient, or the step is as short as it
+        or (p.dtype != torch.float32 and name in TOO_SHORT_FOR_HALF)
     )
 
 
@@ -187,7 +187,7 @@ def assert_down(name: str, optimizer: SteepestDescent, weights: list[list[Tensor
         old, new = (each[i].double() for each in weights[rule.norm.looks_first :][:2])
         g = p.grad.double()
         along = float((g / g.abs().max().clamp(min=1e-300) * (old - new)).sum())
-        still = not g.any() or may_stand_still(name, p.dtype, kind, rule)
+        still = not g.any() or may_stand_still(name, p, kind, rule)
         assert along >= 0 if still else along > 0, (where, p.dtype, kind)
 
 
@@ -267,7 +267,7 @@ def way(name: str, power: int, exact: bool) -> list[tuple[str, int | None, Tenso
             p.grad *= 2.0**power
         optimizer.step(lambda: None)
     return [
-        (where, degree_of_steps(rule), p.detach().double() - old.double())
+        (where, degree_of_steps(rule, p.ndim < 2), p.detach().double() - old.double())
         for (p, where, rule, _), old in zip(owners(optimizer), before, strict=True)
     ]
 
