@@ -176,7 +176,8 @@ def may_stand_still(name: str, p: Tensor, kind: float | str, rule: Rule) -> bool
     """Why a step may be 0 where the gradient is not."""
     size = kind if isinstance(kind, float) else 1.0
     return (
-        (size < 1 and degree_of_steps(rule, p.ndim < 2) != 0)  # eps outweighs the gradient, or the step is as short as it
+        # eps outweighs the gradient, or the step is as short as the gradient
+        (size < 1 and degree_of_steps(rule, p.ndim < 2) != 0)
         or (p.dtype != torch.float32 and name in TOO_SHORT_FOR_HALF)
     )
 
