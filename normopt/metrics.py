@@ -16,7 +16,6 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from normopt.directions import Chain, Complement, Rotated, Smoothed
-from normopt.engine.totals import shared_by
 from normopt.ingredient.stage import Direction, Rate, Stage
 from normopt.norms.base import Norm
 from normopt.norms.entrywise import Euclidean
@@ -218,7 +217,8 @@ def effective_lr(rule: Rule, group: Mapping[str, Any], shape: tuple[int, ...], s
     taken = taken.item() if isinstance(taken, Tensor) and taken.is_cpu else taken
     step: Any = taken + 1 - rule.norm.looks_first
     step = step if isinstance(step, Tensor) else max(1.0, step)
-    rate = rule.step_size.rate(group["lr"], step, shared_by(group))
+    shared = {name: group[name] for name in rule.step_size.init_shared()}
+    rate = rule.step_size.rate(group["lr"], step, shared)
     return rate * (rule.norm.rms(rule.view.shape(shape)) * getattr(rule.step_size, "radius", 1.0))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.rule import Rule, rule_of
-from normopt.stepsize.base import Shared, StepSize
+from normopt.stepsize.base import Shared, StepSize, double
 
 
 class Totals:
@@ -54,9 +54,14 @@ def kind(step_size: StepSize) -> str:
     return type(step_size).__name__
 
 
-def shared_by(group: Mapping[str, Any], rule: Rule | None = None) -> Shared:
-    """The numbers of the whole optimizer that a param group holds."""
-    return {name: group[name] for name in (rule or rule_of(group)).step_size.init_shared()}
+def shared_by(group: dict[str, Any], rule: Rule) -> Shared:
+    """The numbers of the whole optimizer that a param group holds; one that somebody has set becomes a tensor again."""
+    found = {name: group[name] for name in rule.step_size.init_shared()}
+    for name, x in found.items():
+        if not isinstance(x, Tensor):
+            device = group["params"][0].device if group["params"] else torch.device("cpu")
+            found[name] = group[name] = torch.full((), float(x), dtype=double(device), device=device)
+    return found
 
 
 def share(groups: list[dict[str, Any]], concluded: Mapping[str, Shared], found_inf: Tensor | None) -> None:

@@ -155,6 +155,8 @@ class Declared(SteepestDescent):
     def completed_rule(self) -> Rule:
         """The rule, with the step size that the user wants in place of its own."""
         rule, wanted = self.rule(), vars(self).get("step_size")
+        if not isinstance(rule, Rule):
+            raise TypeError(f"{type(self).__name__}: rule() must return a Rule, got {rule!r}")
         return rule if wanted is None else rule.updated({"step_size": wanted})
 
     def _own_rule(self, group: Mapping[str, Any]) -> Rule:

@@ -880,3 +880,15 @@ def test_entries_of_others_are_left_alone() -> None:
     optimizer.step()
     flat.add_(1)
     assert (optimizer.state[params[0]]["theirs"] == 1).all()
+
+
+def test_numbers_of_the_whole_optimizer_may_be_set_as_numbers() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = normopt.zoo.Prodigy([p])
+    for _ in range(2):
+        p.grad = torch.ones(4)
+        optimizer.step()
+        optimizer.param_groups[0]["d"] = 1e-3
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert isinstance(optimizer.param_groups[0]["d"], Tensor) and optimizer.param_groups[0]["d"] >= 1e-3

@@ -468,3 +468,12 @@ def test_a_constructor_written_by_hand_is_not_bypassed(registry: None) -> None:
         pass
 
     assert Beside([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]["lr"] == 0.3
+
+
+def test_a_rule_that_is_none_is_refused(registry: None) -> None:
+    class Half(zoo.MatrixOptimizer):
+        def rule(self) -> Any:
+            return Max()
+
+    with pytest.raises(TypeError, match=r"Half: rule\(\) must return a Rule, got Max"):
+        Half([nn.Parameter(torch.zeros(2, 2))])
