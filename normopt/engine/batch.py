@@ -165,7 +165,7 @@ class Batch:
         elif isinstance(self.lr, Tensor):
             self.lr = self.lr.squeeze().to(self.params[0].device, non_blocking=True)
         taken = self.taken()
-        if self.can_read_values and not taken >= -float(self.rule.norm.looks_first):
+        if not (self.captured or self._in_tensors) and not taken >= -self.rule.norm.looks_first:
             raise ValueError(
                 f"{name_of(self.group, self.params[0])}: the state 'step' must be a number of steps, 0 or more, got "
                 f"{self.steps[0].item()!r}"

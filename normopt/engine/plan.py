@@ -96,6 +96,7 @@ class Plan:
         self.captured = bool(group["capturable"])
         #: The dtype that steps are computed in.
         self.working = torch.promote_types(params[0].dtype, torch.float32)
+        self.wanted = group["state_dtype"]
         self.kept = kept_dtype(group, params[0].dtype, self.working)
         self.kernel = kernels.find(rule)
         self.squares = rule.squares
@@ -148,7 +149,7 @@ class Plan:
             or self.captured != bool(group["capturable"])
         ):
             return False
-        if self.kept != kept_dtype(group, params[0].dtype, self.working):
+        if group["state_dtype"] != self.wanted and self.kept != kept_dtype(group, params[0].dtype, self.working):
             return False
         if rule is not self.rule:
             x = torch.empty(self.shape, device="meta")
