@@ -1,4 +1,4 @@
-"""What an optimizer is about to do, for people to read."""
+"""What an optimizer is about to do, as text and as data; the periodic table."""
 
 from __future__ import annotations
 

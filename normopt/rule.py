@@ -116,7 +116,7 @@ class Rule(Ingredient):
         return {name: tensor for part in parts for name, tensor in part.items()}
 
     def whole(self, w: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """The weights, of which ``w`` is what the parameters have room for."""
+        """The full-precision ("master") weights: ``w``, the stored ones, plus what constraints keep of them."""
         for constraint in self.constraint:
             w = constraint.whole(w, state)
         return w

@@ -46,7 +46,7 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
 
 
 def name_of(group: Mapping[str, Any], p: Tensor) -> str:
-    """One of them."""
+    """The name of one parameter of the group, for error messages."""
     return next(name for name, q in zip(names_of(group), group["params"], strict=True) if q is p)
 
 

@@ -95,7 +95,7 @@ class ARO(FixedStepMatrixOptimizer):
 
     ``m <- momentum m + (1 - momentum) g``; ``R`` the orthonormal factor of ``m f(R^T m)^T``; ``d = R f(R^T m)``, see
     :class:`~normopt.Aligned`; ``w <- (1 - lr weight_decay) w - lr scale d / rms(d)``. It is the shorter side that is
-    rotated, where the authors' code rotates rows: of a tall matrix, with directions that the gradient has not got.
+    rotated, where the authors' code rotates rows: of a tall matrix, with directions that the gradient lacks.
     ``lr`` and ``weight_decay`` are to be AdamW's.
 
     Raises:
