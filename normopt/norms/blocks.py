@@ -92,7 +92,7 @@ class PerBlock(Norm):
         return self.join(self.inner.divide(self.cut(m), roots, out), m.shape)
 
     def unit_lengthening(self, g: Tensor, roots: tuple[Tensor, ...]) -> Tensor:
-        """The inner norm of each block, shape ``(..., blocks)``."""
+        """How much the inner norm lengthens each block, shape ``(..., blocks)``."""
         return self.inner.unit_lengthening(self.cut(g), roots)
 
     def unit_update_rms(self, m: int, n: int) -> float:
