@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -33,8 +35,9 @@ from normopt.engine.look_back import look_back
 from normopt.engine.names import follow_names, learn_names
 from normopt.engine.plan import Plan
 from normopt.engine.prepare import adopt, prepared
-from normopt.engine.schedulers import first_weight, own_rates, rates
-from normopt.engine.totals import share
+from normopt.engine.schedulers import first_weight, forward, own_rates, rates
+from normopt.engine.totals import Everywhere, share
+from normopt.engine.wave import Wave
 from normopt.ingredient import Stage, nearest
 from normopt.ingredient.view import View
 from normopt.metrics import Metrics
@@ -51,6 +54,9 @@ from normopt.roles.groups import (
 from normopt.roles.options import Geometry, entry, merged, with_beta
 from normopt.rule import INGREDIENTS, Rule, rule_of
 from normopt.stepsize.base import StepSize, double
+
+if TYPE_CHECKING:
+    from normopt.engine.layout import Layout
 
 
 class SteepestDescent(Optimizer):
@@ -100,6 +106,11 @@ class SteepestDescent(Optimizer):
             takes as long as compilation does; neither a new learning rate nor the step's count compiles anything anew.
             Rules whose host looks at numbers (those that ``capturable`` refuses) are run as without.
         differentiable: must be False.
+        mesh: for plain parameters that are equal on all ranks of a device mesh, as under DistributedDataParallel: each
+            tensor is moved by one of them, so that work and state of a rank fall by their number. Sharded parameters
+            (DTensors) have meshes of their own.
+        process_group: for plain parameters that every rank moves by itself: the ranks that must step together. If one
+            of them finds NaN or Inf, or has no gradient where others have one, all raise the error, or all skip.
 
     Raises:
         ValueError: an unknown name, a number out of range, a norm that does not fit a parameter's shape, a parameter
@@ -118,6 +129,9 @@ class SteepestDescent(Optimizer):
     fixed: ClassVar[Mapping[str, Any]] = {"differentiable": False}
     #: Whether updates run through ``torch.compile``.
     compiles: bool = False
+    #: Where plain parameters are replicated, and which processes step together.
+    _mesh: DeviceMesh | None = None
+    _process_group: Any = None
     #: Every subclass by its lower-case name, for :func:`normopt.create`; of two with one name the first.
     registry: ClassVar[dict[str, type[SteepestDescent]]] = {}
 
@@ -168,6 +182,8 @@ class SteepestDescent(Optimizer):
         capturable: bool = False,
         compile: bool = False,
         differentiable: bool = False,
+        mesh: DeviceMesh | None = None,
+        process_group: Any = None,
     ) -> None:
         if differentiable:
             raise ValueError("differentiable steps are not supported; leave differentiable False")
@@ -186,6 +202,7 @@ class SteepestDescent(Optimizer):
         elif geometry is not None or overrides is not None:
             raise ValueError("geometry and overrides need a whole model: pass the module instead of its parameters")
         self.compiles = compile
+        self._mesh, self._process_group = mesh, process_group
         self._names: MutableMapping[Tensor, list[Any]] = WeakTensorKeyDictionary()
         self._forget_steps()
         fixed = {"lr": lr, "maximize": maximize, "nonfinite": nonfinite, "capturable": capturable, "rule": repr(rule)}
@@ -197,6 +214,7 @@ class SteepestDescent(Optimizer):
 
     def _forget_steps(self) -> None:
         self._plans: dict[int, list[Plan]] = {}
+        self._layout: Layout | None = None
         self._guard = FiniteGuard()
         self._compiled = torch.compile(loop.take_step) if self.compiles else loop.take_step
 
@@ -215,8 +233,8 @@ class SteepestDescent(Optimizer):
                 group |= rates({"lr": group.get("initial_lr", group["lr"])}, self.defaults["lr"])
 
     def __getstate__(self) -> dict[str, Any]:
-        self._guard.settle(self.param_groups, self.state)
-        kept = {name: getattr(self, name) for name in ("own_table", "role_table", "compiles")}
+        self._guard.settle(self.param_groups)
+        kept = {name: getattr(self, name) for name in ("own_table", "role_table", "compiles", "_mesh", "_process_group")}
         return {**super().__getstate__(), **kept, "arguments": dict(self.arguments)}
 
     # Param groups ---------------------------------------------------------------------------------------------
@@ -335,7 +353,7 @@ class SteepestDescent(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Param groups and state as in torch.optim: tensors, numbers, strings, lists and dicts."""
-        self._guard.settle(self.param_groups, self.state)
+        self._guard.settle(self.param_groups)
         for group in self.param_groups:
             follow_names(self._names, group)
         return super().state_dict()
@@ -387,7 +405,7 @@ class SteepestDescent(Optimizer):
             ValueError: no closure for a momentum that looks back, or a gradient that cannot be used; nothing has moved.
         """
         check_capture(self.param_groups)
-        self._guard.settle(self.param_groups, self.state)
+        self._guard.settle(self.param_groups)
         self._guard.raise_late()
         if closure is None:
             check_alone(self.param_groups, is_first=not self.state)
@@ -395,23 +413,59 @@ class SteepestDescent(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        was, layout = self._layout, self._find_layout()
+        if layout is None:
+            self._check(None)
+            self._take(Wave(self.param_groups, self.state, self._plans), closure)
+            return loss
+        refusal: ValueError | None = None
+        try:
+            self._check(layout)
+        except ValueError as error:  # of this rank; all raise it together
+            refusal = error
+        if layout.may_go(self._guard, refusal, is_settled=layout is was):
+            for wave in layout.waves(self._guard, self.state):
+                if not self._take(wave, closure):
+                    break
+        return loss
+
+    def _find_layout(self) -> Layout | None:
+        """Where parameters are moved, if several processes step together; ``None`` if all of everything is here."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        from normopt.engine import layout  # which takes a while to import
+
+        for group in self.param_groups:
+            forward(group, rule_of(group), self.defaults)
+        if self._layout is None or not self._layout.fits(self.param_groups):
+            self._layout = layout.found(self.param_groups, self._mesh, self._process_group)
+        return self._layout
+
+    def _check(self, layout: Layout | None) -> None:
+        """Raise for what is wrong with param groups and gradients, before anything has changed."""
         for group in self.param_groups:
             follow_names(self._names, group)
             check_policy(group["nonfinite"])
             check_gradients(group)
-        with _without_autocast():
-            found = prepared(self.param_groups, self._plans, self.state, self.defaults, self.compiles)
-        batches = [batch for each in found for batch in each]
-        if not self._guard.may_go(batches):
-            return loss
-        adopt(found, self._plans, self.state)
-        if look_back(batches, self.param_groups, closure) and not self._guard.may_go(batches, again=True):
-            return loss
-        with _without_autocast():
-            self._move(batches)
-        return loss
+        if layout is not None:
+            layout.check(self.state)
 
-    def _move(self, batches: list[Batch]) -> None:
+    def _take(self, wave: Wave, closure: Callable[[], Any] | None) -> bool:
+        """Move the parameters of a wave, or, if gradients are not finite, nothing; returns which."""
+        with _without_autocast():
+            found = prepared(wave.groups, wave.plans, wave.state, self.defaults, self.compiles)
+        batches = [batch for each in found for batch in each]
+        if not wave.may_go(self._guard, batches):
+            return False
+        adopt(found, wave.plans, wave.state)
+        looks = look_back(batches, self.param_groups, closure, wave.run)
+        if looks and not wave.may_go(self._guard, batches, again=True):
+            return False
+        with _without_autocast():
+            self._move(batches, wave.everywhere)
+        return True
+
+    def _move(self, batches: list[Batch], everywhere: Everywhere | None) -> None:
         """Run the step. On accelerators it is masked out on the device if a gradient was not finite."""
         found_inf, guard = self._guard.found_inf(), self._guard
         going: list[Batch] = []
@@ -428,7 +482,7 @@ class SteepestDescent(Optimizer):
                 going.append(batch)
         # Where all have kernels nothing is left to compile, and the compiler would skip the function ever after.
         traced = self.compiles and going and not any(batch.rule.decides_on_host for batch in going)
-        concluded = (self._compiled if traced else loop.take_step)(going)
+        concluded = (self._compiled if traced else loop.take_step)(going, everywhere)
         share(self.param_groups, concluded, found_inf)
 
     def metrics(self) -> Metrics:

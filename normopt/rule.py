@@ -101,6 +101,21 @@ class Rule(Ingredient):
         levels = [self.norm.reduces, self.momentum.reduces, self.step_size.reduces]
         return {*levels, *(constraint.reduces for constraint in self.constraint)} == {"entry"}
 
+    @cached_property
+    def sees_weights(self) -> bool:
+        """Whether an ingredient asks for the weights, or changes them other than by a factor."""
+        return any(getattr(part, "sees_weights", False) for part in self.every_part())
+
+    def of_rows(self, shape: tuple[int, ...]) -> Rule | None:
+        """What moves some of the first dimension of a parameter of ``shape``; ``None`` if it takes all of it."""
+        if len(shape) < 2 or (self.view.flatten is False and len(shape) > 2) or self.view.groups > 1:
+            return None
+        fitted = self.fitted(self.view.shape(shape)[1:])
+        parts = (fitted.norm, fitted.momentum, fitted.step_size, *fitted.constraint)
+        if {part.reduces for part in parts} - {"entry", "column" if self.view.transpose else "row"}:
+            return None
+        return replace(fitted, view=replace(self.view, split=self.view.split if self.view.transpose else 1))
+
     def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
         """The state of all ingredients for a batch ``x``, zero steps old.
 

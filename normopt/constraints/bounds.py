@@ -11,6 +11,7 @@ from torch import Tensor
 from normopt.constraints.base import Constraint
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import Context
+from normopt.ingredient.traits import like, trait
 from normopt.ingredient.validate import check_positive
 from normopt.ingredient.view import View
 from normopt.norms.base import Norm
@@ -26,6 +27,11 @@ class _AlongAxis(Constraint):
     place = 1
     radius: float = 1.0
     axis: int = -1
+
+    @trait
+    def reduces(self) -> str:
+        """``"row"`` or ``"column"``."""
+        return "row" if self.axis == -1 else "column"
 
     def __post_init__(self) -> None:
         check_positive(self, "radius", self.radius)
@@ -86,6 +92,7 @@ class FrobeniusSphere(Constraint):
             in the state. A matrix that starts at 0 is then left alone.
     """
 
+    reduces = "all"
     radius: float | None = None
 
     def __post_init__(self) -> None:
@@ -119,6 +126,7 @@ class Ball(Constraint):
         radius: the radius of the ball, positive.
     """
 
+    reduces = like("norm")
     norm: Norm = Spectral()
     radius: float = 1.0
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from normopt.constraints.base import Constraint
 from normopt.ingredient.stage import Context, Rate
+from normopt.ingredient.traits import trait
 from normopt.ingredient.validate import check_range
 
 
@@ -34,6 +35,11 @@ class WeightDecay(Constraint):
         check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
         if self.after is True and self.cautious is True:
             raise ValueError("WeightDecay: a cautious decay is one of the weights before the update; leave after False")
+
+    @trait
+    def sees_weights(self) -> bool:
+        """Whether the decay is cautious."""
+        return bool(self.cautious) and self.weight_decay != 0
 
     def shrink(self, rate: Rate) -> Rate:
         none = not isinstance(self.weight_decay, Tensor) and self.weight_decay == 0
@@ -65,6 +71,11 @@ class L2(Constraint):
     def __post_init__(self) -> None:
         check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))
 
+    @trait
+    def sees_weights(self) -> bool:
+        """Whether there is anything to add."""
+        return self.weight_decay != 0
+
     def gradient(self, g: Tensor, context: Context) -> Tensor:
         return g.add(context.w, alpha=self.weight_decay)
 
@@ -88,6 +99,7 @@ class FrankWolfe(Constraint):
     """
 
     reduces = "entry"
+    sees_weights = False
     needs_bounded_step = True
 
     def shrink(self, rate: Rate) -> Rate:

@@ -21,6 +21,7 @@ from normopt.numerics.lengths import axes, euclidean, normalize
 class Identity(Direction):
     """The gradient itself: the Euclidean norm's duality map at its dual norm's length, ``||g|| g / ||g||`` (SGD)."""
 
+    sees_weights = False
     reduces = "entry"
 
     @property
@@ -43,6 +44,7 @@ class Clipped(Direction):
         radius: the radius of the ball, positive.
     """
 
+    sees_weights = False
     reduces = like("norm")
     needs_matrix = like("norm")
     degree = None
@@ -99,6 +101,7 @@ class Chain(Direction):
         ValueError: no stage, a stage other than the first with ``looks_first``, or a momentum with ``looks_back``.
     """
 
+    sees_weights = False
     stages: tuple[Stage, ...]
 
     def __init__(self, *names_or_stages: str | Stage) -> None:
@@ -119,6 +122,9 @@ class Chain(Direction):
 
     def resolve(self, options: Mapping[str, Any]) -> Chain:
         return Chain(*(stage.resolve(options) for stage in self.stages))
+
+    def fitted(self, shape: tuple[int, ...]) -> Chain:
+        return Chain(*(stage.fitted(shape) for stage in self.stages))
 
     @trait
     def reduces(self) -> str:
@@ -202,6 +208,7 @@ class Grafted(Direction):
         magnitude: the stage whose result has the length, or its name.
     """
 
+    sees_weights = False
     degree = like("magnitude")
     direction: Stage
     magnitude: Stage

@@ -27,6 +27,7 @@ class Sinkhorn(UnitRMS):
         iterations: number of iterations; each normalizes rows and columns once.
     """
 
+    sees_weights = False
     needs_matrix = True
     degree = 0
     iterations: int = 5
@@ -53,6 +54,7 @@ class CoshScaled(Direction):
         gamma: Euclidean length of the argument of cosh, not negative.
     """
 
+    sees_weights = False
     reduces = "all"
     sets_length = False
     gamma: float = 1.5

@@ -52,6 +52,7 @@ class Rotated(_Wrapper):
             which would have to be rotated when the basis changes.
     """
 
+    sees_weights = False
     looks_first = like("basis")
     direction: Direction
     basis: Basis
@@ -126,6 +127,7 @@ class Blocked(_Wrapper):
         size: the longest side of a block.
     """
 
+    sees_weights = False
     averages = like("direction")
     direction: Direction
     size: int = 1024

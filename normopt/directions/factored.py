@@ -26,6 +26,7 @@ class Factored(UnitRMS):
         eps: the smallest divisor; ``None``: the working dtype's epsilon, ``torch.finfo(dtype).eps``.
     """
 
+    sees_weights = False
     reduces = "all"
     needs_matrix = True
     takes_vectors = True

@@ -57,6 +57,7 @@ class Smoothed(Direction):
         ValueError: the norm has no second moment, a number is out of range, or options exclude each other.
     """
 
+    sees_weights = False
     reduces = like("norm")
     needs_matrix = like("norm")
     takes_vectors = like("norm", "remembers_vectors")

@@ -36,6 +36,7 @@ class LowRank(Direction):
     Memory: ``M``, and ``rank x min(out, in)`` numbers.
     """
 
+    sees_weights = False
     needs_matrix = True
     decides_on_host = True
     degree = 0
@@ -112,6 +113,7 @@ class Aligned(Direction):
         ValueError: ``f`` is the same in every basis, has memory, or depends on the length of its input.
     """
 
+    sees_weights = False
     needs_matrix = True
     decides_on_host = True
     degree = 0

@@ -36,6 +36,7 @@ class KLWhitened(UnitRMS):
         init_factor: first value of all eigenvalues.
     """
 
+    sees_weights = False
     needs_matrix = True
     looks_first = True
     decides_on_host = True

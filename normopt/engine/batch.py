@@ -70,6 +70,8 @@ class Batch:
         self.is_watched = bool(group["nonfinite"] != "propagate" and not self.params[0].is_meta)
         #: Whether entries are clamped so that their squares stay finite.
         self.clamps = plan.squares and self.is_watched
+        #: Whether what step sizes see of it belongs to sums over the whole model; of equal copies one does.
+        self.counts: bool = group.get("counts", True)
         #: The place of the first entry in the parameter, where a large one is worked through in chunks.
         self.first = 0
         #: Whether the device has found NaN or Inf, if only the device knows: then nothing must change.
@@ -97,7 +99,7 @@ class Batch:
         self._check_shapes(state)
         taken = age(state, self.params[0])
         counted = torch.full((len(self.params),), taken, dtype=torch.float32, device=self.plan.home)
-        fresh = self.rule.init_state(self.plan.gather(self.gradients), self.low_precision_weights)
+        fresh = self.rule.init_state(self.plan.gather(self.gradients), self._seen(self.low_precision_weights))
         fresh |= {name: fresh[name].to(self.plan.kept) for name in self.plan.rounded}
         return {"step": counted, **{name: self.plan.laid_out(name, x) for name, x in fresh.items()}}
 
@@ -172,8 +174,7 @@ class Batch:
             )
         step = taken + 1
         step = step if self._in_tensors or self.captured else max(1.0, step)
-        self.rate = self.rule.step_size.rate(self.lr, step, self.readable(self.shared))
-        self.shrink: Rate = reduce(mul, (constraint.shrink(self.rate) for constraint in self.rule.constraint), 1.0)
+        self.rate, self.shrink = rate_and_shrink(self.rule, self.lr, step, self.readable(self.shared))
 
     def taken(self) -> Any:
         """How many steps these parameters have taken, a first gradient that only prepared the state not counted.
@@ -250,7 +251,17 @@ class Batch:
         """
         numbers = self.readable(shared)
         at_previous = None if self.past is None else lambda: self._gradient_at_previous(numbers)
-        return self._context(self.gradient(), self.weights, numbers, at_previous)
+        return self._context(self.gradient(), self._seen(self.weights), numbers, at_previous)
+
+    def _seen(self, weights: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """What ingredients get when they ask for the weights: an error if they say that they do not."""
+        return weights if self.rule.sees_weights else self._refuse_weights
+
+    def _refuse_weights(self) -> Tensor:
+        raise ValueError(
+            f"{self.rule}: an ingredient has asked for the weights, but all of them say sees_weights = False; remove "
+            "that from the one that asks, so that weights are brought to it where they are sharded"
+        )
 
     def _context(
         self, raw: Tensor, weights: Callable[[], Tensor], shared: Numbers, past: Callable[[], Tensor] | None = None
@@ -336,6 +347,12 @@ class Batch:
     def _found_inf_on(self, device: torch.device) -> Tensor:
         assert self.found_inf is not None
         return self.found_inf.to(device, non_blocking=True)
+
+
+def rate_and_shrink(rule: Rule, lr: Rate, step: Any, shared: Numbers) -> tuple[Rate, Rate]:
+    """The learning rate of one step, counted from 1, and the factor of the weights before the update is added."""
+    rate = rule.step_size.rate(lr, step, shared)
+    return rate, reduce(mul, (constraint.shrink(rate) for constraint in rule.constraint), 1.0)
 
 
 def clamped(g: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ WHOLE = (
 def names_of(group: Mapping[str, Any]) -> list[str]:
     """The group's parameters by their names or their places, for error messages."""
     names = group.get("param_names")
+    if "labels" in group:
+        return [*group["labels"]]
     return [f"parameter {names[i]!r}" if names else f"parameter {i} of its group" for i in range(len(group["params"]))]
 
 
@@ -150,8 +152,6 @@ def check_parameters(group: Mapping[str, Any], rule: Rule) -> None:
 
 def _part_of(p: Tensor) -> str:
     """What a parameter is if it is no whole tensor of a model, else nothing."""
-    if type(p).__name__ == "DTensor":
-        return "sharded (a DTensor)"
     flat = type(p).__name__ == "FlatParameter" or hasattr(p, "_fqns")
     if flat or getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
         return "flattened or sharded by FullyShardedDataParallel"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from normopt.engine import plan
 from normopt.engine.batch import LARGEST, Batch, norm_on_host
 from normopt.engine.checks import name_of
-from normopt.engine.plan import State
+from normopt.engine.ranks import Ranks
 from normopt.numerics import host
 
 #: Devices whose results are read without waiting for whatever else has been queued.
@@ -52,22 +52,34 @@ def sum_of_gathered_norms(batches: Sequence[Batch]) -> float | None:
     return sum([batch.norm_of_gradient() for batch in batches])
 
 
-def all_finite(batches: Sequence[Batch]) -> bool:
+class Watched(NamedTuple):
+    """Gradients that must be finite, with their param group and parameters."""
+
+    group: Mapping[str, Any]
+    params: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+
+
+def all_finite(watched: Iterable[Watched]) -> bool:
     """Whether the step can be taken, read by the host from every entry: norms can overflow where entries do not.
 
     Raises:
         ValueError: NaN or Inf in a param group with ``nonfinite="raise"``.
     """
     broken = [
-        (batch.group, p)
-        for batch in batches
-        for p, g in zip(batch.params, _gradients(batch), strict=True)
+        (group, p)
+        for group, params, gradients in watched
+        for p, g in zip(params, gradients, strict=True)
         if not g.isfinite().all()
     ]
     culprits = [name_of(group, p) for group, p in broken if group["nonfinite"] == "raise"]
     if culprits:
         raise ValueError(message(culprits, "nothing has moved"))
     return not broken
+
+
+def _watched(batches: Iterable[Batch]) -> Iterator[Watched]:
+    return (Watched(batch.group, batch.params, _gradients(batch)) for batch in batches)
 
 
 def _gradients(batch: Batch) -> list[Tensor]:
@@ -100,6 +112,7 @@ class FiniteGuard:
         self.is_small = False
         self._flags: list[_Flags] = []
         self._counted: list[tuple[weakref.ref[Tensor], float]] = []
+        self._ranks: Ranks | None = None
         self._refused = ""
 
     def may_go(self, batches: Sequence[Batch], *, again: bool = False) -> bool:
@@ -114,13 +127,68 @@ class FiniteGuard:
         """
         asked = [batch for batch in batches if batch.is_watched and not (again and batch.past is None)]
         if not on_host(asked):
-            self._flags.append(_Flags(asked))
+            self._flags.append(_Flags([*_watched(asked)]))
             return True
         total = None if again else sum_of_gathered_norms(asked)
         total = sum_of_norms(asked) if total is None else total
         self.is_small = total <= LARGEST and (not again or self.is_small)
         self.is_large |= not math.isfinite(total)
-        return math.isfinite(total) or all_finite(asked)
+        return math.isfinite(total) or all_finite(_watched(asked))
+
+    def may_all_go(
+        self,
+        ranks: Ranks,
+        watched: Sequence[Watched],
+        present: Sequence[str],
+        refusal: Exception | None,
+        *,
+        is_settled: bool,
+        again: bool = False,
+    ) -> bool:
+        """The same for all ranks together, which get one answer or one error: one small all-reduce.
+
+        Args:
+            ranks: that step together.
+            watched: what this rank has of the gradients.
+            present: the names of all parameters that have gradients, which must be the same everywhere.
+            refusal: what this rank has found wrong so far.
+            is_settled: whether this rank had gradients of the same parameters at the last step; then an accelerator is
+                not waited for.
+            again: see :meth:`may_go`.
+        """
+        self._ranks = ranks
+        every = [g for each in watched for g in each.gradients]
+        if host.DEFERRED or not all(g.is_cpu for g in every) or any(each.group["capturable"] for each in watched):
+            polls: list[Tensor] = []
+
+            def agreed(found_inf: Tensor) -> Tensor:
+                polls.append(ranks.poll(found_inf.to(ranks.device), present, refusal is not None))
+                return polls[0][0] > 0
+
+            self._flags.append(_Flags(watched, agreed))
+            poll = [0.0, 0.0, 0.0] if is_settled and refusal is None else polls[0].tolist()
+        else:
+            poll = ranks.poll(sum(map(norm_on_host, every)), present, refusal is not None).tolist()
+            self.is_small = poll[0] <= LARGEST and (not again or self.is_small)
+            self.is_large |= not math.isfinite(poll[0])
+        total, differ, refusing = poll
+        if refusing:
+            ranks.raise_refusal(refusal)
+        if differ:
+            ranks.raise_missing(present)
+        return math.isfinite(total) or self._all_finite_everywhere(ranks, watched)
+
+    def _all_finite_everywhere(self, ranks: Ranks, watched: Sequence[Watched]) -> bool:
+        mine, text = False, ""
+        try:
+            mine = all_finite(watched)
+        except ValueError as error:
+            text = str(error)
+        answers = ranks.every((mine, text))
+        for rank, (_, text) in enumerate(answers):
+            if text:
+                raise ValueError(f"rank {rank}: {text}")
+        return all(is_finite for is_finite, _ in answers)
 
     def found_inf(self) -> Tensor | None:
         """Whether this step must change nothing, as a flag of the device; ``None`` if the host knows that it can go."""
@@ -132,24 +200,30 @@ class FiniteGuard:
     def note_count(self, batch: Batch) -> None:
         """Remember that a batch counts this step; the count is taken back if the device leaves the step out."""
         if batch.found_inf is not None and not batch.captured:
-            self._counted += [(weakref.ref(p), batch.steps[0].item() + 1) for p in batch.params]
+            self.note_steps(batch.entries("step"))
 
-    def settle(self, groups: Sequence[Mapping[str, Any]], state: State) -> None:
+    def note_steps(self, entries: Iterable[Tensor]) -> None:
+        """Remember that these entries of the state, which the host reads, are about to count one more step."""
+        self._counted += [(weakref.ref(entry), entry.item() + 1) for entry in entries]
+
+    def settle(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Find out whether the device took the last step; if not, take back its count, and keep the error if any."""
         self.is_large = self.is_small = False
         if not self._flags:
             return
         if capturing():
             self._flags, self._counted = [], []
-        culprits = [p for flags in self._flags for p in flags.culprits()]
-        if culprits:
-            for p, number in ((reference(), number) for reference, number in self._counted):
-                if p is not None and state.get(p, {}).get("step") == number:  # somebody may have set it since
-                    state[p]["step"] -= 1
-            ids = {*map(id, culprits)}
+        if any([flags.left_out() for flags in self._flags]):
+            for entry, number in ((reference(), number) for reference, number in self._counted):
+                if entry is not None and entry.item() == number:  # somebody may have set it since
+                    entry -= 1
+            ids = {id(p) for flags in self._flags for p in flags.culprits()}
             refusing = [(group, p) for group in groups if group["nonfinite"] == "raise" for p in group["params"]]
             names = dict.fromkeys(name_of(group, p) for group, p in refusing if id(p) in ids)
             self._refused = message([*names], "that step was left out") if names else ""
+            if self._ranks is not None:
+                told = [f"rank {i}: {text}" for i, text in enumerate(self._ranks.every(self._refused)) if text]
+                self._refused = next(iter(told), "")
         self._flags, self._counted = [], []
 
     def raise_late(self) -> None:
@@ -160,13 +234,18 @@ class FiniteGuard:
 
 
 class _Flags:
-    """Whether each of many gradients is finite, known to the device at once and to the host later."""
+    """Whether each of many gradients is finite, known to the device at once and to the host later.
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
+    Args:
+        watched: the gradients.
+        agreed: what all ranks together make of one rank's ``found_inf``.
+    """
+
+    def __init__(self, watched: Iterable[Watched], agreed: Callable[[Tensor], Tensor] = lambda found_inf: found_inf):
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         owners: dict[tuple[torch.device, torch.dtype], list[weakref.ref[Tensor]]] = defaultdict(list)
-        for batch in batches:
-            for p, g in zip(batch.params, _gradients(batch), strict=True):
+        for _, params, gradients in watched:
+            for p, g in zip(params, gradients, strict=True):
                 if g.numel():
                     kinds[g.device, g.dtype].append(g)
                     owners[g.device, g.dtype].append(weakref.ref(p))
@@ -174,19 +253,23 @@ class _Flags:
         found = [torch.stack(torch._foreach_norm(alike, math.inf)).isfinite() for alike in kinds.values()]
         home = found[0].device if found else torch.device("cpu")
         flags = torch.cat([flag.to(home) for flag in found]) if found else torch.ones(0, dtype=torch.bool)
-        #: Whether one of them is not finite, a number of the device.
-        self.found_inf = ~flags.all()
+        #: Whether one of them is not finite, here or on another rank, a number of the device.
+        self.found_inf = agreed(~flags.all())
         if capturing():
             self._owners, self._flags, self._event = [], flags.new_empty(0, device="cpu"), None
             return
-        self._flags = flags.to("cpu", non_blocking=True)
+        self._flags = torch.cat([self.found_inf.to(home).reshape(1), flags]).to("cpu", non_blocking=True)
         self._event = torch.Event(home) if home.type in _WITH_EVENTS else None
         if self._event is not None:
             self._event.record()
 
-    def culprits(self) -> list[Tensor]:
-        """The parameters whose gradients are not finite, if they are still there; waits until that is known."""
+    def left_out(self) -> bool:
+        """Whether the step was left out; waits until that is known."""
         if self._event is not None:
             self._event.synchronize()
-        broken = [owner() for owner, is_finite in zip(self._owners, self._flags.tolist(), strict=True) if not is_finite]
-        return [p for p in broken if p is not None]
+        return bool(self._flags[0]) if self._flags.numel() else False
+
+    def culprits(self) -> list[Tensor]:
+        """The parameters whose gradients here are not finite, if they are still there; after ``left_out``."""
+        flags = zip(self._owners, self._flags[1:].tolist(), strict=True)
+        return [p for p in (owner() for owner, is_finite in flags if not is_finite) if p is not None]

@@ -10,10 +10,21 @@ import torch
 from normopt.engine.batch import Batch
 
 
-def look_back(batches: Sequence[Batch], groups: Sequence[Mapping[str, Any]], closure: Callable[[], Any] | None) -> bool:
+def look_back(
+    batches: Sequence[Batch],
+    groups: Sequence[Mapping[str, Any]],
+    closure: Callable[[], Any] | None,
+    run: Callable[[Callable[[], Any]], None],
+) -> bool:
     """Give those batches whose momentum asks for them the gradients at the weights before the last step.
 
     Weights and gradients are put back, also when the closure raises. Returns whether there were any.
+
+    Args:
+        batches: of the step.
+        groups: the optimizer's param groups.
+        closure: computes the gradients at the model's weights.
+        run: calls it for the weights as they are in the batches, see :meth:`~normopt.engine.wave.Wave.run`.
     """
     asking = [batch for batch in batches if batch.rule.momentum.looks_back and batch.taken() > 0]
     if not asking or closure is None:
@@ -27,7 +38,7 @@ def look_back(batches: Sequence[Batch], groups: Sequence[Mapping[str, Any]], clo
         for batch in asking:
             torch._foreach_copy_(batch.params, batch.scatter(batch.state["previous"]))
         with torch.enable_grad():
-            closure()
+            run(closure)
         for batch in asking:
             batch.past = [torch.zeros_like(p) if p.grad is None else p.grad for p in batch.params]
     finally:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normopt.engine.batch import Batch
 from normopt.engine.kernels import AdamKernel
-from normopt.engine.totals import Totals
+from normopt.engine.totals import Everywhere, Totals
 from normopt.ingredient.stage import Context, Rate
 from normopt.stepsize.base import Shared
 
@@ -29,16 +29,16 @@ class Pending(NamedTuple):
     direction: Tensor
 
 
-def take_step(batches: Sequence[Batch]) -> dict[str, Shared]:
+def take_step(batches: Sequence[Batch], everywhere: Everywhere | None = None) -> dict[str, Shared]:
     """Move the parameters of all batches, and return what step sizes have concluded.
 
     One batch goes after the other, so that temporary memory stays small, unless a step size must see all of them.
     """
     parts = [part for batch in batches for part in batch.chunks()]
-    totals = Totals()
+    totals = Totals(everywhere)
     survey(parts, totals)
     pending: Iterable[Pending] = (find_direction(part, totals) for part in parts)
-    if any(part.rule.step_size.overrides("measure") for part in parts):
+    if any(part.rule.step_size.overrides("measure") for part in parts) or totals.expects("measure"):
         pending = measured([*pending], totals)
     for each in pending:
         update_weights(each)
@@ -121,16 +121,20 @@ def survey(batches: Sequence[Batch], totals: Totals) -> None:
         if batch.rule.step_size.overrides("survey"):
             batch.snapshot()
             context = batch.context(totals.of(batch.rule, batch.shared))
-            totals.add(batch.rule, batch.shared, batch.rule.step_size.survey(batch.loaded(), context, context.shared))
-    totals.conclude()
+            summands = batch.rule.step_size.survey(batch.loaded(), context, context.shared)
+            if batch.counts:
+                totals.add(batch.rule, batch.shared, summands)
+    totals.conclude("survey")
 
 
 def measured(held: Sequence[Pending], totals: Totals) -> Iterator[Pending]:
     """Let step sizes look at all directions before any weight moves; the contexts then know what they conclude."""
     for batch, context, _, averaged, d in held:
         if batch.rule.step_size.overrides("measure"):
-            totals.add(batch.rule, batch.shared, batch.rule.step_size.measure(averaged, d, context))
-    totals.conclude()
+            summands = batch.rule.step_size.measure(averaged, d, context)
+            if batch.counts:
+                totals.add(batch.rule, batch.shared, summands)
+    totals.conclude("measure")
     for each in held:
         shared = each.batch.readable(totals.of(each.batch.rule, each.batch.shared))
         yield each._replace(context=replace(each.context, shared=shared))

@@ -39,6 +39,11 @@ class Ingredient:
         changes = {name: _resolve(value, options) for name, value in _fields(self) if _options(value)}
         return _replace(self, changes) if changes else self
 
+    def fitted(self: T, shape: tuple[int, ...]) -> T:
+        """This ingredient for parts of an (out x in) matrix of ``shape``: what depends on a shape is the whole's."""
+        changes = {name: _fitted(value, shape) for name, value in _fields(self) if _parts((value,))}
+        return _replace(self, changes) if changes else self
+
     def options(self) -> frozenset[str]:
         """The names of the param-group options that this ingredient reads."""
         return frozenset(option.name for _, value in _fields(self) for option in _options(value))
@@ -123,6 +128,12 @@ def _options(value: Any) -> list[Option]:
     if isinstance(value, tuple):
         return [option for item in value for option in _options(item)]
     return [option for _, item in _fields(value) for option in _options(item)] if isinstance(value, Ingredient) else []
+
+
+def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_fitted(item, shape) for item in value)
+    return value.fitted(shape) if isinstance(value, Ingredient) else value
 
 
 def _resolve(value: Any, options: Mapping[str, Any]) -> Any:

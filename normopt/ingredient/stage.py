@@ -98,6 +98,9 @@ class Stage(Ingredient):
     """
 
     reduces: ClassVar[str] = "matrix"
+    #: Whether it asks for the weights. On sharded models they are then brought to where it runs; with False, asking for
+    #: them is an error.
+    sees_weights: ClassVar[bool] = True
     #: Whether it works on matrices: for a tensor with more dimensions a view must then say which matrices it holds.
     needs_matrix: ClassVar[bool] = False
     #: Degree of homogeneity: 1 if twice the input gives twice the result, 0 if the result is the same, ``None`` if

@@ -27,6 +27,7 @@ class EMA(Momentum):
         bias_correction: correct for the start from 0.
     """
 
+    sees_weights = False
     beta: float = 0.9
     nesterov: bool = False
     bias_correction: bool = False
@@ -64,6 +65,7 @@ class LionMomentum(Momentum):
         beta2: decay rate of ``m``, in [0, 1).
     """
 
+    sees_weights = False
     beta1: float = 0.9
     beta2: float = 0.99
 
@@ -98,6 +100,7 @@ class HeavyBall(Momentum):
         ValueError: a number is out of range, or ``nesterov`` without ``beta`` or with dampening.
     """
 
+    sees_weights = False
     beta: float = 0.9
     dampening: float = 0.0
     nesterov: bool = False
@@ -137,6 +140,7 @@ class WarmNesterov(Momentum):
         decay: rate at which ``mu`` grows (torch.optim.NAdam's ``momentum_decay``), not negative.
     """
 
+    sees_weights = False
     decides_on_host = True
     beta: float = 0.9
     decay: float = 4e-3
@@ -180,6 +184,7 @@ class TwoSpeed(Momentum):
         alpha_warmup: number of steps in which ``alpha`` grows linearly from 0; ``None``: no warm-up.
     """
 
+    sees_weights = False
     beta: float = 0.9
     slow: float = 0.9999
     alpha: float = 2.0

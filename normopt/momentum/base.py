@@ -32,5 +32,7 @@ class Momentum(Stage):
 class NoMomentum(Momentum):
     """No momentum: the gradient itself."""
 
+    sees_weights = False
+
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         return x

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from normopt.numerics.lengths import _nonzero
 
 Scale = str | float
 
+N = TypeVar("N", bound="Norm")
 
 #: Scales that mean the same for every norm, as functions of (out, in); "rms" is each norm's own.
 SCALES: dict[str, Callable[[int, int], float]] = {
@@ -55,6 +56,7 @@ class Norm(Direction):
         ValueError: the scale is an unknown name, or not positive and finite.
     """
 
+    sees_weights = False
     scale: Scale = "rms"
     _abstract = True
     degree = 0
@@ -147,6 +149,10 @@ class Norm(Direction):
         if isinstance(self.scale, str):
             return self.unit_rms(m, n) if self.scale == "rms" else SCALES[self.scale](m, n)
         return float(self.scale)
+
+    def fitted(self: N, shape: tuple[int, ...]) -> N:
+        """This norm for parts of a matrix of ``shape``: the scale is the whole's factor, a number."""
+        return replace(self, scale=self.factor(shape))
 
     def norm(self, w: Tensor) -> Tensor:
         """The primal norm of each matrix, shape ``(...)``."""

@@ -45,10 +45,16 @@ class StepSize(Ingredient):
 
     #: As for stages; ``"entry"`` if one length serves all entries, ``"all"`` if each matrix has its own.
     reduces: ClassVar[str] = "matrix"
+    #: Whether it asks for the weights. On sharded models they are then brought to where it runs; with False, asking for
+    #: them is an error.
+    sees_weights: ClassVar[bool] = True
     #: What the length is proportional to, apart from the learning rate, as ``describe`` shows it; ``""``: nothing.
     times: ClassVar[str] = ""
     #: Names of the numbers from ``conclude`` that a momentum may read, see ``Momentum.needs``.
     provides: ClassVar[frozenset[str]] = frozenset()
+    #: The names of the summands that ``survey`` and ``measure`` return, by method: on sharded models they are added up
+    #: over all processes, also those that have nothing to add.
+    sums: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property
     def reach(self) -> float | None:

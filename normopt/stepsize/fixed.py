@@ -21,6 +21,7 @@ class Constant(StepSize):
         radius: the factor, not negative; 1 by default.
     """
 
+    sees_weights = False
     reduces = "entry"
     radius: float = 1.0
 
@@ -43,6 +44,7 @@ class InverseTime(StepSize):
         decay: the rate of decay, not negative.
     """
 
+    sees_weights = False
     reduces = "entry"
     decay: float = 0.0
 
@@ -62,8 +64,10 @@ class Dual(StepSize):
     for a norm's duality map ``d``.
     """
 
+    sees_weights = False
     times = "dual norm"
     reduces = "entry"
+    sums = {"measure": ("dual_norm",)}
 
     def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
         return {"dual_norm": (x * d).sum()}
@@ -84,6 +88,7 @@ class Sharp(StepSize):
     dual norm is computed as ``<x, d>`` for each matrix.
     """
 
+    sees_weights = False
     times = "dual norm"
     reduces = "all"
 
@@ -104,9 +109,11 @@ class Storm(StepSize):
         b0: divisor of the sum of squared averages, positive; 1 in the paper.
     """
 
+    sees_weights = False
     times = "STORM+ rate"
     provides = frozenset({"a"})
     reduces = "entry"
+    sums = {"survey": ("gradients",), "measure": ("averages",)}
     a0: float = 1.0
     b0: float = 1.0
 

@@ -22,6 +22,7 @@ class LearningRateFree(StepSize):
     """
 
     _abstract = True
+    sums = {"survey": ("numerator", "denominator")}
     d0: float = 1e-6
     growth_rate: float = float("inf")
     radius: float = 1.0

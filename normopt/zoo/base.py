@@ -12,6 +12,7 @@ from typing import Any, ClassVar, ForwardRef, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
 from normopt.ingredient import get, nearest, option
@@ -82,7 +83,7 @@ ARGUMENTS: dict[str, str] = {
     "growth_rate": "the most that the estimate may grow by in one step.",
     "use_bias_correction": "multiply the step by Adam's bias correction.",
     "decouple": "decouple the weight decay from the gradient.",
-    "fsdp_in_use": "must be False: whole tensors are needed.",
+    "fsdp_in_use": "accepted for compatibility; has no effect: sharded parameters are found without it.",
     "aux_lr": "learning rate of AdamW for all other tensors; ``None``: ``lr``.",
     "aux_betas": "AdamW's betas.",
     "aux_eps": "AdamW's eps.",
@@ -168,7 +169,8 @@ class Declared(SteepestDescent):
 
     def _construct(self, kept: set[str], given: Mapping[str, Any]) -> None:
         """Make the param groups, then forget all attributes but those ``kept``; ``given`` is what ``declared`` took."""
-        self.arguments = {name: value for name, value in given.items() if name not in ("params", "overrides")}
+        others = ("params", "overrides", "mesh", "process_group")
+        self.arguments = {name: value for name, value in given.items() if name not in others}
         kept = kept | {"arguments"}
         rule, found = self.completed_rule(), vars(self)
         numbers = {name: found[name] for name in rule.options() & found.keys()}
@@ -315,6 +317,8 @@ class FixedStepOptimizer(Declared):
     capturable: bool = arg(default=False, kw_only=True)
     compile: bool = arg(default=False, kw_only=True)
     differentiable: bool = arg(default=False, kw_only=True)
+    mesh: DeviceMesh | None = arg(default=None, kw_only=True)
+    process_group: Any = arg(default=None, kw_only=True)
 
     def table(self) -> Geometry:
         """Given a whole model, vectors and scalars are not decayed."""

@@ -26,7 +26,7 @@ class Prodigy(FixedStepOptimizer):
     For other norms give any optimizer ``step_size="prodigy"``: ``Muon(model, lr=1.0, step_size="prodigy")``.
 
     Raises:
-        ValueError: ``fsdp_in_use``, or a number out of range.
+        ValueError: a number out of range.
     """
 
     lr: float | Tensor = arg(default=1.0, doc="factor on the learning rate that is found, for schedules; 1.")
@@ -46,7 +46,6 @@ class Prodigy(FixedStepOptimizer):
     slice_p: int = arg(default=1, doc="estimate from every ``slice_p``-th entry only, to save memory.")
 
     def rule(self) -> Rule:
-        _check_whole(self, self.fsdp_in_use)
         self.beta3 = beta2_of(self.betas) ** 0.5 if self.beta3 is None else self.beta3
         return _adam(self._estimate(), decouple=self.decouple)
 
@@ -71,7 +70,7 @@ class DAdaptAdam(FixedStepOptimizer):
     ``log_every`` (arXiv 2301.07733); its group option ``layer_scale`` is ``radius`` here.
 
     Raises:
-        ValueError: ``fsdp_in_use``, or a number out of range.
+        ValueError: a number out of range.
     """
 
     lr: float | Tensor = arg(default=1.0, doc="factor on the learning rate that is found, for schedules; 1.")
@@ -86,15 +85,9 @@ class DAdaptAdam(FixedStepOptimizer):
     radius: float = arg(default=1.0, doc="how far these tensors go beside those of other param groups.")
 
     def rule(self) -> Rule:
-        _check_whole(self, self.fsdp_in_use)
         bias = BETAS if self.use_bias_correction else None
         estimate = DAdaptation(self.d0, option("growth_rate"), option("radius"), bias, option("betas", 1))
         return _adam(estimate, decouple=self.decouple)
-
-
-def _check_whole(optimizer: object, fsdp_in_use: bool) -> None:
-    if fsdp_in_use:
-        raise ValueError(f"{type(optimizer).__name__}: fsdp_in_use is not supported; pass whole tensors")
 
 
 def _adam(step_size: StepSize, *, decouple: bool) -> Rule:
