@@ -135,6 +135,7 @@ class Layout:
             self._assign(cover)
         self.ranks = self._sums if group is None else Ranks(group, self.device)
         self._groups = groups
+        self._numbered: dict[Home, tuple[int, torch.Size, meshes.Part | None]] = {}
         self._state_shapes: dict[Home, dict[str, tuple[int, ...]]] = {}
         #: The names of all parameters that have gradients.
         self.present = [names_of(groups[home.place])[home.index] for home in self.homes if home.p.grad is not None]
@@ -209,6 +210,16 @@ class Layout:
     def group_of(self, home: Home) -> dict[str, Any]:
         """The param group of a parameter."""
         return self._groups[home.place]
+
+    def numbered(self, home: Home) -> tuple[int, torch.Size, meshes.Part | None]:
+        """A parameter's number, its shape, and what of it is moved here, see :func:`numerics.rounding.places`."""
+        if home not in self._numbered:
+            part = None
+            if home.mesh is not None and home.is_local:
+                sizes, place = tuple(home.mesh.shape), meshes.place_in(home.mesh)
+                part = meshes.part_of(home.p.shape, home.placements, sizes, place)
+            self._numbered[home] = self.homes.index(home), home.p.shape, part
+        return self._numbered[home]
 
     def state_shapes(self, home: Home) -> dict[str, tuple[int, ...]]:
         """The shape of each piece of state, save ``step``, where the parameter is moved."""
@@ -370,6 +381,7 @@ class ShardedWave(Wave):
                 local = {key: value for key, value in group.items() if key not in ("param_names", "reasons")}
                 local |= {"rule": rule, "counts": counts, "params": [self._stand_ins[home] for home in homes]}
                 local["labels"] = [labels[home.index] for home in homes]
+                local["numbered"] = [self._layout.numbered(home) for home in homes]
                 if group["state_dtype"] == "parameter":  # that of the parameter, which the stand-in need not have
                     local["state_dtype"] = None if dtype == torch.float64 else str(dtype).removeprefix("torch.")
                 yield local
