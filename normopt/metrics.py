@@ -137,13 +137,14 @@ def _measured(rule: Rule, norm: Norm, before: Tensor, p: Tensor, gradient: Tenso
     working = torch.promote_types(p.dtype, torch.float32)
     old, w, g = (rule.view.apply(x.detach().to(working)) for x in (before, p, gradient))
     u = w - old
-    dual = norm.dual_norm(_finite(g)) if g.is_cpu else norm.steepness(_finite(g), {})
-    sizes = [_size(norm, _finite(w)).amax(), _size(norm, _finite(u)).amax(), dual.sum()]
+    duals = [norm.dual_norm(x) if x.is_cpu else norm.steepness(x, {}) for x in rule.view.cut(_finite(g))]
+    sizes = [torch.stack([_size(norm, part).amax() for part in rule.view.cut(_finite(x))]).amax() for x in (w, u)]
+    sizes.append(torch.stack([dual.sum() for dual in duals]).sum())
     sizes = [torch.where(x.isfinite().all(), size, math.nan) for x, size in zip((w, u, g), sizes, strict=True)]
     rank = torch.full_like(sizes[0], math.nan)
     if p.ndim > 1:
-        largest = largest_singular_value(_finite(w))
-        rank = torch.where(w.isfinite().all(), (euclidean(w, (-2, -1)) / largest).square().mean(), math.nan)
+        ranks = [(euclidean(x, (-2, -1)) / largest_singular_value(x)).square() for x in rule.view.cut(_finite(w))]
+        rank = torch.where(w.isfinite().all(), torch.stack(ranks).mean(), math.nan)
     return [_rms(u), *sizes, _rms(u) / _rms(old), rank]
 
 
@@ -219,7 +220,7 @@ def effective_lr(rule: Rule, group: Mapping[str, Any], shape: tuple[int, ...], s
     step = step if isinstance(step, Tensor) else max(1.0, step)
     shared = {name: group[name] for name in rule.step_size.init_shared()}
     rate = rule.step_size.rate(group["lr"], step, shared)
-    return rate * (rule.norm.rms(rule.view.shape(shape)) * getattr(rule.step_size, "radius", 1.0))
+    return rate * (rule.direction.rms(rule.view.shape(shape)) * getattr(rule.step_size, "radius", 1.0))
 
 
 def own_norm(direction: Stage) -> Norm:
