@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.ingredient import get, nearest, option
+from normopt.ingredient import check_range, get, nearest, option
 from normopt.optimizer import SteepestDescent
 from normopt.roles.options import Geometry
 from normopt.rule import INGREDIENTS, Rule
@@ -190,6 +190,11 @@ def with_radius(step_size: str | StepSize) -> StepSize:
     """The step size of that name; one that finds the learning rate reads ``radius`` from the param group."""
     found = get(StepSize, step_size)
     return replace(found, radius=option("radius")) if isinstance(found, LearningRateFree) else found
+
+
+def check_beta1(optimizer: object, betas: tuple[float, float]) -> None:
+    """Raise a ``ValueError`` unless the first beta lies in [0, 1), for averages whose start is not corrected for."""
+    check_range(optimizer, "betas", option("betas", 0).value({"betas": betas}), 0, 1)
 
 
 def beta2_of(betas: tuple[float, float]) -> float:

@@ -12,7 +12,7 @@ from normopt.norms import Max
 from normopt.rule import Rule
 from normopt.stepsize import DAdaptation, StepSize
 from normopt.stepsize import Prodigy as ProdigyStep
-from normopt.zoo.base import FixedStepOptimizer, arg, beta2_of
+from normopt.zoo.base import FixedStepOptimizer, arg, beta2_of, check_beta1
 
 BETAS = (option("betas", 0), option("betas", 1))
 
@@ -47,6 +47,7 @@ class Prodigy(FixedStepOptimizer):
 
     def rule(self) -> Rule:
         _check_whole(self, self.fsdp_in_use)
+        check_beta1(self, self.betas)
         self.beta3 = beta2_of(self.betas) ** 0.5 if self.beta3 is None else self.beta3
         return _adam(self._estimate(), decouple=self.decouple)
 
@@ -87,6 +88,7 @@ class DAdaptAdam(FixedStepOptimizer):
 
     def rule(self) -> Rule:
         _check_whole(self, self.fsdp_in_use)
+        check_beta1(self, self.betas)
         bias = BETAS if self.use_bias_correction else None
         estimate = DAdaptation(self.d0, option("growth_rate"), option("radius"), bias, option("betas", 1))
         return _adam(estimate, decouple=self.decouple)

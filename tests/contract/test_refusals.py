@@ -42,7 +42,7 @@ def test_bad_learning_rates_are_refused(make: Make, lr: Any) -> None:
         ("adamw", {"betas": (0.9,)}, "betas must be a tuple"),
         ("adamw", {"eps": -1e-8}, "Smoothed: eps must lie in"),
         ("adamw", {"weight_decay": float("nan")}, "WeightDecay: weight_decay"),
-        ("muon", {"momentum": 1.0}, "EMA: beta must lie in"),
+        ("muon", {"momentum": 1.01}, r"EMA: beta must lie in \[0, 1\], got 1.01"),
         ("muon", {"weight_decay": -1.0}, "WeightDecay: weight_decay"),
         ("muon", {"ns_steps": 0}, "steps must be positive"),
         ("muon", {"adjust_lr_fn": "match_rms_adam"}, "did you mean 'match_rms_adamw'"),
@@ -51,7 +51,8 @@ def test_bad_learning_rates_are_refused(make: Make, lr: Any) -> None:
         ("muon", {"orthogonalize": "exact", "ns_coefficients": (3.0, -3.0, 1.0)}, "ns_coefficients need"),
         ("scion", {"radius": -1.0}, "Constant: radius must lie in"),
         ("scion", {"norm": "colum"}, "did you mean 'column'"),
-        ("scion", {"momentum": 1.0}, "EMA: beta must lie in"),
+        ("scion", {"momentum": -0.1}, "EMA: beta must lie in"),
+        ("adafactor", {"d": 0.9}, r"Adafactor: d must lie in \[1, inf\), got 0.9"),
     ],
 )
 def test_bad_numbers_are_refused_by_name(name: str, options: dict[str, Any], message: str) -> None:
@@ -64,8 +65,9 @@ def test_bad_numbers_are_refused_by_name(name: str, options: dict[str, Any], mes
     [
         ({"norm": "spektral"}, "unknown direction 'spektral'; did you mean 'spectral'"),
         ({"momentum": "heavyball"}, "did you mean 'heavy-ball'"),
-        ({"momentum": True}, "beta must lie in"),
-        ({"momentum": 1.0}, "EMA: beta must lie in"),
+        ({"momentum": True}, "EMA: beta must be a number, got True"),
+        ({"momentum": 1.5}, "EMA: beta must lie in"),
+        ({"momentum": "EMA(1.0, bias_correction=True)"}, r"EMA: beta must lie in \[0, 1\), got 1.0"),
         ({"step_size": "duel"}, "did you mean 'dual'"),
         ({"constraint": "weight-decoy"}, "did you mean 'weight-decay'"),
         ({"constraint": ["L2(0.1)", "frank-wolf"]}, "did you mean 'frank-wolfe'"),
