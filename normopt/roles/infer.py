@@ -50,7 +50,8 @@ def infer_roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
     Args:
         model: any module.
         overrides: a table from glob patterns over parameter names to role names, norms or dicts of param-group options
-            (``"role"``, ``"view"``, ``"norm"``, ``"lr"`` ...). Later patterns win. A dict for ``"view"`` is laid over
+            (``"role"``, ``"view"``, ``"norm"``, ``"lr"`` ...). Later patterns win. A ``"lr_ratio"`` multiplies the rate
+            or the ratio that the role has. A dict for ``"view"`` is laid over
             the view that the parameter has, ``{"split": 1}`` undoes a split; a ``View`` takes its place.
 
     Raises:

@@ -334,7 +334,7 @@ def test_overrides_reach_the_param_groups() -> None:
     assert by_name["blocks.0.mlp.up.weight"]["lr"] == 0.5
     assert by_name["blocks.0.mlp.up.weight"]["rule"].startswith("Rule(norm=Column(")
     assert by_name["blocks.0.attention.out.weight"]["lr"] == 0.2
-    assert by_name["head.weight"]["lr"] == pytest.approx(0.02)
+    assert by_name["head.weight"]["lr"] == pytest.approx(0.01)  # a tenth of what the role has, half of lr
     assert "Smoothed(norm=Max(" in by_name["head.weight"]["rule"]
 
 
