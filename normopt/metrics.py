@@ -6,7 +6,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from normopt.ingredient.stage import Direction, Rate, Stage
 from normopt.norms.base import Norm
 from normopt.norms.entrywise import Euclidean
 from normopt.norms.spectral import Spectral
+from normopt.numerics.autocast import _without_autocast
 from normopt.numerics.lengths import euclidean
 from normopt.numerics.singular import largest_singular_value
 from normopt.rule import Rule, rule_of
@@ -128,7 +128,7 @@ class Metrics:
                 self._words.append(
                     {"parameter": name, "role": group.get("role") or f"group {place}", "norm": str(norm)}
                 )
-                with _without_autocast(p.device):
+                with _without_autocast():
                     self._numbers.append([promised, *_measured(rule, norm, before, p, p.grad)])
 
 
@@ -162,11 +162,6 @@ def _finite(x: Tensor) -> Tensor:
 
 def _rms(x: Tensor) -> Tensor:
     return euclidean(x, tuple(range(x.ndim))) / math.sqrt(x.numel())
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    on = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _on_host(numbers: list[list[Any]]) -> list[list[float]]:

@@ -123,6 +123,23 @@ def test_parameters_that_are_no_real_numbers_are_refused(make: Make, dtype: torc
 
 
 @every
+@pytest.mark.parametrize("when", [0, 2])
+def test_expanded_parameters_are_refused_before_anything_moves(make: Make, when: int) -> None:
+    """torch would fail in the middle of the step: several entries are one number in memory."""
+    params = tensors([(4, 3), (4, 3), (3, 2)])
+    optimizer = make([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
+    run(optimizer, params, when)
+    params[1].data = params[1].data[:1].clone().expand(4, 3)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"parameter 1 of its group is an expanded tensor of shape \(4, 3\)"):
+        run(optimizer, params, 1)
+    assert_equal(snapshot(optimizer), before)
+    params[1].data = params[1].data.contiguous()
+    run(optimizer, params, 1)
+    assert all(p.isfinite().all() for p in params)
+
+
+@every
 @pytest.mark.parametrize("kind", ["sparse", "complex"])
 @pytest.mark.parametrize("culprit", [0, 3])
 def test_bad_gradients_are_refused_before_anything_moves(make: Make, kind: str, culprit: int) -> None:
