@@ -285,6 +285,21 @@ def test_parts_of_unequal_height_move_as_parameters_of_their_own(name: str) -> N
     # Where step size or constraint measure, they measure one matrix.
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_parts_are_compiled_and_captured(name: str) -> None:
+    noise = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(sum(HEIGHTS), 12, generator=noise) for _ in range(4))
+    found = []
+    for options in {}, {"compile": True}, {"capturable": True}:
+        model = GroupedQuery(start, fused=True)
+        model.stepped(normopt.create(name, model, lr=0.1, **options), gradients)
+        found.append(model.weight())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[2], found[0])
+
+
 @pytest.mark.parametrize("name", ["muon", "soap", "shampoo", "adamw", "normuon"])
 def test_state_of_parts_is_saved_and_loaded(name: str) -> None:
     noise = torch.Generator().manual_seed(0)
