@@ -528,3 +528,42 @@ def test_declarations_reach_directions_under_weight_norm() -> None:
 def test_norms_of_matrices_refuse_gains() -> None:
     with pytest.raises(ValueError, match=r"'weight_g' has shape \(4, 1\), .* norm of matrices"):
         SteepestDescent(param_groups(normed(nn.Linear(6, 4, bias=False), "hook"), {"*": "spectral"}))
+
+
+# Architectures -------------------------------------------------------------------------------------------------------
+
+DECODERS = ["Bloom", "CodeGen", "Cohere", "Falcon", "Gemma", "Gemma2", "Glm", "GPT2"]
+DECODERS += ["GPTBigCode", "GPTJ", "GPTNeoX", "GptOss", "Granite", "Helium", "Llama", "Mistral"]
+DECODERS += ["Mixtral", "Mpt", "Nemotron", "Olmo", "Olmo2", "OPT", "Persimmon", "Phi"]
+DECODERS += ["Phi3", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "SmolLM3", "StableLm", "Starcoder2"]
+ENCODERS = ["Albert", "Bert", "DebertaV2", "DistilBert", "Electra", "ModernBert", "Roberta"]
+#: What small configs need beside the sizes.
+ALSO = {
+    "CodeGen": {"rotary_dim": 4},
+    "GPTJ": {"rotary_dim": 4},
+    "Helium": {"head_dim": 8},
+    "Qwen3Moe": {"num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
+def test_architectures_of_transformers_train_by_role(kind: str) -> None:
+    """Every matrix has a role, and one step of Muon moves what has a gradient, and nothing to NaN."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **MIXTURES.get(kind, {}), **ALSO.get(kind, {})})
+    auto = transformers.AutoModelForCausalLM if kind in DECODERS else transformers.AutoModelForMaskedLM
+    torch.manual_seed(0)
+    model = auto.from_config(config).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        roles = infer_roles(model)
+    assert not [name for name, role in roles.items() if role.name == "other"]
+    assert spectral_share(model) > 0.9
+    optimizer = normopt.create("muon", model, lr=0.02)
+    model(torch.randint(3, 64, (2, 8))).logits.square().mean().backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        assert p.grad is None or not p.grad.any() or not torch.equal(p, before[name]), name
