@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,6 +41,7 @@ from normopt.ingredient import Stage, nearest
 from normopt.ingredient.view import View
 from normopt.metrics import Metrics
 from normopt.momentum.base import Momentum, NoMomentum
+from normopt.numerics.autocast import _without_autocast
 from normopt.roles.geometries import overlaid
 from normopt.roles.groups import (
     all_tensors,
@@ -516,14 +516,3 @@ class SteepestDescent(Optimizer):
     def metrics(self) -> Metrics:
         """Measure the step in ``with optimizer.metrics() as measured: ...``, see :class:`~normopt.metrics.Metrics`."""
         return Metrics(self)
-
-
-def _without_autocast() -> AbstractContextManager[Any]:
-    """Products and state in the working dtype, also where ``step`` is called under autocast; closures keep theirs."""
-    if not torch._C._is_any_autocast_enabled():
-        return nullcontext()
-    stack = ExitStack()
-    for kind in ("cpu", "cuda", "mps", "xpu"):
-        if torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-    return stack

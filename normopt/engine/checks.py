@@ -172,7 +172,7 @@ def check_alone(groups: Iterable[Mapping[str, Any]], is_first: bool) -> None:
 
 
 def check_gradients(group: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` for a gradient that is not a dense real tensor like its parameter."""
+    """Raise a ``ValueError`` for a gradient that is not a dense real tensor like its parameter, or cannot move it."""
     for p in group["params"]:
         g = p.grad
         if g is None:
@@ -183,3 +183,8 @@ def check_gradients(group: Mapping[str, Any]) -> None:
         if g.shape != p.shape or g.device != p.device:
             here, there = (f"shape {tuple(x.shape)} on {x.device}" for x in (g, p))
             raise ValueError(f"{name_of(group, p)} has a gradient of {here}, but is of {there}; compute it anew")
+        if 0 in p.stride() and any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)):
+            raise ValueError(
+                f"{name_of(group, p)} is an expanded tensor of shape {tuple(p.shape)}, strides {p.stride()}: several "
+                "of its entries are one number in memory and cannot move apart; copy it, p.data = p.data.contiguous()"
+            )

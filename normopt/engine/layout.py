@@ -207,7 +207,7 @@ class Layout:
             wave.check(self._groups, state)
 
     def waves(self, guard: FiniteGuard, state: State) -> Iterator[ShardedWave]:
-        """The waves of a step: what they bring is there when they come, and is taken back when the next one is asked."""
+        """The waves of a step: what they bring is there when they come, and goes back when the next one is asked for."""
         for wave in self._waves:
             wave.arrive(self._groups, state, guard)
             yield wave
@@ -250,10 +250,10 @@ class Layout:
             rule = rule_of(group).at(group)
             step_size = rule.step_size
             if step_size.overrides(method) and any(p.grad is not None for p in group["params"]):
-                if method not in step_size.sums:
+                if not getattr(step_size, f"{method}_sums"):
                     raise ValueError(
                         f"{type(step_size).__name__} does not say which sums its {method} makes, which all ranks must "
-                        f"know: give the class sums = {{{method!r}: (names of what it returns)}}"
+                        f"know: give the class {method}_sums = (names of what it returns)"
                     )
                 found.setdefault(kind(step_size), Party(step_size, shared_by(group, rule)))
         return [*found.values()]
@@ -364,7 +364,7 @@ class ShardedWave(Wave):
 
     def _collected(self) -> dict[tuple[Home, str], Tensor]:
         """The whole gradients and weights that come to this rank."""
-        found = {}
+        found: dict[tuple[Home, str], Tensor] = {}
         for bucket in self._coming:
             each = [*zip(bucket.homes, bucket.kinds, strict=True)]
             sent = [home.gradient if what == "gradient" else meshes.local(home.p) for home, what in each]
@@ -374,8 +374,8 @@ class ShardedWave(Wave):
     def _give_gradients(self, came: Mapping[tuple[Home, str], Tensor]) -> None:
         for home, q in self._stand_ins.items():
             if q is not home.p and home.p.grad is not None:
-                g = came[home, "gradient"] if (home, "gradient") in came else home.gradient
-                q.grad = g.to(q.dtype)
+                g = came.get((home, "gradient"))
+                q.grad = (home.gradient if g is None else g).to(q.dtype)
 
     def _local_groups(self, groups: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Each param group, if need be in parts that have one rule and either count in sums or not."""
@@ -435,7 +435,7 @@ class ShardedWave(Wave):
                 factors = [torch.where(found_inf, 0.0, torch.as_tensor(x, device=found_inf.device)) for x in factors]
             wide = [share.to(part.dtype) for share, part in zip(shares, parts, strict=True)]
             if any(isinstance(x, Tensor) or x != 0 for x in factors):
-                parts = torch._foreach_add(parts, [w * x for w, x in zip(wide, factors, strict=True)])
+                parts = torch._foreach_add([*parts], [w * x for w, x in zip(wide, factors, strict=True)])
             torch._foreach_copy_(shares, torch._foreach_add(wide, parts))
         for home in self._owned:
             if not home.is_mine and home.p.grad is not None:

@@ -22,9 +22,10 @@ class EMA(Momentum):
     length of its input, it equals the heavy ball of the same beta.
 
     Args:
-        beta: decay rate of the average, in [0, 1).
+        beta: decay rate of the average, in [0, 1]. At 1, as in torch.optim.Muon, the average stays what it is: 0 from
+            the start, so that weights only decay.
         nesterov: use Nesterov momentum.
-        bias_correction: correct for the start from 0.
+        bias_correction: correct for the start from 0; needs ``beta < 1``.
     """
 
     sees_weights = False
@@ -33,7 +34,7 @@ class EMA(Momentum):
     bias_correction: bool = False
 
     def __post_init__(self) -> None:
-        check_range(self, "beta", self.beta, 0, 1)
+        check_range(self, "beta", self.beta, 0, 1, closed=self.bias_correction is False)
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(x)}

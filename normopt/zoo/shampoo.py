@@ -12,7 +12,7 @@ from normopt.norms import Column, Direction, Euclidean, Max, Spectral
 from normopt.roles.options import Geometry
 from normopt.rule import Rule
 from normopt.stepsize import Constant
-from normopt.zoo.base import DeclaredOptimizer, arg, beta2_of
+from normopt.zoo.base import DeclaredOptimizer, arg, beta2_of, check_beta1
 from normopt.zoo.matrices import FixedStepMatrixOptimizer, MatrixOptimizer
 
 #: Whose length an update of Shampoo can have.
@@ -140,6 +140,7 @@ class KLShampoo(MatrixOptimizer):
     init_factor: float = arg(default=0.1, doc="what all eigenvalues start from.")
 
     def rule(self) -> Rule:
+        check_beta1(self, self.betas)
         numbers = option("betas", 1), option("eps"), option("precondition_frequency")
         decay = WeightDecay(option("weight_decay"), True, self.cautious)
         return Rule(KLWhitened(*numbers, self.init_factor), EMA(option("betas", 0)), constraint=(decay,))

@@ -491,7 +491,8 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
         ["aux_lr", "aux_eps", "aux_weight_decay", "graft_eps", "momentum_decay", "scale", "lr_ratio"], ABOVE
     ),
     **dict.fromkeys(["initial_accumulator_value", "trust_coefficient", "init_factor", "alpha", "exponent"], ABOVE),
-    **dict.fromkeys(["momentum", "beta2", "mu", "beta3", "graft_beta2"], BELOW_ONE),
+    "momentum": [*ABOVE, 1.5],  # as in torch.optim.Muon, an average of 1 stays 0
+    **dict.fromkeys(["beta2", "mu", "beta3", "graft_beta2"], BELOW_ONE),
     "dampening": [-1.0, 1.5, NAN, "much"],
     **dict.fromkeys(["a0", "b0", "d", "d0", "d_coef", "radius"], POSITIVE),
     "growth_rate": [0.5, NAN, "much"],
@@ -513,6 +514,7 @@ HEAVY = ["lars", "rmsprop", "sgd", "sgdp"]
 #: Where an argument of that name means something else.
 BUT: dict[tuple[str, str], list[Any]] = {
     ("adafactor", "eps"): [(-1.0, 1e-3), (NAN, 1e-3), (None, -1.0), (None, NAN), 1e-3],
+    ("adafactor", "d"): [0.0, 0.99, *ABOVE],
     ("rmsprop", "alpha"): BELOW_ONE,
     # As in torch: a heavy ball of 1 sums up all gradients.
     **{(name, "momentum"): ABOVE for name in HEAVY},
