@@ -50,7 +50,20 @@ from normopt.momentum import (
     TwoSpeed,
     WarmNesterov,
 )
-from normopt.norms import Column, Direction, Euclidean, KyFan, Max, Norm, Nuclear, PerBlock, Row, Schatten, Spectral
+from normopt.norms import (
+    Column,
+    Direction,
+    DualKyFan,
+    Euclidean,
+    KyFan,
+    Max,
+    Norm,
+    Nuclear,
+    PerBlock,
+    Row,
+    Schatten,
+    Spectral,
+)
 from normopt.optimizer import SteepestDescent
 from normopt.polar import PolarCoefficients
 from normopt.report import describe, periodic_table, summary
@@ -97,6 +110,7 @@ __all__ = [
     "Decayed",
     "Direction",
     "Dual",
+    "DualKyFan",
     "Eigenbasis",
     "Euclidean",
     "Factored",

@@ -55,13 +55,15 @@ class Eigenbasis(Basis):
     The first gradient only initializes the bases, by its own eigendecompositions. Then, after each step, ``S <- beta S
     + (1 - beta) g g^T``; every ``frequency`` steps the basis is sorted by its Rayleigh quotients, the largest first,
     and replaced by the orthonormal factor ``Q`` of ``S Q`` (SOAP, arXiv 2409.11321). Averages and bases are kept in
-    float32 or better; gradients whose squares overflow are left out of the averages.
+    float32 or better; gradients whose squares overflow are left out of the averages. With ``exact`` the bases are the
+    eigenvectors themselves (SPlus, arXiv 2506.07254).
 
     Args:
         beta: decay rate of the averages, in [0, 1).
         frequency: number of steps between updates of the bases.
         max_dim: longer sides are not rotated.
         vectors: whether vectors, and matrices with a single row or column, are rotated too.
+        exact: decompose the averages in place of one step of power iteration.
     """
 
     looks_first = True
@@ -70,6 +72,7 @@ class Eigenbasis(Basis):
     frequency: int = 10
     max_dim: int = 10000
     vectors: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, "beta", self.beta, 0, 1)
@@ -107,7 +110,9 @@ class Eigenbasis(Basis):
     def learn(self, g: Tensor, state: dict[str, Tensor], context: Context, memory: Sequence[Tensor]) -> None:
         for side in self._sides(g):
             gram = average_(state[f"{side}_gram"], gram_matrix(g, side), self.beta)
-            if context.step % self.frequency == 0:
+            if context.step % self.frequency == 0 and self.exact:
+                state[f"{side}_basis"].copy_(eigh(gram)[1].flip(-1))
+            elif context.step % self.frequency == 0:
                 order = power_iteration_(state[f"{side}_basis"], gram)
                 for tensor in memory:
                     reorder_(tensor, order, side)

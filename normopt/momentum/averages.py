@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from normopt.ingredient.base import Option
 from normopt.ingredient.stage import Context
 from normopt.ingredient.validate import check_count, check_range
 from normopt.momentum.base import Momentum
@@ -17,30 +18,34 @@ from normopt.momentum.base import Momentum
 class EMA(Momentum):
     """Exponential moving average: ``m <- beta m + (1 - beta) g``.
 
-    Returns ``m``; with ``nesterov``, ``beta m + (1 - beta) g`` of the new ``m`` (as in Muon); with
-    ``bias_correction``, divided by ``1 - beta^step`` (Adam, arXiv 1412.6980). Under a duality map, which ignores the
-    length of its input, it equals the heavy ball of the same beta.
+    Returns ``m``; with ``nesterov``, ``beta m + (1 - beta) g`` of the new ``m`` (as in Muon), or with another weight in
+    place of ``beta``; with ``bias_correction``, divided by ``1 - beta^step`` (Adam, arXiv 1412.6980). Under a duality
+    map, which ignores the length of its input, it equals the heavy ball of the same beta.
 
     Args:
         beta: decay rate of the average, in [0, 1).
-        nesterov: use Nesterov momentum.
+        nesterov: use Nesterov momentum; a ``float`` in [0, 1] is the weight of ``m`` beside the gradient (OLion).
         bias_correction: correct for the start from 0.
     """
 
     beta: float = 0.9
-    nesterov: bool = False
+    nesterov: bool | float = False
     bias_correction: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, "beta", self.beta, 0, 1)
+        if not isinstance(self.nesterov, (bool, float, Option)):
+            raise TypeError(f"EMA: nesterov must be True, False or a weight such as 0.9, got {self.nesterov!r}")
+        if isinstance(self.nesterov, float):
+            check_range(self, "nesterov", self.nesterov, 0, 1, closed=True)
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(x)}
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         m = state["momentum"].lerp_(x, 1 - self.beta)
-        if self.nesterov:
-            m = x.lerp(m, self.beta)
+        if self.nesterov is not False:
+            m = x.lerp(m, self.beta if self.nesterov is True else self.nesterov)
         return m / (1 - self.beta**context.step) if self.bias_correction else m
 
 
@@ -49,7 +54,7 @@ class Nesterov(EMA):
     """Nesterov momentum as in Muon: :class:`EMA` with ``nesterov=True`` and ``beta=0.95``."""
 
     beta: float = 0.95
-    nesterov: bool = True
+    nesterov: bool | float = True
 
 
 @dataclass(frozen=True)

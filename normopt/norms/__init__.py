@@ -6,7 +6,7 @@ from normopt.ingredient.stage import Direction
 from normopt.norms.base import SCALES, Norm
 from normopt.norms.blocks import PerBlock
 from normopt.norms.entrywise import Euclidean, Max
-from normopt.norms.kyfan import KyFan
+from normopt.norms.kyfan import DualKyFan, KyFan
 from normopt.norms.rows_columns import Column, Row
 from normopt.norms.schatten import Nuclear, Schatten
 from normopt.norms.spectral import Spectral
@@ -15,6 +15,7 @@ __all__ = [
     "SCALES",
     "Column",
     "Direction",
+    "DualKyFan",
     "Euclidean",
     "KyFan",
     "Max",
