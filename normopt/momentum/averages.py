@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,19 @@ from normopt.ingredient.base import Option
 from normopt.ingredient.stage import Context
 from normopt.ingredient.validate import check_count, check_range
 from normopt.momentum.base import Momentum
+
+
+def check_nesterov(owner: object, value: Any) -> None:
+    """Raise an error that names ``owner`` unless ``value`` is True, False or a weight in [0, 1]."""
+    if not isinstance(value, (bool, float, Option)):
+        raise TypeError(f"{type(owner).__name__}: nesterov must be True, False or a weight such as 0.9, got {value!r}")
+    if isinstance(value, float):
+        check_range(owner, "nesterov", value, 0, 1, closed=True)
+
+
+def ahead(x: Tensor, m: Tensor, beta: float, nesterov: bool | float) -> Tensor:
+    """The average ``m``, or what Nesterov momentum makes of it and the gradient ``x``."""
+    return m if nesterov is False else x.lerp(m, beta if nesterov is True else nesterov)
 
 
 @dataclass(frozen=True)
@@ -34,18 +48,13 @@ class EMA(Momentum):
 
     def __post_init__(self) -> None:
         check_range(self, "beta", self.beta, 0, 1)
-        if not isinstance(self.nesterov, (bool, float, Option)):
-            raise TypeError(f"EMA: nesterov must be True, False or a weight such as 0.9, got {self.nesterov!r}")
-        if isinstance(self.nesterov, float):
-            check_range(self, "nesterov", self.nesterov, 0, 1, closed=True)
+        check_nesterov(self, self.nesterov)
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(x)}
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        m = state["momentum"].lerp_(x, 1 - self.beta)
-        if self.nesterov is not False:
-            m = x.lerp(m, self.beta if self.nesterov is True else self.nesterov)
+        m = ahead(x, state["momentum"].lerp_(x, 1 - self.beta), self.beta, self.nesterov)
         return m / (1 - self.beta**context.step) if self.bias_correction else m
 
 
