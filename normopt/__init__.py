@@ -24,6 +24,7 @@ from normopt.directions import (
     Chain,
     Clipped,
     Complement,
+    Conjugated,
     CoshScaled,
     Decayed,
     Eigenbasis,
@@ -32,9 +33,11 @@ from normopt.directions import (
     Identity,
     KLWhitened,
     LowRank,
+    Normalized,
     Rotated,
     Sinkhorn,
     Smoothed,
+    Sum,
 )
 from normopt.engine.schedulers import set_lr
 from normopt.ingredient import Option
@@ -104,6 +107,7 @@ __all__ = [
     "Clipped",
     "Column",
     "Complement",
+    "Conjugated",
     "Constant",
     "Constraint",
     "CoshScaled",
@@ -134,6 +138,7 @@ __all__ = [
     "Nesterov",
     "NoMomentum",
     "Norm",
+    "Normalized",
     "Nuclear",
     "Option",
     "PerBlock",
@@ -159,6 +164,7 @@ __all__ = [
     "StepSize",
     "StochasticRounding",
     "Storm",
+    "Sum",
     "TangentProjection",
     "TrustRatio",
     "TwoSpeed",

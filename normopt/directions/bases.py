@@ -68,6 +68,7 @@ class Eigenbasis(Basis):
 
     looks_first = True
     decides_on_host = True
+    squares = True
     beta: float = 0.95
     frequency: int = 10
     max_dim: int = 10000

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normopt.directions.algebra import Chain, Grafted
+from normopt.directions.algebra import Chain
 from normopt.directions.bases import Basis
+from normopt.directions.pairs import Pair
 from normopt.directions.smoothed import Smoothed
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import ROTATED, Context, Direction, Stage, substate
@@ -109,8 +110,8 @@ def _remembers_directions(stage: Stage) -> bool:
     """Whether a stage's memory has signs: averages of gradients rotate with the basis, averages of squares do not."""
     if isinstance(stage, Chain):
         return any(map(_remembers_directions, stage.stages))
-    if isinstance(stage, Grafted):
-        return _remembers_directions(stage.direction) or _remembers_directions(stage.magnitude)
+    if isinstance(stage, Pair):
+        return any(map(_remembers_directions, stage.both().values()))
     return not isinstance(stage, Direction) or (isinstance(stage, Smoothed) and stage.centered is True)
 
 
