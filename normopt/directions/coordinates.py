@@ -85,7 +85,9 @@ class Rotated(_Wrapper):
         basis, inner = self.basis, substate(state, "rotated.")
         there = context.through(lambda t: basis.rotate(t, state))
         d = basis.unrotate(self.direction(self._seen(x, state), inner, there), state)
-        basis.learn(context.g, state, context, [t for name, t in state.items() if name.startswith("rotated.")])
+        basis.learn(
+            basis.source(x, context.g), state, context, [t for name, t in state.items() if name.startswith("rotated.")]
+        )
         return d
 
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
