@@ -1,7 +1,7 @@
 """Which direction is steepest? Combinations of norms: with memory, in chains, rotated, grafted, in blocks."""
 
 from normopt.directions.algebra import Chain, Clipped, Decayed, Identity
-from normopt.directions.balanced import CoshScaled, Sinkhorn
+from normopt.directions.balanced import CoshScaled, SingularPower, Sinkhorn
 from normopt.directions.bases import Basis, Eigenbasis
 from normopt.directions.complement import Complement
 from normopt.directions.coordinates import Blocked, Rotated
@@ -31,6 +31,7 @@ __all__ = [
     "LowRank",
     "Normalized",
     "Rotated",
+    "SingularPower",
     "Sinkhorn",
     "Smoothed",
     "Sum",

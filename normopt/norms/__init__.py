@@ -5,7 +5,7 @@ from normopt.ingredient import get as _get
 from normopt.ingredient.stage import Direction
 from normopt.norms.base import SCALES, Norm
 from normopt.norms.blocks import PerBlock
-from normopt.norms.entrywise import Euclidean, Max
+from normopt.norms.entrywise import Euclidean, Lp, Max
 from normopt.norms.kyfan import DualKyFan, KyFan
 from normopt.norms.rows_columns import Column, Row
 from normopt.norms.schatten import Nuclear, Schatten
@@ -18,6 +18,7 @@ __all__ = [
     "DualKyFan",
     "Euclidean",
     "KyFan",
+    "Lp",
     "Max",
     "Norm",
     "Nuclear",
