@@ -45,6 +45,7 @@ from normopt.ingredient import Option
 from normopt.ingredient.view import View
 from normopt.momentum import (
     EMA,
+    Corrected,
     HeavyBall,
     LionMomentum,
     Mixture,
@@ -112,6 +113,7 @@ __all__ = [
     "Conjugated",
     "Constant",
     "Constraint",
+    "Corrected",
     "CoshScaled",
     "DAdaptation",
     "Decayed",

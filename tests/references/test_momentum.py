@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normopt import EMA, Identity, Mixture, SteepestDescent
+from normopt import EMA, Corrected, Identity, Mixture, Spectral, SteepestDescent
 from normopt.momentum.base import Momentum
 from normopt.momentum.mixture import age_of, weights_of_age
 from tests.support.paths import MATRICES, assert_same_path
-from tests.support.written import State, Written
+from tests.support.written import State, Written, polar
 
 # Mixture -------------------------------------------------------------------------------------------------------------
 
@@ -105,3 +105,33 @@ def test_ages_are_annealed_from_the_onset_to_the_last_step() -> None:
 def test_mixtures_refuse_what_is_none(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Mixture(**options)
+
+
+# MARS-M --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.8, "gamma": 0.1, "clip": 3.0}, {"clip": math.inf}], ids=str)
+def test_mars_m_by_its_recurrence(options: dict[str, Any]) -> None:
+    beta, gamma, clip = (
+        {"beta": 0.95, "gamma": 0.025, "clip": 1.0, **options}[key] for key in ("beta", "gamma", "clip")
+    )
+
+    def update(g: Tensor, state: State, step: int) -> Tensor:
+        m, last = (state.setdefault(key, torch.zeros_like(g)) for key in ("m", "last"))
+        c = g + gamma * beta / (1 - beta) * (g - last)
+        c = c * min(1.0, clip / float(c.norm()))
+        last.copy_(g)
+        return 0.02 * polar(m.mul_(beta).add_((1 - beta) * c))
+
+    assert_same_path(
+        lambda p: SteepestDescent(p, 0.02, Spectral("unit", "exact"), Corrected(**options)),
+        lambda p: Written(p, update),
+        MATRICES,
+        2e-5,
+    )
+
+
+@pytest.mark.parametrize("options", [{"beta": 1.0}, {"gamma": -1.0}, {"clip": 0.0}], ids=str)
+def test_corrections_refuse_what_is_none(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"Corrected: {next(iter(options))} must"):
+        Corrected(**options)
