@@ -12,6 +12,12 @@ from normopt.rule import Rule
 from normopt.zoo.base import DeclaredOptimizer, arg, beta2_of
 
 
+def _adam(norm: Norm, betas: tuple[float, float] = (0.0, 0.0), eps_at: str = "corrected") -> Smoothed:
+    """The norm with Adam's memory, or with a sum where the second of ``betas`` is 1; its numbers are options."""
+    kind = "sum" if beta2_of(betas) == 1 else "ema"
+    return Smoothed(norm, option("betas", 1), option("eps"), accumulate=kind, eps_at=eps_at)
+
+
 class AdamMini(DeclaredOptimizer):
     """:class:`AdamW` with one second moment a row, or a head (arXiv 2406.16793).
 
@@ -28,16 +34,12 @@ class AdamMini(DeclaredOptimizer):
 
     def table(self) -> Geometry:
         """Given a whole model, a token of an embedding has one second moment, and so has a vector, not decayed."""
-        return {"embedding": {"norm": self._adam(Column())}} | {
-            role: {"norm": self._adam(Euclidean()), "weight_decay": 0.0} for role in ("vector", "scalar")
-        }
-
-    def _adam(self, norm: Norm) -> Smoothed:
-        return Smoothed(norm, option("betas", 1), option("eps"))
+        one = {"norm": _adam(Euclidean()), "weight_decay": 0.0}
+        return {"embedding": {"norm": _adam(Column())}, "vector": one, "scalar": one}
 
     def rule(self) -> Rule:
         check_count(self, "rows", self.rows)
-        adam = self._adam(Row("sqrt_in") if self.rows == 1 else PerBlock(Euclidean(), rows=self.rows))
+        adam = _adam(Row("sqrt_in") if self.rows == 1 else PerBlock(Euclidean(), rows=self.rows))
         decay = WeightDecay(option("weight_decay"))
         return Rule(adam, EMA(option("betas", 0), bias_correction=True), constraint=(decay,))
 
@@ -59,14 +61,10 @@ class SubsetNorm(DeclaredOptimizer):
 
     def table(self) -> Geometry:
         """Given a whole model, vectors and scalars keep a second moment for every entry, and are not decayed."""
-        adam = Smoothed(Max(), option("betas", 1), option("eps"), accumulate=self._kind(), eps_at="raw")
-        return {role: {"norm": adam, "weight_decay": 0.0} for role in ("vector", "scalar")}
-
-    def _kind(self) -> str:
-        return "sum" if beta2_of(self.betas) == 1 else "ema"
+        whole = {"norm": _adam(Max(), self.betas, "raw"), "weight_decay": 0.0}
+        return {"vector": whole, "scalar": whole}
 
     def rule(self) -> Rule:
-        subsets = PerBlock(Euclidean("unit"), rows=1, columns=self.subset_size)
-        adam = Smoothed(subsets, option("betas", 1), option("eps"), accumulate=self._kind(), eps_at="raw")
+        adam = _adam(PerBlock(Euclidean("unit"), rows=1, columns=self.subset_size), self.betas, "raw")
         decay = WeightDecay(option("weight_decay"), after=True)
         return Rule(adam, EMA(option("betas", 0), bias_correction=True), constraint=(decay,))

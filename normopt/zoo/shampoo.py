@@ -131,9 +131,7 @@ class SPlus(DeclaredOptimizer):
     """
 
     lr: float | Tensor = 0.1
-    betas: tuple[float, float] = arg(
-        default=(0.9, 0.999), doc="decay rates of ``m`` and of the averages of ``g g^T`` and ``g^T g``."
-    )
+    betas: tuple[float, float] = arg(default=(0.9, 0.999), doc="decay rates of ``m`` and of the averages of ``g g^T``.")
     weight_decay: float = arg(default=0.0, doc="decoupled weight decay, of the weights after the update.")
     inverse_steps: int = arg(default=100, doc="steps from one eigendecomposition to the next.")
     nonstandard_constant: float = arg(default=1e-3, doc="size of the entries of a vector's update over ``lr``.")
