@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normopt.directions.algebra import Chain, Grafted
+from normopt.directions.algebra import Chain
 from normopt.directions.bases import Basis
+from normopt.directions.pairs import Pair
 from normopt.directions.smoothed import Smoothed
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import ROTATED, Context, Direction, Stage, substate
@@ -87,7 +88,9 @@ class Rotated(_Wrapper):
         basis, inner = self.basis, substate(state, "rotated.")
         there = context.through(lambda t: basis.rotate(t, state))
         d = basis.unrotate(self.direction(self._seen(x, state), inner, there), state)
-        basis.learn(context.g, state, context, [t for name, t in state.items() if name.startswith("rotated.")])
+        basis.learn(
+            basis.source(x, context.g), state, context, [t for name, t in state.items() if name.startswith("rotated.")]
+        )
         return d
 
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
@@ -112,8 +115,8 @@ def _remembers_directions(stage: Stage) -> bool:
     """Whether a stage's memory has signs: averages of gradients rotate with the basis, averages of squares do not."""
     if isinstance(stage, Chain):
         return any(map(_remembers_directions, stage.stages))
-    if isinstance(stage, Grafted):
-        return _remembers_directions(stage.direction) or _remembers_directions(stage.magnitude)
+    if isinstance(stage, Pair):
+        return any(map(_remembers_directions, stage.both().values()))
     return not isinstance(stage, Direction) or (isinstance(stage, Smoothed) and stage.centered is True)
 
 
@@ -185,6 +188,7 @@ class InParts(_Wrapper):
         view: says the heights of the parts.
     """
 
+    sees_weights = False
     _abstract = True
     direction: Direction
     view: View

@@ -207,7 +207,7 @@ class Layout:
             wave.check(self._groups, state)
 
     def waves(self, guard: FiniteGuard, state: State) -> Iterator[ShardedWave]:
-        """The waves of a step: what they bring is there when they come, and goes back when the next one is asked for."""
+        """The waves of a step: what they bring is there when they come, and goes back when the next one comes."""
         for wave in self._waves:
             wave.arrive(self._groups, state, guard)
             yield wave
@@ -435,7 +435,7 @@ class ShardedWave(Wave):
                 factors = [torch.where(found_inf, 0.0, torch.as_tensor(x, device=found_inf.device)) for x in factors]
             wide = [share.to(part.dtype) for share, part in zip(shares, parts, strict=True)]
             if any(isinstance(x, Tensor) or x != 0 for x in factors):
-                parts = torch._foreach_add([*parts], [w * x for w, x in zip(wide, factors, strict=True)])
+                parts = [*torch._foreach_add([*parts], [w * x for w, x in zip(wide, factors, strict=True)])]
             torch._foreach_copy_(shares, torch._foreach_add(wide, parts))
         for home in self._owned:
             if not home.is_mine and home.p.grad is not None:

@@ -15,7 +15,7 @@ from normopt.norms import Direction, PerBlock
 from normopt.zoo import Shampoo
 from tests.support.preconditioned import seeing
 
-FREQUENCIES = ("preconditioning_frequency", "precondition_frequency")
+FREQUENCIES = ("preconditioning_frequency", "precondition_frequency", "inverse_steps")
 #: Every optimizer that keeps roots or bases, the name of its frequency, and a learning rate for the problem below.
 KEEPING = {
     name: option
@@ -23,7 +23,7 @@ KEEPING = {
     for option in inspect.signature(SteepestDescent.registry[name]).parameters
     if option in FREQUENCIES
 }
-RATES = {"shampoo": 0.1, "soap": 0.01, "klshampoo": 0.003}
+RATES = {"shampoo": 0.1, "soap": 0.01, "klshampoo": 0.003, "splus": 0.1}
 
 
 def losses(name: str, dtype: torch.dtype, lr: float, **options: object) -> list[float]:

@@ -163,7 +163,8 @@ def test_state_bytes_are_the_states(dtype: torch.dtype) -> None:
 
 
 #: Arguments with which the size of an update does not depend on the gradient's spectrum.
-KNOWN_SIZE: dict[str, Any] = {"spectral": SPECTRAL, "schatten": {"p": float("inf")}, "ky-fan": {"k": 1}}
+KNOWN_SIZE: dict[str, Any] = {"spectral": SPECTRAL, "ky-fan": {"k": 1}}
+KNOWN_SIZE |= {name: {"p": float("inf")} for name in ("schatten", "lp")}
 
 
 @pytest.mark.parametrize("scale", [*SCALES, "rms", 2.5])
