@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from types import MappingProxyType
-from typing import Any, ClassVar
+from types import FunctionType, MappingProxyType
+from typing import Any, ClassVar, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ from normopt.roles.groups import (
 from normopt.roles.options import Geometry, entry, merged, with_beta
 from normopt.rule import INGREDIENTS, Rule, rule_of
 from normopt.stepsize.base import StepSize, double
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class SteepestDescent(Optimizer):
@@ -198,7 +202,7 @@ class SteepestDescent(Optimizer):
     def _forget_steps(self) -> None:
         self._plans: dict[int, list[Plan]] = {}
         self._guard = FiniteGuard()
-        self._compiled = torch.compile(loop.take_step) if self.compiles else loop.take_step
+        self._compiled = torch.compile(_own_copy(loop.take_step)) if self.compiles else loop.take_step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -434,6 +438,21 @@ class SteepestDescent(Optimizer):
     def metrics(self) -> Metrics:
         """Measure the step in ``with optimizer.metrics() as measured: ...``, see :class:`~normopt.metrics.Metrics`."""
         return Metrics(self)
+
+
+#: Numbers for the names of functions that are compiled.
+_compiled_so_far = itertools.count(1)
+
+
+def _own_copy(function: Callable[P, T]) -> Callable[P, T]:
+    """The function with a code object and a name of its own.
+
+    torch.compile keeps what it has compiled by code object, counts that against its limit of recompilations, and
+    remembers sizes that have changed by name. Optimizers must not share either.
+    """
+    name = f"{function.__name__}_{next(_compiled_so_far)}"
+    code = function.__code__.replace(co_name=name)
+    return cast("Callable[P, T]", FunctionType(code, function.__globals__, name))
 
 
 def _without_autocast() -> AbstractContextManager[Any]:

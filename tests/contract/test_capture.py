@@ -238,6 +238,17 @@ def test_what_decides_by_numbers_is_not_compiled(graphs: Callable[[], int]) -> N
 
 
 @pytest.mark.slow
+def test_each_of_ten_optimizers_in_one_process_is_compiled(graphs: Callable[[], int]) -> None:
+    """torch.compile gives a function up after eight graphs: each optimizer must have a function of its own."""
+    from torch._dynamo.utils import counters
+
+    for i in range(10):
+        compiled_and_plain("lion", 2)
+        assert graphs() == i + 1
+    assert not counters["unimplemented"] and not counters["graph_break"]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 @pytest.mark.parametrize("name", ["lion", "muon", "adafactor", "prodigy"])
 def test_a_compiled_step_is_the_same_to_rounding(name: str) -> None:
