@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normopt.constraints.base import Constraint
-from normopt.engine import loop
+from normopt.engine import loop, products
 from normopt.engine.batch import Batch
 from normopt.engine.checkpoint import ADDED, VERSION, accepted, restored, to_home
 from normopt.engine.checks import (
@@ -103,6 +103,9 @@ class SteepestDescent(Optimizer):
         compile: run the updates through ``torch.compile``, as one graph: the same results to rounding. The first step
             takes as long as compilation does; neither a new learning rate nor the step's count compiles anything anew.
             Rules whose host looks at numbers (those that ``capturable`` refuses) are run as without.
+        deterministic: choose the form and the dtype of matrix products by a rule in place of measuring which is
+            fastest, so that two processes give the same bits; ``torch.use_deterministic_algorithms`` does so too. What
+            has been chosen is kept in the param groups, as ``"products"``, and goes before either.
         differentiable: must be False.
 
     Raises:
@@ -122,6 +125,8 @@ class SteepestDescent(Optimizer):
     fixed: ClassVar[Mapping[str, Any]] = {"differentiable": False}
     #: Whether updates run through ``torch.compile``.
     compiles: bool = False
+    #: Whether products are chosen by a rule, not measured.
+    is_deterministic: bool = False
     #: Every subclass by its lower-case name, for :func:`normopt.create`; of two with one name the first.
     registry: ClassVar[dict[str, type[SteepestDescent]]] = {}
 
@@ -171,6 +176,7 @@ class SteepestDescent(Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         compile: bool = False,
+        deterministic: bool = False,
         differentiable: bool = False,
     ) -> None:
         if differentiable:
@@ -189,11 +195,11 @@ class SteepestDescent(Optimizer):
             )
         elif geometry is not None or overrides is not None:
             raise ValueError("geometry and overrides need a whole model: pass the module instead of its parameters")
-        self.compiles = compile
+        self.compiles, self.is_deterministic = compile, deterministic
         self._names: MutableMapping[Tensor, list[Any]] = WeakTensorKeyDictionary()
         self._forget_steps()
         fixed = {"lr": lr, "maximize": maximize, "nonfinite": nonfinite, "capturable": capturable, "rule": repr(rule)}
-        super().__init__(params, {**fixed, "state_dtype": dtype_name(state_dtype), **numbers})
+        super().__init__(params, {**fixed, "state_dtype": dtype_name(state_dtype), "products": "", **numbers})
         self._check_geometry()
         if not {"betas", "momentum"} & self.defaults.keys():
             weight = first_weight((group, rule_of(group)) for group in self.param_groups)
@@ -220,7 +226,7 @@ class SteepestDescent(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._guard.settle(self.param_groups, self.state)
-        kept = {name: getattr(self, name) for name in ("own_table", "role_table", "compiles")}
+        kept = {name: getattr(self, name) for name in ("own_table", "role_table", "compiles", "is_deterministic")}
         return {**super().__getstate__(), **kept, "arguments": dict(self.arguments)}
 
     # Param groups ---------------------------------------------------------------------------------------------
@@ -411,7 +417,7 @@ class SteepestDescent(Optimizer):
         adopt(found, self._plans, self.state)
         if look_back(batches, self.param_groups, closure) and not self._guard.may_go(batches, again=True):
             return loss
-        with _without_autocast():
+        with _without_autocast(), products.kept(self.param_groups, self.is_deterministic):
             self._move(batches)
         return loss
 
@@ -432,6 +438,8 @@ class SteepestDescent(Optimizer):
                 going.append(batch)
         # Where all have kernels nothing is left to compile, and the compiler would skip the function ever after.
         traced = self.compiles and going and not any(batch.rule.decides_on_host for batch in going)
+        if traced:
+            products.settle(going)
         concluded = (self._compiled if traced else loop.take_step)(going)
         share(self.param_groups, concluded, found_inf)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from normopt.directions import Chain, Eigenbasis, Rotated, Smoothed
+from normopt.engine.products import chosen
 from normopt.ingredient import Ingredient, Option, choices
 from normopt.ingredient.stage import NO_MEMORY, ROTATED, SECOND_MOMENT, Direction
 from normopt.metrics import Row, effective_lr, names_in
@@ -37,7 +38,9 @@ def summary(optimizer: SteepestDescent) -> list[Row]:
 
     ``parameter``: its name. ``shape``: its dimensions. ``role``, ``reason``: what it is taken for, and why; empty
     without a model. ``view``: the matrices that it is seen as, (matrices, out, in). ``norm``, ``momentum``,
-    ``step_size``, ``constraint``: what moves it, as text with the numbers of its param group. ``lr``.
+    ``step_size``, ``constraint``: what moves it, as text with the numbers of its param group. ``products``: the form
+    and dtype of its matrix products that were fastest, like ``"gram float32"``; empty before the first step and where
+    nothing was measured, see :func:`normopt.polar.choose`. ``lr``.
     ``effective_lr``: the root mean square of the next update's entries for a full-rank gradient of the usual size,
     before constraints; NaN where the direction does not say. ``times``: what that is to be multiplied by, ``"dual
     norm"`` or ``"trust ratio"``, or empty. ``parameters``: how many numbers it has. ``state_bytes``: of its state; 0
@@ -74,7 +77,7 @@ def describe(optimizer: SteepestDescent, full: bool = False) -> str:
     header, *lines = _aligned([HEADERS, *cells], right=range(3, len(HEADERS)))
     following = iter(lines)
     for section in sections:
-        text = [*_what_moves(section[0][0]), header]
+        text = [*_what_moves(section[0][0]), *_how_multiplied(section), header]
         for alike in section:
             text += _wrapped(": ".join(filter(None, (alike[0]["role"], alike[0]["reason"]))), "  ")
             text += [next(following) for _ in alike]
@@ -87,6 +90,13 @@ def _what_moves(row: Row) -> Iterator[str]:
     for key, label in ALIKE.items():
         for text in row[key] if key == "constraint" else [row[key]]:
             yield from _wrapped(text if isinstance(text, str) else f"{text:.3g}", f"{label:<12}")
+
+
+def _how_multiplied(section: Iterable[Iterable[Row]]) -> list[str]:
+    """What was chosen for the products of each shape of matrices; nothing where nothing was measured."""
+    rows = [row for alike in section for row in alike if row["products"]]
+    texts = dict.fromkeys(f"{_shape(row['view'][1:])}: {row['products']}" for row in rows)
+    return _wrapped("; ".join(texts), f"{'products':<12}") if texts else []
 
 
 def _wrapped(text: str, label: str) -> list[str]:
@@ -180,6 +190,7 @@ def _rows(optimizer: SteepestDescent, group: Mapping[str, Any], names: Sequence[
             "reason": "; ".join([*frozen, *(reasons[i : i + 1] if len(reasons) == len(names) else [])]),
             "view": rule.view.shape(shape),
             **ingredients,
+            "products": chosen(group, shape),
             "constraint": constraint,
             "lr": float(group["lr"]),
             "effective_lr": float(effective_lr(rule, group, shape, state)),
