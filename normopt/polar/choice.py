@@ -21,14 +21,15 @@ MEASURED_FROM = 1 << 16
 #: of the same aspect ratio in place of a large one.
 TIMED = 1 << 23
 
-#: No round of timings begins after this many seconds: the first round is for warming up, the second one always counts.
-SECONDS = 2e-3
+#: Rounds of timings, of which the first is for warming up: at least so many, since another process may interrupt a
+#: round, and no more once the seconds are over.
+ROUNDS, SECONDS = 4, 3e-3
 
 #: What the rule would take is kept unless another choice takes less than this part of its time.
-PAYS = 0.95
+PAYS = 0.85
 
 #: What part of its time a product takes of which a quarter is left out.
-HALVED = 0.85
+HALVED = 0.9
 
 #: The rule, on a CPU: bfloat16 from this number of multiplications in ``X X^T`` on.
 BFLOAT16_FROM = 5_000_000
@@ -174,8 +175,9 @@ def _fastest(candidates: list[Choice], preferred: Choice, rows: list[Quintic], s
 
 @torch.no_grad()
 def _seconds(short: int, long: int, dtypes: Iterable[torch.dtype]) -> dict[torch.dtype, list[float]] | None:
-    """By dtype, the least seconds of ``X X^T``, ``A A`` and ``A X`` on the CPU; ``None`` for tensors without numbers.
+    """By dtype, the least seconds of ``X X^T``, ``A + A A`` and ``X + A X`` on the CPU; ``None`` without numbers.
 
+    They are seconds for one matrix, all of them smaller by one factor where a smaller matrix is timed.
     All products are timed in turn, so that what else the machine does falls on all alike.
     """
     found = _timed.get((short, long), {})
@@ -183,24 +185,26 @@ def _seconds(short: int, long: int, dtypes: Iterable[torch.dtype]) -> dict[torch
         return found
     shrink = min(1.0, (TIMED / (short * short * long)) ** (1 / 3))
     m, n = (side if shrink == 1 else 16 * max(1, round(side * shrink / 16)) for side in (short, long))
-    count = max(1, min(16, TIMED // (m * m * n)))
+    counts = [max(1, min(64, TIMED // size)) for size in (m * m * n, m**3, m * m * n)]
     timed: dict[tuple[torch.dtype, int], Callable[[], Tensor]] = {}
     for dtype in dtypes:
-        x = torch.full((count, m, n), n**-0.5, dtype=dtype)
+        x = torch.full((counts[0], m, n), n**-0.5, dtype=dtype)
+        a = torch.full((counts[1], m, m), 1 / m, dtype=dtype)
         if type(x) is not Tensor:  # torch's fake tensors
             return None
-        a = torch.bmm(x, x.mT)
-        timed |= {(dtype, i): partial(torch.bmm, *pair) for i, pair in enumerate([(x, x.mT), (a, a), (a, x)])}
+        left = torch.full((counts[2], m, m), 1 / m, dtype=dtype)
+        calls = partial(torch.bmm, x, x.mT), partial(torch.baddbmm, a, a, a), partial(torch.baddbmm, x, left, x)
+        timed |= {(dtype, i): call for i, call in enumerate(calls)}
     least = dict.fromkeys(timed, float("inf"))
     end, rounds = time.perf_counter() + SECONDS, 0
-    while rounds < 2 or (rounds < 5 and time.perf_counter() < end):
+    while rounds < ROUNDS or (rounds < 3 * ROUNDS and time.perf_counter() < end):
         for place, call in timed.items():
             start = time.perf_counter()
             call()
             took = time.perf_counter() - start
             least[place] = min(least[place], took) if rounds else least[place]
         rounds += 1
-    found = found | {dtype: [least[dtype, i] for i in range(3)] for dtype in dtypes}
+    found = found | {dtype: [least[dtype, i] / count for i, count in enumerate(counts)] for dtype in dtypes}
     _timed[short, long] = found
     return found
 

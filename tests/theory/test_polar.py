@@ -551,10 +551,10 @@ def test_what_is_never_measured(rates: dict[Any, Any]) -> None:
 
 
 def test_what_the_rule_takes_is_kept_unless_another_choice_pays(rates: dict[Any, Any]) -> None:
-    rates[torch.bfloat16] = 0.97
+    rates[torch.bfloat16] = 0.9
     assert choose((96, 96), torch.float32, "cpu").dtype == torch.float32
     choice._measured.clear()
-    rates[torch.bfloat16] = 0.9
+    rates[torch.bfloat16] = 0.8
     assert choose((96, 96), torch.float32, "cpu").dtype == torch.bfloat16
 
 
@@ -594,8 +594,7 @@ def test_measuring_takes_a_few_milliseconds_and_no_random_numbers() -> None:
     for shape in ((64, 64), (256, 1024), (4096, 16384)):
         start = time.process_time()
         seconds = choice._seconds(*shape, {torch.float32})
-        # Two rounds are always made: of 3 products of at most 2^23 multiplications, far less than what one matrix of
-        # the largest shape takes.
+        # Of products of at most 2^23 multiplications, where one of the largest shape has 2^38.
         assert time.process_time() - start < 2
         assert seconds is not None and all(0 < each < 1 for each in seconds[torch.float32])
     assert torch.equal(torch.get_rng_state(), before)
