@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +93,30 @@ def test_a_loaded_state_goes_before_what_has_been_measured(fast: Fast) -> None:
     assert chosen(other) == chosen(optimizer)
     run(other, others, 1, first=1)
     assert chosen(other) == chosen(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_distributed_checkpoints_hold_the_choices(fast: Fast, tmp_path: Path) -> None:
+    """Into a fresh optimizer, whose dry step has measured, and chosen otherwise."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, other = (nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 48)) for _ in range(2))
+    fast(torch.bfloat16)
+    optimizer = normopt.create("muon", model, lr=0.1)
+    run(optimizer, list(model.parameters()), 2)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path, no_dist=True)
+    other.load_state_dict(model.state_dict())
+    fast(torch.float32)
+    twin = normopt.create("muon", other, lr=0.7)
+    loaded = {"optimizer": get_optimizer_state_dict(other, twin)}
+    assert chosen(twin) != chosen(optimizer)
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(other, twin, loaded["optimizer"])
+    assert chosen(twin) == chosen(optimizer) == {"48x96 newton-schulz: direct bfloat16"}
+    run(optimizer, list(model.parameters()), 2, first=2)
+    run(twin, list(other.parameters()), 2, first=2)
+    assert_equal(snapshot(twin), snapshot(optimizer))
 
 
 def test_a_state_from_before_there_were_choices(fast: Fast) -> None:
