@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from normopt.directions import Chain, Eigenbasis, Rotated, Smoothed
+from normopt.engine.products import chosen
 from normopt.ingredient import Ingredient, Option, choices
 from normopt.ingredient.stage import NO_MEMORY, ROTATED, SECOND_MOMENT, Direction
 from normopt.ingredient.view import View
@@ -39,10 +40,12 @@ def summary(optimizer: SteepestDescent) -> list[Row]:
     ``parameter``: its name. ``shape``: its dimensions. ``role``, ``reason``: what it is taken for, and why; empty
     without a model. ``view``: the matrices that it is seen as, (matrices, out, in); ``out`` is a tuple where parts of a
     matrix are of unequal height. ``norm``, ``momentum``, ``step_size``, ``constraint``: what moves it, as text with the
-    numbers of its param group. ``lr``, and ``lr_ratio``, its ratio to the optimizer's. ``effective_lr``: the root mean
-    square of the next update's entries for a full-rank gradient of the usual size, before constraints; NaN where the
-    direction does not say. ``times``: what that is to be multiplied by, ``"dual norm"`` or ``"trust ratio"``, or empty.
-    ``parameters``: how many numbers it has. ``state_bytes``: of its state; 0 before the first step.
+    numbers of its param group. ``products``: the form and dtype of its matrix products that were fastest, like ``"gram
+    float32"``; empty before the first step and where nothing was measured, see :func:`normopt.polar.choose`. ``lr``,
+    and ``lr_ratio``, its ratio to the optimizer's. ``effective_lr``: the root mean square of the next update's entries
+    for a full-rank gradient of the usual size, before constraints; NaN where the direction does not say. ``times``:
+    what that is to be multiplied by, ``"dual norm"`` or ``"trust ratio"``, or empty. ``parameters``: how many numbers
+    it has. ``state_bytes``: of its state; 0 before the first step.
 
     ``pandas.DataFrame(normopt.summary(optimizer))`` is a table; :func:`normopt.metrics.write_jsonl` writes it.
     """
@@ -76,7 +79,7 @@ def describe(optimizer: SteepestDescent, full: bool = False) -> str:
     header, *lines = _aligned([HEADERS, *cells], right=range(3, len(HEADERS)))
     following = iter(lines)
     for section in sections:
-        text = [*_what_moves(section[0][0]), header]
+        text = [*_what_moves(section[0][0]), *_how_multiplied(section), header]
         for alike in section:
             text += _wrapped(": ".join(filter(None, (alike[0]["role"], alike[0]["reason"]))), "  ")
             text += [next(following) for _ in alike]
@@ -94,6 +97,13 @@ def _what_moves(row: Row) -> Iterator[str]:
 def _rate(lr: float, ratio: float) -> str:
     """The learning rate, and where it is another than the optimizer's, its ratio to that."""
     return f"{lr:.3g}" + (f", {ratio:.3g} times the optimizer's" if ratio != 1 and math.isfinite(ratio) else "")
+
+
+def _how_multiplied(section: Iterable[Iterable[Row]]) -> list[str]:
+    """What was chosen for the products of each shape of matrices; nothing where nothing was measured."""
+    rows = [row for alike in section for row in alike if row["products"]]
+    texts = dict.fromkeys(f"{_shape(row['view'][1:])}: {row['products']}" for row in rows)
+    return _wrapped("; ".join(texts), f"{'products':<12}") if texts else []
 
 
 def _wrapped(text: str, label: str) -> list[str]:
@@ -187,6 +197,7 @@ def _rows(optimizer: SteepestDescent, group: Mapping[str, Any], names: Sequence[
             "reason": "; ".join([*frozen, *(reasons[i : i + 1] if len(reasons) == len(names) else [])]),
             "view": _matrices(rule.view, shape),
             **ingredients,
+            "products": chosen(group, shape),
             "constraint": constraint,
             "lr": float(group["lr"]),
             "lr_ratio": float(group.get("lr_ratio", 1.0)),

@@ -55,6 +55,11 @@ class Rule(Ingredient):
     def _resolved(self) -> dict[tuple[Any, ...], Rule]:
         return {}
 
+    @cached_property
+    def open_parts(self) -> tuple[Spectral, ...]:
+        """The spectral norms whose products have a form or a dtype that is chosen by shape and device."""
+        return tuple(part for part in self.every_part() if isinstance(part, Spectral) and part.is_open)
+
     def at(self, group: Mapping[str, Any]) -> Rule:
         """``resolve`` for a param group; the same object for the same numbers, as long as there are not many."""
         values, known = tuple([group.get(name) for name in self._names]), self._resolved

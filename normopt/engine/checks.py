@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient.registry import nearest
+from normopt.polar.choice import from_text
 from normopt.rule import INGREDIENTS, Rule, rule_of
 
 #: What a param group's ``nonfinite`` may be.
@@ -22,7 +23,7 @@ STATE_DTYPES = ("bfloat16", "float32", "parameter")
 
 #: Param-group entries that are no options of an ingredient: ours, and those that torch's schedulers and users write.
 GROUP_KEYS = {"params", "param_names", "lr", "maximize", "role", "reasons", "rule", "name", "initial_lr", "lr_scale"}
-GROUP_KEYS |= {"nonfinite", "capturable", "state_dtype", "state_version"}
+GROUP_KEYS |= {"nonfinite", "capturable", "state_dtype", "state_version", "products"}
 GROUP_KEYS |= {f"{bound}_{name}" for bound in ("base", "max", "min") for name in ("lr", "momentum")}
 GROUP_KEYS |= {"foreach", "fused"}
 
@@ -78,6 +79,7 @@ def check_numbers(options: Mapping[str, Any], rule: Rule) -> None:
     """Raise unless every number is in range and every option that the rule reads is there."""
     check_lr(options["lr"])
     check_policy(options["nonfinite"])
+    from_text(options["products"])
     resolved = rule.resolve(options)
     resolved.step_size.check_composes(resolved.norm)
     check_keeping(options, resolved)

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from normopt.engine import mesh as meshes
+from normopt.engine import products
 from normopt.engine.batch import Batch, rate_and_shrink
 from normopt.engine.checks import name_of, names_of
 from normopt.engine.exchange import Exchange, Item, owners
@@ -200,6 +201,12 @@ class Layout:
     def names(self) -> list[str]:
         """The names of all parameters."""
         return [name for group in self._groups for name in names_of(group)]
+
+    def agree_on_products(self, by_rule: bool) -> None:
+        """Let all ranks multiply matrices as the first has found fastest: replicas must be equal to the bit."""
+        if any(rule_of(group).open_parts for group in self._groups):
+            found = products.choices(self._groups, by_rule) if self.ranks.rank == 0 else {}
+            products.adopt(self._groups, self.ranks.every(found)[0])
 
     def check(self, state: State) -> None:
         """Raise a ``ValueError`` for what this rank can find wrong with numbers and state before anything moves."""

@@ -69,7 +69,10 @@ ARGUMENTS: dict[str, str] = {
     "decoupled_weight_decay": "shrink the weights instead.",
     "scale": "see :class:`~normopt.norms.Norm`.",
     "orthogonalize": "the method of :func:`normopt.polar.polar`.",
-    "orthogonalize_dtype": "the dtype of the iteration that ``orthogonalize`` names.",
+    "orthogonalize_dtype": (
+        'the dtype of the iteration that ``orthogonalize`` names; ``"auto"``: the accuracy of bfloat16 or better, '
+        "whichever is fastest for the shape on this machine."
+    ),
     "ns_steps": 'steps of the iteration; ``None``: the method\'s own (5 for ``"newton-schulz"``).',
     "precondition_frequency": "steps from one change of basis to the next.",
     "lr_ratio": "length of this rule's steps over ``lr``.",
@@ -328,6 +331,7 @@ class FixedStepOptimizer(Declared):
     fused: bool | None = arg(default=None, kw_only=True)
     capturable: bool = arg(default=False, kw_only=True)
     compile: bool = arg(default=False, kw_only=True)
+    deterministic: bool = arg(default=False, kw_only=True)
     differentiable: bool = arg(default=False, kw_only=True)
     mesh: DeviceMesh | None = arg(default=None, kw_only=True)
     process_group: Any = arg(default=None, kw_only=True)
