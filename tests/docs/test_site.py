@@ -103,6 +103,7 @@ def test_the_site_is_built_without_warnings_and_loads_nothing_from_elsewhere(tmp
         parser.feed(text)
         assert not [link for link in parser.loaded if re.match(r"(https?:)?//", link)], page
         assert "arithmatex" not in text and ":class:" not in text and not re.search(r"\$\$|\\\(", strip(text)), page
+        assert not re.search(r"<m[ion]>\\\\\w", text), page  # a command of LaTeX that is not known
     for style in tmp_path.rglob("*.css"):
         assert not re.search(r"url\(['\"]?(https?:)?//|@import", style.read_text(encoding="utf-8")), style
 
