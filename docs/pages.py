@@ -196,6 +196,7 @@ def api_page() -> str:
         found = [x for x in (getattr(module, each) for each in public(module)) if callable(x) and x not in seen]
         seen |= {*found}
         found = [x for x in found if not is_shown_elsewhere(x)]
+        found = sorted(found, key=inspect.isclass)  # functions first
         parts += [f"## {name}" if found else ""]
         parts += [f"::: {name}.{x.__name__}\n    options: {{heading_level: 3}}" for x in found]
     return "\n\n".join(part for part in parts if part)
