@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -45,3 +48,19 @@ def color(optimizer: str) -> str:
     """The colour of the optimizer's family."""
     found = family(optimizer)
     return COLORS.get(found, NO_NORM) if found else OTHER
+
+
+#: How lines of one colour are told apart.
+DASHES = ("-", "--", ":", "-.")
+
+
+def lines(optimizers: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How each optimizer's line is drawn: its family's colour, dashed by its place in the family, paler after four."""
+    seen: Counter[str] = Counter()
+    found: dict[str, dict[str, Any]] = {}
+    for name in optimizers:
+        place = seen[color(name)]
+        seen[color(name)] += 1
+        alpha = 1.0 if place < len(DASHES) else 0.55
+        found[name] = {"color": color(name), "linestyle": DASHES[place % len(DASHES)], "alpha": alpha}
+    return found
