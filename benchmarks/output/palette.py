@@ -25,8 +25,10 @@ COLORS = {
     "Column": "#c9822b",
     "Schatten": "#5aa9a4",
     "KyFan": "#7fb77e",
+    "DualKyFan": "#a3c14a",
     "Nuclear": "#3a7d44",
     "PerBlock": "#4f86c6",
+    "Lp": "#e58fb0",
 }
 NO_NORM = "#6a4c93"
 
