@@ -351,7 +351,7 @@ def alone() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.usefixtures("alone")
-def test_what_torch_itself_flattens_or_shards_is_refused(name: str) -> None:
+def test_what_torch_itself_flattens_is_refused_and_what_it_shards_is_taken(name: str) -> None:
     """FSDP1 with and without the original parameters; FSDP2, also where a trainer puts its parameters in later."""
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -365,10 +365,25 @@ def test_what_torch_itself_flattens_or_shards_is_refused(name: str) -> None:
     optimizer = normopt.create(name, layer.parameters())
     fully_shard(layer)
     optimizer.param_groups[0]["params"] = [layer.weight]
-    layer.weight.grad = torch.zeros_like(layer.weight)
-    for act in (optimizer.step, partial(normopt.create, name, layer)):
-        with pytest.raises(ValueError, match=r"sharded \(a DTensor\), .* under DistributedDataParallel"):
-            act()
+    for each in (optimizer, normopt.create(name, layer)):
+        before = layer.weight.full_tensor().clone()
+        layer.weight.grad = torch.ones_like(layer.weight)
+        each.step()
+        assert not torch.equal(layer.weight.full_tensor(), before)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.usefixtures("alone")
+def test_sums_that_are_still_to_be_made_are_refused(name: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial
+
+    weight = DTensor.from_local(torch.ones(4, 6), init_device_mesh("cpu", (1,)), [Partial()])
+    optimizer = normopt.create(name, [("a", nn.Parameter(weight))])
+    optimizer.param_groups[0]["params"][0].grad = weight.clone()
+    with pytest.raises(ValueError, match=r"parameter 'a' has placements .*redistribute"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("name", normopt.list_optimizers())
