@@ -121,8 +121,8 @@ class SteepestDescent(Optimizer):
 
     Raises:
         ValueError: an unknown name, a number out of range, a norm that does not fit a parameter's shape, a parameter
-            that a wrapper has flattened or that is given twice; and in ``step``, before anything has changed, a gradient that is
-            sparse, complex, not finite or shaped otherwise. Messages name parameter or argument.
+            that a wrapper has flattened or that is given twice; and in ``step``, before anything has changed, a
+            gradient that is sparse, complex, not finite or shaped otherwise. Messages name parameter or argument.
         TypeError: a param group with an entry that none of its ingredients reads.
     """
 

@@ -51,8 +51,8 @@ def check_placements(name: str, p: DTensor) -> None:
     """Raise a ``ValueError`` for a parameter that no rank has all of any entry of."""
     if any(isinstance(placement, Partial) for placement in p.placements):
         raise ValueError(
-            f"{name} has placements {p.placements}: a sum that is still to be made cannot be trained; replicate or shard "
-            "it first, p.redistribute(placements=...)"
+            f"{name} has placements {p.placements}: a sum that is still to be made cannot be trained; replicate "
+            "or shard it first, p.redistribute(placements=...)"
         )
 
 

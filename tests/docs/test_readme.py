@@ -1,7 +1,9 @@
-"""The code blocks of README and docs run, in the order in which they stand."""
+"""The code blocks of README and docs run, in the order in which they stand, and print what stands below them."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import sys
 import types
@@ -25,10 +27,20 @@ HEADLINE = ("compare", "angpt")
 @pytest.mark.usefixtures("registry")
 def test_code_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
     module = types.ModuleType(page.stem)
     monkeypatch.setitem(sys.modules, page.stem, module)  # where dataclasses look their annotations up
-    exec(compile(code, str(page), "exec", dont_inherit=True), vars(module))
+    printed = ""
+    for language, text in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S):
+        if language == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(text, str(page), "exec", dont_inherit=True), vars(module))
+            printed = out.getvalue()
+        elif language == "text" and printed:
+            # An excerpt: its lines are there, in their order. Which products were measured as fastest may differ.
+            lines = iter(printed.splitlines())
+            shown = [line for line in text.splitlines() if line and not line.startswith("products ")]
+            assert not [line for line in shown if line not in lines], f"{page.name} shows something else:\n{printed}"
+            printed = ""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
