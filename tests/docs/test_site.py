@@ -116,10 +116,17 @@ def strip(text: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra bench")
 def test_pictures_are_drawn_and_shown(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
     from docs import pictures
 
     pictures.main(tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in pictures.OUT.iterdir()} == set(pictures.PICTURES)
+    for name in drawn:
+        now, on_file = imread(tmp_path / name), imread(pictures.OUT / name)
+        # A name of an optimizer changes 5e-5 of the table; rounding errors of another CPU next to nothing.
+        is_same = now.shape == on_file.shape and abs(now - on_file).mean() < 2e-5
+        assert is_same, f"{name} is not what is drawn now: python -m docs.pictures"
     text = "\n".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
     assert not [name for name in drawn if f"pictures/{name})" not in text]
