@@ -23,7 +23,8 @@ from torch import nn
 
 import normopt
 from normopt.constraints import Constraint
-from normopt.ingredient import Ingredient, choices
+from normopt.ingredient import Ingredient, Stage, choices
+from normopt.ingredient.traits import overrides
 from normopt.momentum import Momentum
 from normopt.norms import Direction, Norm
 from normopt.optimizer import SteepestDescent
@@ -35,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 #: The side of the matrix whose state is measured.
 SIDE = 256
 
-#: Pages of ingredients: title, kind, and what its ingredients answer.
+#: Kinds of ingredients, which have a page each and one for every ingredient: title, kind, and what they answer.
 INGREDIENTS: dict[str, tuple[str, type[Ingredient], str]] = {
     "norms": ("Norms, one by one", Norm, "Which direction is steepest?"),
     "directions": ("Directions", Direction, "Which direction is steepest, if not a norm's alone?"),
@@ -163,15 +164,80 @@ def curve(rows: list[dict[str, Any]]) -> str:
 # Ingredients, API, examples ------------------------------------------------------------------------------------------
 
 
-def ingredient_page(title: str, kind: type[Ingredient], question: str) -> str:
-    """Every ingredient of one kind, with its formula and arguments."""
-    classes = [cls for cls in choices(kind).values() if cls.__module__.split(".")[0] == "normopt"]
-    if kind is Direction:
-        classes = [cls for cls in classes if not issubclass(cls, Norm)]
-    classes = [cls for cls in classes if not cls.__name__.startswith("_")]
-    listed = "\n".join(f"* [`{cls.__name__}`][{path_of(cls)}]: {first_sentence(cls)}" for cls in classes)
-    bodies = "\n\n".join(f"::: {path_of(cls)}\n    options: {{members: false, heading_level: 2}}" for cls in classes)
-    return f"# {title}\n\n*{question}* All of them, from the registry.\n\n{listed}\n\n{bodies}"
+def ingredients(kind: type[Ingredient]) -> list[type[Ingredient]]:
+    """The ingredients of one kind that the library has, in the order of the registry; norms are no directions here."""
+    found = [cls for cls in choices(kind).values() if cls.__module__.startswith("normopt.")]
+    found = [cls for cls in found if cls.__name__[0] != "_"]
+    return [cls for cls in found if kind is not Direction or not issubclass(cls, Norm)]
+
+
+def ingredient_pages() -> Iterator[tuple[str, str]]:
+    """A page for each kind, which lists its ingredients, and one for each of these; with their places in the site."""
+    for place, (title, kind, question) in INGREDIENTS.items():
+        pages = {page_of(place, cls): cls for cls in ingredients(kind)}
+        listed = [
+            f"* [`{cls.__name__}`]({page.removeprefix('ingredients/')}): {first_sentence(cls)}"
+            for page, cls in pages.items()
+        ]
+        yield f"ingredients/{place}.md", "\n\n".join([f"# {title}", f"*{question}*", "\n".join(listed)])
+        yield from ((page, ingredient_page(cls)) for page, cls in pages.items())
+
+
+def page_of(place: str, cls: type[Ingredient]) -> str:
+    """The place in the site of an ingredient's page."""
+    return f"ingredients/{place}/{cls.__name__.lower()}.md"
+
+
+def ingredient_page(cls: type[Ingredient]) -> str:
+    """What an ingredient is, what a norm does to one matrix, what a step asks of it, and who uses it."""
+    parts = [f"::: {path_of(cls)}\n    options: {{members: false, heading_level: 1}}"]
+    if issubclass(cls, Norm):
+        parts += ["## On one matrix", *example_of(cls)]
+    found = [*demands(cls)]
+    parts += ["## In a step", "At the default arguments:", table(["question", "answer"], found)] if found else []
+    users = [f"[{name}](../../zoo/{name.lower()}.md)" for name in sorted(users_of().get(cls.__name__, []))]
+    having = f"Optimizers that have it in the rule of some role, at their default arguments: {', '.join(users)}."
+    parts += ["## In the zoo", having if users else "No optimizer has it in a rule at its default arguments."]
+    return "\n\n".join(parts)
+
+
+def example_of(cls: type[Norm]) -> Iterator[str]:
+    """Norm, dual norm and duality map of a small matrix, at scale 1."""
+    norm, g = cls(scale="unit"), torch.tensor([[2.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    rows = [", ".join(f"{x:.2f}".replace("-0.00", "0.00") for x in row) for row in norm.dualize(g).tolist()]
+    yield f"""Of the gradient [[2, 1], [0, 1]], at the scale `"unit"`: norm {norm.norm(g):.2f}, dual norm
+{norm.dual_norm(g):.2f}, duality map [[{"], [".join(rows)}]]."""
+    memory = f"`Smoothed({cls.__name__}())`" if norm.has_memory else "none, since it has no second moment"
+    yield f"With memory: {memory}. {'A' if overrides(norm, Norm, 'unit_project') else 'No'} projection onto its balls."
+
+
+def demands(cls: type[Ingredient]) -> Iterator[tuple[str, str]]:
+    """What a step asks of an ingredient; nothing of one that cannot be made without arguments."""
+    try:
+        made: Any = cls()
+    except (TypeError, ValueError):
+        return
+    if not isinstance(made, StepSize):
+        of = {"entry": "that entry", "row": "its row", "column": "its column", "all": "sums over the matrix"}
+        yield "What does one entry of the result depend on?", of.get(made.reduces, "the whole matrix")
+    yield "Does it see the weights?", "yes" if made.sees_weights else "no"
+    yield "Does the host look at numbers (no CUDA graph)?", "yes" if made.decides_on_host else "no"
+    if isinstance(made, Stage):
+        yield "Does it take vectors?", "yes" if made.takes_vectors else "no"
+        entries = sum(state.numel() for state in made.init_state(torch.zeros(1, SIDE, SIDE)).values())
+        yield f"State of a {SIDE} x {SIDE} matrix, numbers for each entry?", f"{entries / SIDE**2:.3g}"
+
+
+@cache
+def users_of() -> dict[str, set[str]]:
+    """The optimizers that have an ingredient in a rule of some role, by the ingredient's name."""
+    model = nn.Sequential(nn.Embedding(3, 4), nn.Conv2d(2, 3, 2), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 3))
+    found: dict[str, set[str]] = {}
+    for name, cls in zoo().items():
+        for group in normopt.create(name, model).param_groups:
+            for part in re.findall(r"(\w+)\(", group["rule"]):
+                found.setdefault(part, set()).add(cls.__name__)
+    return found
 
 
 def path_of(x: Any) -> str:
@@ -261,8 +327,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def generated() -> dict[str, str]:
     """Every generated page by its place in the site."""
     pages = {f"zoo/{name.lower()}.md": optimizer_page(cls) for name, cls in zoo().items()}
-    pages |= {f"ingredients/{place}.md": ingredient_page(*spec) for place, spec in INGREDIENTS.items()}
-    return {**pages, "api.md": api_page(), "examples.md": examples_page()}
+    return {**pages, **dict(ingredient_pages()), "api.md": api_page(), "examples.md": examples_page()}
 
 
 def copied() -> dict[str, Path]:
@@ -279,7 +344,10 @@ def on_config(config: Any) -> Any:
     results = [place for place in copied() if place.startswith("benchmarks/") and place.endswith(".md")]
     expanded: dict[str, list[Any]] = {
         "generated zoo": [{cls.__name__: f"zoo/{name.lower()}.md"} for name, cls in sorted(zoo().items())],
-        "generated ingredients": [{title: f"ingredients/{place}.md"} for place, (title, *_) in INGREDIENTS.items()],
+        "generated ingredients": [
+            {title: [f"ingredients/{place}.md", *({cls.__name__: page_of(place, cls)} for cls in ingredients(kind))]}
+            for place, (title, kind, _) in INGREDIENTS.items()
+        ],
         "generated benchmarks": [{title_of(place): place} for place in results],
         "generated project": [{place[:-3].capitalize(): place} for place in PROJECT.values() if place in copied()],
         "generated examples": ["examples.md"],
