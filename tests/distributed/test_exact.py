@@ -9,7 +9,7 @@ import pytest
 
 import normopt
 from tests.support.ranks import Ranks
-from tests.support.sharded import BFLOAT16, FLOAT32, LAYOUTS, Outcome, of_optimizers, of_rules
+from tests.support.sharded import BFLOAT16, FLOAT32, LAYOUTS, Outcome, of_optimizers, of_rules, squares
 
 NAMES = normopt.list_optimizers()
 #: Weights in bfloat16: an update that differs in float32's last bit, as products of other batches do, now and then
@@ -44,6 +44,20 @@ def test_weights_in_bfloat16(ranks_of: Of, layout: str) -> None:
             assert isinstance(found[name], Outcome), found[name]
             assert found[name].spread == 0, name
             assert found[name].flipped <= FLIPS, name
+
+
+@pytest.mark.parametrize("name", ["muon", "scion", "muonplusplus", "soap"])
+def test_products_are_chosen_by_one_matrix(ranks_of: Of, name: str) -> None:
+    """Not by the batch, which is smaller on each owner than in one process."""
+    for distance, _, _ in ranks_of(2).run(squares, name, True):
+        assert distance <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["muon", "scion"])
+def test_ranks_agree_on_what_was_measured(ranks_of: Of, name: str) -> None:
+    every = ranks_of(2).run(squares, name, False)
+    assert every[0][1] == every[1][1]
+    assert all(spread == 0 for _, _, spread in every)
 
 
 def check(names: Sequence[str] | Mapping[str, Any], every: list[dict[str, Outcome | str]]) -> None:

@@ -6,6 +6,7 @@ like amplify.
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import signal
@@ -505,6 +506,39 @@ def after_the_death(layout: str, folder: str) -> bool:
     set_optimizer_state_dict(pair.model, pair.many, found["optimizer"])
     pair.step(2)
     return all(float(held["step"]) == 3 for held in pair.many.state.values())
+
+
+def reported(name: str, layout: str) -> tuple[str, list[float], list[float]]:
+    """What ``describe`` says, without the other ranks, and what is measured of a step here and in one process."""
+    pair = Pair(_named(name), layout)
+    text = normopt.describe(pair.many) if dist.get_rank() == 0 else ""
+    with pair.one.metrics() as plain, pair.many.metrics() as sharded:
+        pair.step(0)
+    key = "update_rms"
+    order = {row["parameter"]: row[key] for row in plain.rows()}
+    return text, [row[key] for row in sharded.rows()], [order[row["parameter"]] for row in sharded.rows()]
+
+
+def squares(name: str, deterministic: bool) -> tuple[float, list[str], float]:
+    """Four matrices of 128 x 128 on their owners: the distance, what was chosen for products, and the spread."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(4)))
+    model = laid_out(copy.deepcopy(plain), f"fsdp {dist.get_world_size()}")
+    options = {"lr": 1e-2, "deterministic": deterministic}
+    one, many = (normopt.create(name, each, **options) for each in (plain, model))
+    start = whole(plain.parameters())
+    for step in range(3):
+        for p in plain.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        hand_over(plain, model)
+        one.step()
+        many.step()
+    mine, other = whole(model.parameters()), whole(plain.parameters())
+    chosen = [group["products"] for group in many.param_groups]
+    apart = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(apart, mine)
+    spread = max(float((x - mine).abs().max()) for x in apart)
+    return float((mine - other).norm() / (other - start).norm()), chosen, spread
 
 
 # Declarations ---------------------------------------------------------------------------------------------------------
