@@ -174,18 +174,15 @@ def ingredients(kind: type[Ingredient]) -> list[type[Ingredient]]:
 def ingredient_pages() -> Iterator[tuple[str, str]]:
     """A page for each kind, which lists its ingredients, and one for each of these; with their places in the site."""
     for place, (title, kind, question) in INGREDIENTS.items():
-        pages = {page_of(place, cls): cls for cls in ingredients(kind)}
-        listed = [
-            f"* [`{cls.__name__}`]({page.removeprefix('ingredients/')}): {first_sentence(cls)}"
-            for page, cls in pages.items()
-        ]
-        yield f"ingredients/{place}.md", "\n\n".join([f"# {title}", f"*{question}*", "\n".join(listed)])
-        yield from ((page, ingredient_page(cls)) for page, cls in pages.items())
+        classes = ingredients(kind)
+        listed = [f"* [`{cls.__name__}`]({cls.__name__.lower()}.md): {first_sentence(cls)}" for cls in classes]
+        yield page_of(place), "\n\n".join([f"# {title}", f"*{question}*", "\n".join(listed)])
+        yield from ((page_of(place, cls), ingredient_page(cls)) for cls in classes)
 
 
-def page_of(place: str, cls: type[Ingredient]) -> str:
-    """The place in the site of an ingredient's page."""
-    return f"ingredients/{place}/{cls.__name__.lower()}.md"
+def page_of(place: str, cls: type[Ingredient] | None = None) -> str:
+    """The place in the site of an ingredient's page, or of its kind's."""
+    return f"ingredients/{place}/{cls.__name__.lower() if cls else 'index'}.md"
 
 
 def ingredient_page(cls: type[Ingredient]) -> str:
@@ -345,7 +342,7 @@ def on_config(config: Any) -> Any:
     expanded: dict[str, list[Any]] = {
         "generated zoo": [{cls.__name__: f"zoo/{name.lower()}.md"} for name, cls in sorted(zoo().items())],
         "generated ingredients": [
-            {title: [f"ingredients/{place}.md", *({cls.__name__: page_of(place, cls)} for cls in ingredients(kind))]}
+            {title: [page_of(place), *({cls.__name__: page_of(place, cls)} for cls in ingredients(kind))]}
             for place, (title, kind, _) in INGREDIENTS.items()
         ],
         "generated benchmarks": [{title_of(place): place} for place in results],
