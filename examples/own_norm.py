@@ -1,7 +1,7 @@
 """A norm and an optimizer of your own, checked, and trained on the benchmark's GPT beside Muon and AdamW.
 
 The file is a plugin of the benchmark too: ``python -m benchmarks compare --optimizers muon,pairsdescent --lr
-pairsdescent=0.02 --plugin examples/own_norm.py`` runs the full comparison; this script runs it in smoke mode, a tiny
+pairsdescent=0.002 --plugin examples/own_norm.py`` runs the full comparison; this script runs it in smoke mode, a tiny
 model and few steps. Needs ``pip install -e '.[bench]'`` in a checkout.
 """
 

@@ -1,9 +1,11 @@
-"""Every script of examples/ runs to its end, asserts included, where what it imports is installed."""
+"""Scripts of examples/ run to their end, where what they import is installed, and the benchmark with a page's norm."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -47,3 +49,16 @@ def test_examples_say_what_they_are() -> None:
     assert not [
         script.name for script in SCRIPTS if not ast.get_docstring(ast.parse(script.read_text(encoding="utf-8")))
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra bench")
+def test_the_norm_of_the_page_trains_in_the_benchmark(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    own, command = (re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)[0] for language in ("python", "sh"))
+    (tmp_path / "my_norm.py").write_text(own, encoding="utf-8")
+    command = command.replace("\\\n", " ").replace("my_norm.py", str(tmp_path / "my_norm.py"))
+    words = [sys.executable, *shlex.split(command)[1:]]
+    words += ["--data", "stdlib", "--out", str(tmp_path / "out")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and re.search(r"mine +│ +0\.02", done.stdout), done.stdout + done.stderr
