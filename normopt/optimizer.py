@@ -352,17 +352,38 @@ class SteepestDescent(Optimizer):
     # Saving and loading -------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Param groups and state as in torch.optim: tensors, numbers, strings, lists and dicts."""
+        """Param groups and state as in torch.optim: tensors, numbers, strings, lists and dicts.
+
+        With sharded parameters all ranks must call together, as torch.distributed.checkpoint does: state is then of
+        DTensors, also where one rank has had all of it. With a ``mesh`` it is whole on every rank.
+        """
         self._guard.settle(self.param_groups)
         for group in self.param_groups:
             follow_names(self._names, group)
-        return super().state_dict()
+        layout = self._find_layout()
+        if layout is None:
+            return super().state_dict()
+        from normopt.engine import sharded_state
+
+        found = sharded_state.saved(layout, self.state)
+        numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+
+        def put(_: Optimizer, held: dict[str, Any]) -> dict[str, Any]:
+            state = {**held["state"], **{numbers[p]: state for p, state in found.items()}}
+            return {**held, "state": {i: state[i] for i in sorted(state)}}  # in one order on all ranks
+
+        hook = self.register_state_dict_post_hook(put, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, of an optimizer with the same ingredients and parameters.
 
         State keeps the dtype that it was saved with (torch would cast it to the parameter's) and shares no memory with
-        ``state_dict``. Hooks that change the state dict see it first.
+        ``state_dict``. Hooks that change the state dict see it first. With sharded parameters all ranks must call
+        together; state may be of DTensors, however placed, or whole, as one process has saved it.
 
         Raises:
             ValueError: other param groups, ingredients or shapes, or a number out of range; nothing has been loaded.
@@ -387,6 +408,11 @@ class SteepestDescent(Optimizer):
             for p, key in zip(mine["params"], saved["params"], strict=True):
                 for name, value in given["state"].get(key, {}).items():
                     self.state[p][name] = restored(value, self.state[p][name])
+        layout = self._find_layout()
+        if layout is not None:
+            from normopt.engine import sharded_state
+
+            sharded_state.load(layout, self.state)
 
     # One step -------------------------------------------------------------------------------------------------
 

@@ -74,15 +74,16 @@ def check_whole(groups: Sequence[Mapping[str, Any]], saved: Mapping[str, Any]) -
         "StateDictOptions(full_state_dict=True); nothing has been loaded"
     )
     shapes: dict[Any, torch.Size] = {}
+    params = [p for group in groups for p in group["params"]]
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    sharded = {key for p, key in zip(params, keys, strict=False) if type(p).__name__ == "DTensor"}
     for key, held in saved["state"].items():
         for name, value in held.items() if isinstance(held, Mapping) else ():
-            if type(value).__name__ in ("DTensor", "ShardedTensor"):
-                kind = type(value).__name__
+            kind = type(value).__name__
+            if kind == "ShardedTensor" or (kind == "DTensor" and key not in sharded):
                 raise ValueError(f"the saved state {name!r} of parameter {key!r} is sharded, a {kind}. {advice}")
             if isinstance(value, Tensor) and name != "step" and value.numel() > 1:
                 shapes[key] = value.shape
-    params = [p for group in groups for p in group["params"]]
-    keys = [key for group in saved["param_groups"] for key in group["params"]]
     other = len(keys) != len(params) or any(
         key in shapes and len(shapes[key]) == 1 and p.ndim > 1 for p, key in zip(params, keys, strict=True)
     )
