@@ -11,6 +11,7 @@ from benchmarks.output.records import BusyError, WriteError
 DEFAULT_OPTIMIZERS = "adamw,muon,scion,signum"
 MODEL_NAMES = ("gpt", "angpt", "ngpt")
 PRESET_NAMES = ("quick", "standard", "gpt2")
+PARALLEL = ("ddp", "fsdp2", "fsdp2+tp")
 STEP_SETS = ("quick", "small", "wide", "gpt2")
 OPTIMIZERS = """names, separated by commas, of: all (those of normopt); patterns like '*muon*'; optimizers of torch and
 of other installed libraries, like torch:AdamW, torch:*, lion_pytorch:Lion; own combinations, like
@@ -72,6 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("--lr", type=rates_by_name, default={}, help="learning rates, like muon=0.01,adamw=3e-3")
     lengths = "other lengths to run too, for the steps to a target, like 150,300"
     compare.add_argument("--horizons", type=list_of(positive_int, "150,300"), default=[], help=lengths)
+    jobs = "how processes train one model: torchrun --nproc-per-node 4 -m benchmarks compare --parallel fsdp2"
+    compare.add_argument("--parallel", choices=PARALLEL, default="", help=jobs)
     grid = commands.add_parser("grid", help="a fixed grid of learning rates for each optimizer")
     _add_shared(grid, seeds=2)
     grid.add_argument("--rates", type=list_of(positive_float, "1e-3,1e-2"), help="default: tuned x 1/4, 1/2, 1, 2")
@@ -161,6 +164,7 @@ def _add_shared(
     add("--device", default="auto", help="auto (default: CUDA when there is one), cpu, cuda")
     add("--workers", type=positive_int, help="runs at a time; default: one per core, one on a GPU")
     add("--smoke", action="store_true", help="a tiny model and few steps: does everything work?")
+    parser.set_defaults(parallel="")
 
 
 if __name__ == "__main__":
