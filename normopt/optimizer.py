@@ -234,7 +234,9 @@ class SteepestDescent(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._guard.settle(self.param_groups)
-        kept = {name: getattr(self, name) for name in ("own_table", "role_table", "compiles", "_mesh", "_process_group")}
+        kept = {
+            name: getattr(self, name) for name in ("own_table", "role_table", "compiles", "_mesh", "_process_group")
+        }
         return {**super().__getstate__(), **kept, "arguments": dict(self.arguments)}
 
     # Param groups ---------------------------------------------------------------------------------------------
@@ -439,7 +441,7 @@ class SteepestDescent(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        was, layout = self._layout, self._find_layout()
+        layout = self._find_layout()
         if layout is None:
             self._check(None)
             self._take(Wave(self.param_groups, self.state, self._plans), closure)
@@ -449,7 +451,7 @@ class SteepestDescent(Optimizer):
             self._check(layout)
         except ValueError as error:  # of this rank; all raise it together
             refusal = error
-        if layout.may_go(self._guard, refusal, is_settled=layout is was):
+        if layout.may_go(self._guard, refusal):
             for wave in layout.waves(self._guard, self.state):
                 if not self._take(wave, closure):
                     break

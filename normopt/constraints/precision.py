@@ -19,8 +19,8 @@ class StochasticRounding(Constraint):
 
     Steps of less than half a unit in the last place then count on average, without any state (Gupta et al., arXiv
     1502.02551). The error grows with the root of the number of steps, where :class:`KahanSum`, for 2 bytes a weight,
-    loses almost nothing. The random bits are a hash of position and step: the same run rounds in the same way. It is
-    applied after all other bounds. Weights in other dtypes are unchanged.
+    loses almost nothing. The random bits are a hash of the parameter's number, the place in it and the step:
+    the same run rounds in the same way, on one machine or on many. It is applied after all other bounds. Weights in other dtypes are unchanged.
     """
 
     reduces = "entry"
@@ -29,7 +29,7 @@ class StochasticRounding(Constraint):
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         if context.dtype != torch.bfloat16:
             return w
-        return stochastically(w, context.dtype, context.step, -1, context.first).to(w.dtype)
+        return stochastically(w, context.dtype, context.step, -1, context.places()).to(w.dtype)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from normopt.engine.plan import Plan, State, age
 from normopt.ingredient.stage import Context, Rate
 from normopt.ingredient.view import is_small
 from normopt.numerics.host import can_read_values
-from normopt.numerics.rounding import stochastically
+from normopt.numerics.rounding import places, stochastically
 from normopt.rule import Rule
 from normopt.stepsize.base import Numbers, Shared, double
 
@@ -43,6 +43,7 @@ class Batch:
         shared: the numbers of the whole optimizer that the group holds.
         in_tensors: for a compiler, which makes a new graph for each number that is no tensor.
         joined: each parameter's entries by name, where they are parts of one tensor, see ``Plan.joined``.
+        offset: how many parameters the groups before this one have.
 
     Raises:
         ValueError: a number out of range, or state of another shape; nothing has changed yet.
@@ -58,6 +59,7 @@ class Batch:
         shared: Shared,
         in_tensors: bool = False,
         joined: dict[str, list[Tensor]] | None = None,
+        offset: int = 0,
     ) -> None:
         self.plan, self.group, self.rule, self.shared = plan, group, rule, shared
         self.params = params
@@ -72,12 +74,13 @@ class Batch:
         self.clamps = plan.squares and self.is_watched
         #: Whether what step sizes see of it belongs to sums over the whole model; of equal copies one does.
         self.counts: bool = group.get("counts", True)
-        #: The place of the first entry in the parameter, where a large one is worked through in chunks.
-        self.first = 0
+        # Of which entries, where a large parameter is worked through in chunks.
+        self._chunk_of: slice | None = None
         #: Whether the device has found NaN or Inf, if only the device knows: then nothing must change.
         self.found_inf: Tensor | None = None
         self._gathered: Tensor | None = None
         self._before: list[Tensor] = []
+        self._offset = offset
         self._in_tensors = in_tensors and not rule.decides_on_host
         self._entries = joined
         self._state: dict[str, Tensor] | None = None
@@ -149,7 +152,20 @@ class Batch:
         """Keep what the step has made of these copies."""
         for salt, name in enumerate(self.plan.rounded):
             kept = self.state[name]
-            kept.copy_(stochastically(state[name], kept.dtype, self.number, salt, self.first))
+            kept.copy_(stochastically(state[name], kept.dtype, self.number, salt, self.places()))
+
+    def places(self) -> Tensor:
+        """An integer for each entry, by its parameter and its place in it, see :func:`numerics.rounding.places`."""
+        known = self.group.get("numbered")  # where parameters are parts of others
+        given = self.group["params"]
+        each = [(self._offset + i, given[i].shape, None) for i in self.plan.members]
+        each = each if known is None else [known[i] for i in self.plan.members]
+        device, chunk = self.params[0].device, self._chunk_of
+        if chunk is not None and each[0][2] is None:
+            number, shape, _ = each[0]
+            return places(number, (math.prod(shape),), (((chunk.start, min(chunk.stop, math.prod(shape))),),), device)
+        found = self.plan.together([places(*numbered, device=device) for numbered in each])
+        return found if chunk is None else found[chunk]
 
     def _find_kernel(self) -> AdamKernel | None:
         kernel = self.plan.kernel
@@ -278,7 +294,7 @@ class Batch:
             is_vector=self.is_vector,
             past=past,
             dtype=self.params[0].dtype,
-            first=self.first,
+            places=self.places,
         )
         for constraint in self.rule.acting("gradient"):
             context = replace(context, g=constraint.gradient(context.g, context))
@@ -313,7 +329,7 @@ class Batch:
         chunk.params = [self.params[0].detach().view(-1)[part]]
         chunk.gradients = [self.gradients[0].view(-1)[part]]
         chunk._state = {name: x[part] for name, x in self.state.items()}
-        chunk.first, chunk._gathered = part.start, None
+        chunk._chunk_of, chunk._gathered = part, None
         return chunk
 
     def snapshot(self) -> None:

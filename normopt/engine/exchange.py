@@ -46,9 +46,7 @@ class Exchange:
             for place in places
         ]
         self._sends = [self._is_replica(item, here, places[item.owner]) for item in self.items]
-        self._receives = [
-            [i for i in self.owned if self._is_replica(self.items[i], place, here)] for place in places
-        ]
+        self._receives = [[i for i in self.owned if self._is_replica(self.items[i], place, here)] for place in places]
         # In the order in which parts are sent to their owners, and come back.
         self._order = sorted(range(len(self.items)), key=lambda i: self.items[i].owner)
         #: How many bytes this rank has sent to others.

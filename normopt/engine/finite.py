@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from normopt.engine import plan
 from normopt.engine.batch import LARGEST, Batch, norm_on_host
 from normopt.engine.checks import name_of
-from normopt.engine.ranks import Ranks
+from normopt.engine.ranks import Poll, Present, Ranks
 from normopt.numerics import host
 
 #: Devices whose results are read without waiting for whatever else has been queued.
@@ -112,7 +112,6 @@ class FiniteGuard:
         self.is_small = False
         self._flags: list[_Flags] = []
         self._counted: list[tuple[weakref.ref[Tensor], float]] = []
-        self._ranks: Ranks | None = None
         self._refused = ""
 
     def may_go(self, batches: Sequence[Batch], *, again: bool = False) -> bool:
@@ -139,10 +138,9 @@ class FiniteGuard:
         self,
         ranks: Ranks,
         watched: Sequence[Watched],
-        present: Sequence[str],
+        present: Present,
         refusal: Exception | None,
         *,
-        is_settled: bool,
         again: bool = False,
     ) -> bool:
         """The same for all ranks together, which get one answer or one error: one small all-reduce.
@@ -150,32 +148,23 @@ class FiniteGuard:
         Args:
             ranks: that step together.
             watched: what this rank has of the gradients.
-            present: the names of all parameters that have gradients, which must be the same everywhere.
+            present: which parameters have gradients, which must be the same everywhere.
             refusal: what this rank has found wrong so far.
-            is_settled: whether this rank had gradients of the same parameters at the last step; then an accelerator is
-                not waited for.
             again: see :meth:`may_go`.
         """
-        self._ranks = ranks
         every = [g for each in watched for g in each.gradients]
         if host.DEFERRED or not all(g.is_cpu for g in every) or any(each.group["capturable"] for each in watched):
-            polls: list[Tensor] = []
-
-            def agreed(found_inf: Tensor) -> Tensor:
-                polls.append(ranks.poll(found_inf.to(ranks.device), present, refusal is not None))
-                return polls[0][0] > 0
-
-            self._flags.append(_Flags(watched, agreed))
-            poll = [0.0, 0.0, 0.0] if is_settled and refusal is None else polls[0].tolist()
-        else:
-            poll = ranks.poll(sum(map(norm_on_host, every)), present, refusal is not None).tolist()
-            self.is_small = poll[0] <= LARGEST and (not again or self.is_small)
-            self.is_large |= not math.isfinite(poll[0])
-        total, differ, refusing = poll
-        if refusing:
-            ranks.raise_refusal(refusal)
-        if differ:
-            ranks.raise_missing(present)
+            flags = _Flags(watched, Poll(ranks, present, refusal))
+            if refusal is not None:
+                raise refusal  # the others do not wait for the device, and time out where they need this rank
+            self._flags.append(flags)
+            return True
+        poll = Poll(ranks, present, refusal)
+        poll.take(sum(map(norm_on_host, every)))
+        total = poll.numbers()[0]
+        self.is_small = total <= LARGEST and (not again or self.is_small)
+        self.is_large |= not math.isfinite(total)
+        poll.raise_error()
         return math.isfinite(total) or self._all_finite_everywhere(ranks, watched)
 
     def _all_finite_everywhere(self, ranks: Ranks, watched: Sequence[Watched]) -> bool:
@@ -220,10 +209,9 @@ class FiniteGuard:
             ids = {id(p) for flags in self._flags for p in flags.culprits()}
             refusing = [(group, p) for group in groups if group["nonfinite"] == "raise" for p in group["params"]]
             names = dict.fromkeys(name_of(group, p) for group, p in refusing if id(p) in ids)
-            self._refused = message([*names], "that step was left out") if names else ""
-            if self._ranks is not None:
-                told = [f"rank {i}: {text}" for i, text in enumerate(self._ranks.every(self._refused)) if text]
-                self._refused = next(iter(told), "")
+            mine = message([*names], "that step was left out") if names else ""
+            polls = [flags.poll for flags in self._flags if flags.poll is not None]
+            self._refused = next(filter(None, (poll.late_error(mine) for poll in polls)), "") if polls else mine
         self._flags, self._counted = [], []
 
     def raise_late(self) -> None:
@@ -238,10 +226,11 @@ class _Flags:
 
     Args:
         watched: the gradients.
-        agreed: what all ranks together make of one rank's ``found_inf``.
+        poll: of all ranks, if several step together.
     """
 
-    def __init__(self, watched: Iterable[Watched], agreed: Callable[[Tensor], Tensor] = lambda found_inf: found_inf):
+    def __init__(self, watched: Iterable[Watched], poll: Poll | None = None) -> None:
+        self.poll = poll
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         owners: dict[tuple[torch.device, torch.dtype], list[weakref.ref[Tensor]]] = defaultdict(list)
         for _, params, gradients in watched:
@@ -253,8 +242,8 @@ class _Flags:
         found = [torch.stack(torch._foreach_norm(alike, math.inf)).isfinite() for alike in kinds.values()]
         home = found[0].device if found else torch.device("cpu")
         flags = torch.cat([flag.to(home) for flag in found]) if found else torch.ones(0, dtype=torch.bool)
-        #: Whether one of them is not finite, here or on another rank, a number of the device.
-        self.found_inf = agreed(~flags.all())
+        #: Whether one of them is not finite, or something else is wrong on some rank, a number of the device.
+        self.found_inf = ~flags.all() if poll is None else poll.take(~flags.all())
         if capturing():
             self._owners, self._flags, self._event = [], flags.new_empty(0, device="cpu"), None
             return

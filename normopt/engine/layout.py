@@ -18,7 +18,7 @@ from normopt.engine.checks import name_of, names_of
 from normopt.engine.exchange import Exchange, Item, owners
 from normopt.engine.finite import FiniteGuard, Watched
 from normopt.engine.plan import State, age, state_shapes
-from normopt.engine.ranks import Ranks
+from normopt.engine.ranks import Present, Ranks
 from normopt.engine.totals import Party, kind, shared_by
 from normopt.engine.wave import Wave
 from normopt.ingredient.stage import Rate
@@ -121,9 +121,10 @@ class Layout:
 
     def __init__(self, groups: Sequence[dict[str, Any]], mesh: DeviceMesh | None, group: Any) -> None:
         self.homes = [
-            Home.of(group, place, index, mesh) for place, group in enumerate(groups) for index in range(len(group["params"]))
+            Home.of(group, place, index, mesh)
+            for place, group in enumerate(groups)
+            for index in range(len(group["params"]))
         ]
-        self._present = [home.p.grad is not None for home in self.homes]
         self._fingerprint = fingerprint(groups)
         on_meshes = [home.mesh for home in self.homes if home.mesh is not None]
         #: Whether ranks have different tensors to move.
@@ -135,15 +136,13 @@ class Layout:
             self._assign(cover)
         self.ranks = self._sums if group is None else Ranks(group, self.device)
         self._groups = groups
+        self._numbered: dict[Home, tuple[int, torch.Size, meshes.Part | None]] = {}
         self._state_shapes: dict[Home, dict[str, tuple[int, ...]]] = {}
-        #: The names of all parameters that have gradients.
-        self.present = [names_of(groups[home.place])[home.index] for home in self.homes if home.p.grad is not None]
         self._waves = [ShardedWave(self, homes) for homes in self._cut(groups)]
 
     def fits(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether parameters, their memory and their rules are still where they were, and the same have gradients."""
-        every = (p for group in groups for p in group["params"])
-        return [p.grad is not None for p in every] == self._present and fingerprint(groups) == self._fingerprint
+        """Whether parameters, their memory and their rules are still what they were."""
+        return fingerprint(groups) == self._fingerprint
 
     def _assign(self, cover: DeviceMesh) -> None:
         here = meshes.place_in(cover)
@@ -167,11 +166,14 @@ class Layout:
                 home.counts &= home.is_mine
 
     def _cut(self, groups: Sequence[dict[str, Any]]) -> list[list[Home]]:
-        """The parameters with gradients, wave by wave; in one wave if a step size or a momentum must see all of them."""
-        moving = [home for home, is_present in zip(self.homes, self._present, strict=True) if is_present]
+        """The parameters that can have gradients, wave by wave; one wave if something must see all of them at once.
+
+        What is exchanged does not depend on which gradients there are: no rank can find that out before it must send.
+        """
+        moving = [home for home in self.homes if home.p.requires_grad or home.p.grad is not None]
         waves: list[list[Home]] = [[home for home in moving if home.is_local]]
         rules = [rule_of(group).at(group) for group in groups]
-        at_once = any(self.parties_in(groups, method) for method in ("survey", "measure"))
+        at_once = any(rule.step_size.overrides(method) for rule in rules for method in ("survey", "measure"))
         at_once |= any(rule.momentum.looks_back for rule in rules)
         filled: dict[tuple[Any, int], tuple[int, int]] = defaultdict(lambda: (0, 0))
         owned = [home for home in moving if not home.is_local]
@@ -186,13 +188,18 @@ class Layout:
 
     # A step -------------------------------------------------------------------------------------------------------
 
-    def may_go(self, guard: FiniteGuard, refusal: Exception | None, *, is_settled: bool, again: bool = False) -> bool:
+    def may_go(self, guard: FiniteGuard, refusal: Exception | None, *, again: bool = False) -> bool:
         """Whether all ranks can take the step, see :meth:`~normopt.engine.finite.FiniteGuard.may_all_go`."""
         watched = []
         for group in (group for group in self._groups if group["nonfinite"] != "propagate"):
             params = [p for p in group["params"] if p.grad is not None]
             watched.append(Watched(group, params, [meshes.local_gradient(p) for p in params]))
-        return guard.may_all_go(self.ranks, watched, self.present, refusal, is_settled=is_settled, again=again)
+        present = [home.p.grad is not None for home in self.homes]
+        return guard.may_all_go(self.ranks, watched, Present(present, self.names), refusal, again=again)
+
+    def names(self) -> list[str]:
+        """The names of all parameters."""
+        return [name for group in self._groups for name in names_of(group)]
 
     def check(self, state: State) -> None:
         """Raise a ``ValueError`` for what this rank can find wrong with numbers and state before anything moves."""
@@ -209,6 +216,16 @@ class Layout:
     def group_of(self, home: Home) -> dict[str, Any]:
         """The param group of a parameter."""
         return self._groups[home.place]
+
+    def numbered(self, home: Home) -> tuple[int, torch.Size, meshes.Part | None]:
+        """A parameter's number, its shape, and what of it is moved here, see :func:`numerics.rounding.places`."""
+        if home not in self._numbered:
+            part = None
+            if home.mesh is not None and home.is_local:
+                sizes, place = tuple(home.mesh.shape), meshes.place_in(home.mesh)
+                part = meshes.part_of(home.p.shape, home.placements, sizes, place)
+            self._numbered[home] = self.homes.index(home), home.p.shape, part
+        return self._numbered[home]
 
     def state_shapes(self, home: Home) -> dict[str, tuple[int, ...]]:
         """The shape of each piece of state, save ``step``, where the parameter is moved."""
@@ -318,6 +335,7 @@ class ShardedWave(Wave):
         """See :meth:`Layout.check`; it also finds the factors of weights."""
         self._shrinks = self._shrinks_of(groups, state)
         for home in self._homes:
+            age(state, home.p)
             wanted = self._layout.state_shapes(home) if home.is_local or home.is_mine else {}
             for name, held in state.get(home.p, {}).items():
                 if isinstance(held, Tensor) and held.shape != wanted.get(name, held.shape):
@@ -355,7 +373,7 @@ class ShardedWave(Wave):
 
     def _give_gradients(self, came: Mapping[tuple[Home, str], Tensor]) -> None:
         for home, q in self._stand_ins.items():
-            if q is not home.p:
+            if q is not home.p and home.p.grad is not None:
                 g = came[home, "gradient"] if (home, "gradient") in came else home.gradient
                 q.grad = g.to(q.dtype)
 
@@ -370,6 +388,7 @@ class ShardedWave(Wave):
                 local = {key: value for key, value in group.items() if key not in ("param_names", "reasons")}
                 local |= {"rule": rule, "counts": counts, "params": [self._stand_ins[home] for home in homes]}
                 local["labels"] = [labels[home.index] for home in homes]
+                local["numbered"] = [self._layout.numbered(home) for home in homes]
                 if group["state_dtype"] == "parameter":  # that of the parameter, which the stand-in need not have
                     local["state_dtype"] = None if dtype == torch.float64 else str(dtype).removeprefix("torch.")
                 yield local
@@ -379,7 +398,8 @@ class ShardedWave(Wave):
         found: dict[Home, Rate] = {}
         known: dict[tuple[int, float], Rate] = {}
         for home in self._owned:
-            if not home.moves_weights:
+            found[home] = 1.0
+            if not home.moves_weights and home.p.grad is not None:
                 number = self._counter(home, groups[home.place], state)
                 taken = float(number) if number.is_cpu else number
                 key = home.place, age(state, home.p) if number.is_cpu else id(home)
@@ -418,7 +438,7 @@ class ShardedWave(Wave):
                 parts = torch._foreach_add(parts, [w * x for w, x in zip(wide, factors, strict=True)])
             torch._foreach_copy_(shares, torch._foreach_add(wide, parts))
         for home in self._owned:
-            if not home.is_mine:
+            if not home.is_mine and home.p.grad is not None:
                 self._count_away(home, state, guard, found_inf)
         self._stand_ins, self.groups, self.state = {}, [], {}
 
@@ -456,8 +476,8 @@ class ShardedWave(Wave):
                     self._write(bucket, self._distributed(bucket))
             with torch.enable_grad():
                 closure()
-            self._goes_again = self._layout.may_go(self._guard, None, is_settled=False, again=True)
-            self._give_gradients({key: x for key, x in self._collected().items() if key[1] == "gradient"})
+            self._goes_again = self._layout.may_go(self._guard, None, again=True)
+            self._give_gradients(self._collected())
         finally:
             for share, was in zip(shares, kept, strict=True):
                 share.copy_(was)

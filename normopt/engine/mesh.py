@@ -125,9 +125,7 @@ def dimensions_in(cover: DeviceMesh, mesh: DeviceMesh) -> list[int]:
 # Parts ----------------------------------------------------------------------------------------------------------------
 
 
-def part_of(
-    shape: Sequence[int], placements: Sequence[Placement], mesh: Sequence[int], place: Sequence[int]
-) -> Part:
+def part_of(shape: Sequence[int], placements: Sequence[Placement], mesh: Sequence[int], place: Sequence[int]) -> Part:
     """What the rank at ``place`` in a mesh of shape ``mesh`` has of a tensor: from its placements alone."""
     part = [((0, size),) for size in shape]
     for i, placement in enumerate(placements):  # from left to right, as DTensors are cut

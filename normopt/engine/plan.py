@@ -191,12 +191,15 @@ class Plan:
 
     def gather(self, tensors: Iterable[Tensor]) -> Tensor:
         """One tensor from one like each parameter; it may share memory with them, so it must not be modified."""
+        return self.together(tensors).to(self.working)
+
+    def together(self, tensors: Iterable[Tensor]) -> Tensor:
+        """``gather`` in the dtype that they have."""
         if self.flat:
             parts = [tensor.reshape(-1) for tensor in tensors]
         else:
             parts = [self.rule.view.apply(tensor) for tensor in tensors]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.to(self.working)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def parts(self, whole: Tensor, params: Sequence[Tensor]) -> Iterator[Tensor]:
         """Each parameter's part of a state tensor, in the parameter's own shape where the state has one."""

@@ -36,7 +36,7 @@ class Context:
         is_vector: whether the parameters are vectors or scalars, seen as matrices with one row.
         past: returns the gradient at the previous weights; ``None`` if there is none. See ``previous``.
         dtype: the dtype of the parameters; ``None`` if it is the dtype of ``w``.
-        first: the index, in its parameter, of the first entry; not 0 where a large parameter is updated in chunks.
+        places: returns an integer for each entry, by its parameter and its place in it, for hashes.
     """
 
     g: Tensor
@@ -51,7 +51,7 @@ class Context:
     is_vector: bool = False
     past: Callable[[], Tensor] | None = None
     dtype: torch.dtype | None = None
-    first: int = 0
+    places: Callable[[], Tensor | None] = lambda: None
     _held: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import normopt
 from normopt import SteepestDescent
 from normopt.engine import plan
-from normopt.numerics.rounding import stochastically
+from normopt.numerics.rounding import places, stochastically
 from normopt.rule import rule_of
 from tests.support.optimizers import EVERY
 from tests.support.steps import assert_goes_on, run, tensors
@@ -163,7 +163,7 @@ def test_pieces_of_one_tensor_are_rounded_each_in_its_own_way(monkeypatch: pytes
     assert not torch.equal(m[:1000], m[1000:]) and not torch.equal(weight[:1000], weight[1000:])
     x = torch.randn(2000)
     whole = stochastically(x, torch.bfloat16, 1)
-    assert torch.equal(whole[1000:], stochastically(x[1000:], torch.bfloat16, 1, first=1000))
+    assert torch.equal(whole[1000:], stochastically(x[1000:], torch.bfloat16, 1, where=places(0, x.shape)[1000:]))
 
 
 def test_second_moments_forget_though_each_change_is_less_than_a_unit_in_the_last_place() -> None:

@@ -207,7 +207,9 @@ def distances(names: list[str], layout: str, steps: int) -> dict[str, tuple[floa
     found: dict[str, Any] = {}
     for name in names:
         try:
-            pair = Pair(lambda model, name=name, **more: normopt.create(name, model, **learning_rate(name), **more), layout)
+            pair = Pair(
+                lambda model, name=name, **more: normopt.create(name, model, **learning_rate(name), **more), layout
+            )
             spread = 0.0
             for step in range(steps):
                 pair.step(step)
