@@ -105,8 +105,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _add_probes(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    help_ = "like muon,torch.Muon; default: one of each family, and all installed peers"
-    add("--optimizers", type=list_of(str, "muon,torch.Muon"), help=help_)
+    default = "one of each family, and those of other libraries that are installed"
+    add("--optimizers", type=list_of(str, "muon,torch:Muon"), help=OPTIMIZERS.format(default))
     add("--all", action="store_true", help="all of normopt's optimizers in place of one of each family")
     add("--out", type=Path, help="folder for the results; default: runs/probes")
     add("--smoke", action="store_true", help="two optimizers, without the slow probes: does everything work?")

@@ -6,7 +6,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from normopt.ingredient.stage import Direction, Rate, Stage
 from normopt.norms.base import Norm
 from normopt.norms.entrywise import Euclidean
 from normopt.norms.spectral import Spectral
+from normopt.numerics.autocast import _without_autocast
 from normopt.numerics.lengths import euclidean
 from normopt.numerics.singular import largest_singular_value
 from normopt.rule import Rule, rule_of
@@ -128,7 +128,7 @@ class Metrics:
                 self._words.append(
                     {"parameter": name, "role": group.get("role") or f"group {place}", "norm": str(norm)}
                 )
-                with _without_autocast(p.device):
+                with _without_autocast():
                     self._numbers.append([promised, *_measured(rule, norm, before, p, p.grad)])
 
 
@@ -137,13 +137,14 @@ def _measured(rule: Rule, norm: Norm, before: Tensor, p: Tensor, gradient: Tenso
     working = torch.promote_types(p.dtype, torch.float32)
     old, w, g = (rule.view.apply(x.detach().to(working)) for x in (before, p, gradient))
     u = w - old
-    dual = norm.dual_norm(_finite(g)) if g.is_cpu else norm.steepness(_finite(g), {})
-    sizes = [_size(norm, _finite(w)).amax(), _size(norm, _finite(u)).amax(), dual.sum()]
+    duals = [norm.dual_norm(x) if x.is_cpu else norm.steepness(x, {}) for x in rule.view.cut(_finite(g))]
+    sizes = [torch.stack([_size(norm, part).amax() for part in rule.view.cut(_finite(x))]).amax() for x in (w, u)]
+    sizes.append(torch.stack([dual.sum() for dual in duals]).sum())
     sizes = [torch.where(x.isfinite().all(), size, math.nan) for x, size in zip((w, u, g), sizes, strict=True)]
     rank = torch.full_like(sizes[0], math.nan)
     if p.ndim > 1:
-        largest = largest_singular_value(_finite(w))
-        rank = torch.where(w.isfinite().all(), (euclidean(w, (-2, -1)) / largest).square().mean(), math.nan)
+        ranks = [(euclidean(x, (-2, -1)) / largest_singular_value(x)).square() for x in rule.view.cut(_finite(w))]
+        rank = torch.where(w.isfinite().all(), torch.stack(ranks).mean(), math.nan)
     return [_rms(u), *sizes, _rms(u) / _rms(old), rank]
 
 
@@ -161,11 +162,6 @@ def _finite(x: Tensor) -> Tensor:
 
 def _rms(x: Tensor) -> Tensor:
     return euclidean(x, tuple(range(x.ndim))) / math.sqrt(x.numel())
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    on = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _on_host(numbers: list[list[Any]]) -> list[list[float]]:
@@ -219,7 +215,7 @@ def effective_lr(rule: Rule, group: Mapping[str, Any], shape: tuple[int, ...], s
     step = step if isinstance(step, Tensor) else max(1.0, step)
     shared = {name: group[name] for name in rule.step_size.init_shared()}
     rate = rule.step_size.rate(group["lr"], step, shared)
-    return rate * (rule.norm.rms(rule.view.shape(shape)) * getattr(rule.step_size, "radius", 1.0))
+    return rate * (rule.direction.rms(rule.view.shape(shape)) * getattr(rule.step_size, "radius", 1.0))
 
 
 def own_norm(direction: Stage) -> Norm:

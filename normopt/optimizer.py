@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import FunctionType, MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normopt.constraints.base import Constraint
-from normopt.engine import loop
+from normopt.engine import loop, products
 from normopt.engine.batch import Batch
 from normopt.engine.checkpoint import ADDED, VERSION, accepted, restored, to_home
 from normopt.engine.checks import (
@@ -42,6 +42,7 @@ from normopt.ingredient import Stage, nearest
 from normopt.ingredient.view import View
 from normopt.metrics import Metrics
 from normopt.momentum.base import Momentum, NoMomentum
+from normopt.numerics.autocast import _without_autocast
 from normopt.roles.geometries import overlaid
 from normopt.roles.groups import (
     all_tensors,
@@ -57,6 +58,9 @@ from normopt.stepsize.base import StepSize, double
 
 if TYPE_CHECKING:
     from normopt.engine.layout import Layout
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class SteepestDescent(Optimizer):
@@ -105,6 +109,9 @@ class SteepestDescent(Optimizer):
         compile: run the updates through ``torch.compile``, as one graph: the same results to rounding. The first step
             takes as long as compilation does; neither a new learning rate nor the step's count compiles anything anew.
             Rules whose host looks at numbers (those that ``capturable`` refuses) are run as without.
+        deterministic: choose the form and the dtype of matrix products by a rule in place of measuring which is
+            fastest, so that two processes give the same bits; ``torch.use_deterministic_algorithms`` does so too. What
+            has been chosen is kept in the param groups, as ``"products"``, and goes before either.
         differentiable: must be False.
         mesh: for plain parameters that are equal on all ranks of a device mesh, as under DistributedDataParallel: each
             tensor is moved by one of them, so that work and state of a rank fall by their number. Sharded parameters
@@ -132,6 +139,8 @@ class SteepestDescent(Optimizer):
     #: Where plain parameters are replicated, and which processes step together.
     _mesh: DeviceMesh | None = None
     _process_group: Any = None
+    #: Whether products are chosen by a rule, not measured.
+    is_deterministic: bool = False
     #: Every subclass by its lower-case name, for :func:`normopt.create`; of two with one name the first.
     registry: ClassVar[dict[str, type[SteepestDescent]]] = {}
 
@@ -181,6 +190,7 @@ class SteepestDescent(Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         compile: bool = False,
+        deterministic: bool = False,
         differentiable: bool = False,
         mesh: DeviceMesh | None = None,
         process_group: Any = None,
@@ -201,12 +211,12 @@ class SteepestDescent(Optimizer):
             )
         elif geometry is not None or overrides is not None:
             raise ValueError("geometry and overrides need a whole model: pass the module instead of its parameters")
-        self.compiles = compile
+        self.compiles, self.is_deterministic = compile, deterministic
         self._mesh, self._process_group = mesh, process_group
         self._names: MutableMapping[Tensor, list[Any]] = WeakTensorKeyDictionary()
         self._forget_steps()
         fixed = {"lr": lr, "maximize": maximize, "nonfinite": nonfinite, "capturable": capturable, "rule": repr(rule)}
-        super().__init__(params, {**fixed, "state_dtype": dtype_name(state_dtype), **numbers})
+        super().__init__(params, {**fixed, "state_dtype": dtype_name(state_dtype), "products": "", **numbers})
         self._check_geometry()
         if not {"betas", "momentum"} & self.defaults.keys():
             weight = first_weight((group, rule_of(group)) for group in self.param_groups)
@@ -216,7 +226,7 @@ class SteepestDescent(Optimizer):
         self._plans: dict[int, list[Plan]] = {}
         self._layout: Layout | None = None
         self._guard = FiniteGuard()
-        self._compiled = torch.compile(loop.take_step) if self.compiles else loop.take_step
+        self._compiled = torch.compile(_own_copy(loop.take_step)) if self.compiles else loop.take_step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -234,9 +244,8 @@ class SteepestDescent(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._guard.settle(self.param_groups)
-        kept = {
-            name: getattr(self, name) for name in ("own_table", "role_table", "compiles", "_mesh", "_process_group")
-        }
+        names = ("own_table", "role_table", "compiles", "is_deterministic", "_mesh", "_process_group")
+        kept = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **kept, "arguments": dict(self.arguments)}
 
     # Param groups ---------------------------------------------------------------------------------------------
@@ -467,6 +476,8 @@ class SteepestDescent(Optimizer):
             forward(group, rule_of(group), self.defaults)
         if self._layout is None or not self._layout.fits(self.param_groups):
             self._layout = layout.found(self.param_groups, self._mesh, self._process_group)
+            if self._layout is not None:
+                self._layout.agree_on_products(self.is_deterministic)
         return self._layout
 
     def _check(self, layout: Layout | None) -> None:
@@ -489,7 +500,7 @@ class SteepestDescent(Optimizer):
         looks = look_back(batches, self.param_groups, closure, wave.run)
         if looks and not wave.may_go(self._guard, batches, again=True):
             return False
-        with _without_autocast():
+        with _without_autocast(), products.kept(self.param_groups, self.is_deterministic):
             self._move(batches, wave.everywhere)
         return True
 
@@ -510,6 +521,8 @@ class SteepestDescent(Optimizer):
                 going.append(batch)
         # Where all have kernels nothing is left to compile, and the compiler would skip the function ever after.
         traced = self.compiles and going and not any(batch.rule.decides_on_host for batch in going)
+        if traced:
+            products.settle(going)
         concluded = (self._compiled if traced else loop.take_step)(going, everywhere)
         share(self.param_groups, concluded, found_inf)
 
@@ -518,12 +531,16 @@ class SteepestDescent(Optimizer):
         return Metrics(self)
 
 
-def _without_autocast() -> AbstractContextManager[Any]:
-    """Products and state in the working dtype, also where ``step`` is called under autocast; closures keep theirs."""
-    if not torch._C._is_any_autocast_enabled():
-        return nullcontext()
-    stack = ExitStack()
-    for kind in ("cpu", "cuda", "mps", "xpu"):
-        if torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-    return stack
+#: Numbers for the names of functions that are compiled.
+_compiled_so_far = itertools.count(1)
+
+
+def _own_copy(function: Callable[P, T]) -> Callable[P, T]:
+    """The function with a code object and a name of its own.
+
+    torch.compile keeps what it has compiled by code object, counts that against its limit of recompilations, and
+    remembers sizes that have changed by name. Optimizers must not share either.
+    """
+    name = f"{function.__name__}_{next(_compiled_so_far)}"
+    code = function.__code__.replace(co_name=name)
+    return cast("Callable[P, T]", FunctionType(code, function.__globals__, name))

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from normopt.directions import Chain, Eigenbasis, Rotated, Smoothed
+from normopt.engine.products import chosen
 from normopt.ingredient import Ingredient, Option, choices
 from normopt.ingredient.stage import NO_MEMORY, ROTATED, SECOND_MOMENT, Direction
+from normopt.ingredient.view import View
 from normopt.metrics import Row, effective_lr, names_in
 from normopt.norms.base import Norm
 from normopt.optimizer import SteepestDescent
@@ -36,12 +38,14 @@ def summary(optimizer: SteepestDescent) -> list[Row]:
     """What :func:`describe` says, as data: one dict for each parameter, of texts and numbers.
 
     ``parameter``: its name. ``shape``: its dimensions. ``role``, ``reason``: what it is taken for, and why; empty
-    without a model. ``view``: the matrices that it is seen as, (matrices, out, in). ``norm``, ``momentum``,
-    ``step_size``, ``constraint``: what moves it, as text with the numbers of its param group. ``lr``.
-    ``effective_lr``: the root mean square of the next update's entries for a full-rank gradient of the usual size,
-    before constraints; NaN where the direction does not say. ``times``: what that is to be multiplied by, ``"dual
-    norm"`` or ``"trust ratio"``, or empty. ``parameters``: how many numbers it has. ``state_bytes``: of its state; 0
-    before the first step.
+    without a model. ``view``: the matrices that it is seen as, (matrices, out, in); ``out`` is a tuple where parts of a
+    matrix are of unequal height. ``norm``, ``momentum``, ``step_size``, ``constraint``: what moves it, as text with the
+    numbers of its param group. ``products``: the form and dtype of its matrix products that were fastest, like ``"gram
+    float32"``; empty before the first step and where nothing was measured, see :func:`normopt.polar.choose`. ``lr``,
+    and ``lr_ratio``, its ratio to the optimizer's. ``effective_lr``: the root mean square of the next update's entries
+    for a full-rank gradient of the usual size, before constraints; NaN where the direction does not say. ``times``:
+    what that is to be multiplied by, ``"dual norm"`` or ``"trust ratio"``, or empty. ``parameters``: how many numbers
+    it has. ``state_bytes``: of its state; 0 before the first step.
 
     ``pandas.DataFrame(normopt.summary(optimizer))`` is a table; :func:`normopt.metrics.write_jsonl` writes it.
     """
@@ -69,12 +73,13 @@ def describe(optimizer: SteepestDescent, full: bool = False) -> str:
     name = type(optimizer).__name__
     title = f"{name}: {len(rows)} tensors, {parameters:,} parameters, {state:,} bytes of state"
     parts = [title + ("" if optimizer.state else " (made at the first step)")]
-    sections = [_grouped(section, "role", "reason") for section in _grouped(rows if full else _folded(rows), *ALIKE)]
+    several = _grouped(rows if full else _folded(rows), *ALIKE, "lr_ratio")
+    sections = [_grouped(section, "role", "reason") for section in several]
     cells = [_cells(row) for section in sections for alike in section for row in alike]
     header, *lines = _aligned([HEADERS, *cells], right=range(3, len(HEADERS)))
     following = iter(lines)
     for section in sections:
-        text = [*_what_moves(section[0][0]), header]
+        text = [*_what_moves(section[0][0]), *_how_multiplied(section), header]
         for alike in section:
             text += _wrapped(": ".join(filter(None, (alike[0]["role"], alike[0]["reason"]))), "  ")
             text += [next(following) for _ in alike]
@@ -86,7 +91,19 @@ def _what_moves(row: Row) -> Iterator[str]:
     """The lines above the tensors that are moved alike."""
     for key, label in ALIKE.items():
         for text in row[key] if key == "constraint" else [row[key]]:
-            yield from _wrapped(text if isinstance(text, str) else f"{text:.3g}", f"{label:<12}")
+            yield from _wrapped(text if isinstance(text, str) else _rate(text, row["lr_ratio"]), f"{label:<12}")
+
+
+def _rate(lr: float, ratio: float) -> str:
+    """The learning rate, and where it is another than the optimizer's, its ratio to that."""
+    return f"{lr:.3g}" + (f", {ratio:.3g} times the optimizer's" if ratio != 1 and math.isfinite(ratio) else "")
+
+
+def _how_multiplied(section: Iterable[Iterable[Row]]) -> list[str]:
+    """What was chosen for the products of each shape of matrices; nothing where nothing was measured."""
+    rows = [row for alike in section for row in alike if row["products"]]
+    texts = dict.fromkeys(f"{_shape(row['view'][1:])}: {row['products']}" for row in rows)
+    return _wrapped("; ".join(texts), f"{'products':<12}") if texts else []
 
 
 def _wrapped(text: str, label: str) -> list[str]:
@@ -178,10 +195,12 @@ def _rows(optimizer: SteepestDescent, group: Mapping[str, Any], names: Sequence[
             "shape": shape,
             "role": group.get("role", ""),
             "reason": "; ".join([*frozen, *(reasons[i : i + 1] if len(reasons) == len(names) else [])]),
-            "view": rule.view.shape(shape),
+            "view": _matrices(rule.view, shape),
             **ingredients,
+            "products": chosen(group, shape),
             "constraint": constraint,
             "lr": float(group["lr"]),
+            "lr_ratio": float(group.get("lr_ratio", 1.0)),
             "effective_lr": float(effective_lr(rule, group, shape, state)),
             "times": rule.step_size.times,
             "parameters": p.numel(),
@@ -217,8 +236,14 @@ def state_bytes(state: Mapping[str, Any]) -> int:
     return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
 
 
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+def _matrices(view: View, shape: tuple[int, ...]) -> tuple[int | tuple[int, ...], ...]:
+    """The matrices that a parameter is seen as, (matrices, out, in); ``out`` is a tuple for parts of unequal height."""
+    number, rows, columns = view.shape(shape)
+    return number, view.heights if rows == sum(view.heights) else rows, columns
+
+
+def _shape(shape: tuple[int | tuple[int, ...], ...]) -> str:
+    return "x".join(str(n) if isinstance(n, int) else f"({'+'.join(map(str, n))})" for n in shape) or "scalar"
 
 
 def _aligned(

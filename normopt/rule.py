@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from normopt.constraints.base import Constraint
+from normopt.directions.coordinates import InParts
 from normopt.ingredient.base import Ingredient, option
 from normopt.ingredient.registry import get, parse
 from normopt.ingredient.stage import Direction
@@ -54,6 +55,11 @@ class Rule(Ingredient):
     def _resolved(self) -> dict[tuple[Any, ...], Rule]:
         return {}
 
+    @cached_property
+    def open_parts(self) -> tuple[Spectral, ...]:
+        """The spectral norms whose products have a form or a dtype that is chosen by shape and device."""
+        return tuple(part for part in self.every_part() if isinstance(part, Spectral) and part.is_open)
+
     def at(self, group: Mapping[str, Any]) -> Rule:
         """``resolve`` for a param group; the same object for the same numbers, as long as there are not many."""
         values, known = tuple([group.get(name) for name in self._names]), self._resolved
@@ -79,7 +85,7 @@ class Rule(Ingredient):
         for constraint in self.constraint:
             if constraint.needs_bounded_step and self.step_size.times:
                 raise ValueError(f"{constraint} needs steps of bounded length; those of {self.step_size} are not")
-            constraint.check_composes(self.norm, self.step_size.reach)
+            constraint.check_composes(self.direction, self.step_size.reach)
         if self.momentum.looks_back and self.step_size.overrides("weigh"):
             raise ValueError(f"{self.momentum} compares two gradients, of which {self.step_size} would weigh only one")
         if not self.momentum.needs <= self.step_size.provides:
@@ -90,6 +96,12 @@ class Rule(Ingredient):
         # Not a functools.cached_property, which compilers do not see through.
         acting = {m: tuple(c for c in self.constraint if c.overrides(m)) for m in ("gradient", "update", "weight")}
         object.__setattr__(self, "_acting", acting)
+
+    @property
+    def direction(self) -> Direction:
+        """``norm``, part by part where the view says that a matrix has parts."""
+        by_part = self.view.heights and self.norm.reduces != "entry"
+        return InParts(self.norm, self.view) if by_part else self.norm
 
     def acting(self, method: str) -> tuple[Constraint, ...]:
         """The constraints that do anything in ``gradient``, ``update`` or ``weight``."""
@@ -108,13 +120,15 @@ class Rule(Ingredient):
 
     def of_rows(self, shape: tuple[int, ...]) -> Rule | None:
         """What moves some of the first dimension of a parameter of ``shape``; ``None`` if it takes all of it."""
-        if len(shape) < 2 or (self.view.flatten is False and len(shape) > 2) or self.view.groups > 1:
+        view = self.view
+        if len(shape) < 2 or (view.flatten is False and len(shape) > 2) or view.groups > 1 or view.heights:
             return None
-        fitted = self.fitted(self.view.shape(shape)[1:])
-        parts = (fitted.norm, fitted.momentum, fitted.step_size, *fitted.constraint)
-        if {part.reduces for part in parts} - {"entry", "column" if self.view.transpose else "row"}:
+        fitted = self.fitted(view.shape(shape)[1:])
+        levels = {fitted.norm.reduces, fitted.momentum.reduces, fitted.step_size.reduces}
+        levels |= {constraint.reduces for constraint in fitted.constraint}
+        if levels - {"entry", "column" if view.transpose else "row"}:
             return None
-        return replace(fitted, view=replace(self.view, split=self.view.split if self.view.transpose else 1))
+        return replace(fitted, view=replace(view, split=view.split if view.transpose else 1))
 
     def init_state(self, x: Tensor, weights: Callable[[], Tensor]) -> dict[str, Tensor]:
         """The state of all ingredients for a batch ``x``, zero steps old.
@@ -122,9 +136,9 @@ class Rule(Ingredient):
         Raises:
             ValueError: two ingredients use one name, or one is called ``step``.
         """
-        of_step = self.step_size.init_state(x, weights, self.norm)
+        of_step = self.step_size.init_state(x, weights, self.direction)
         of_bounds = (constraint.init_state(x, weights) for constraint in self.constraint)
-        parts = (self.momentum.init_state(x), self.norm.init_state(x), of_step, *of_bounds)
+        parts = (self.momentum.init_state(x), self.direction.init_state(x), of_step, *of_bounds)
         names = ["step", *(name for part in parts for name in part)]
         if len(names) != len(set(names)):
             raise ValueError(f"{self}: two ingredients keep their state under one name, of {sorted(names)}")
@@ -143,7 +157,7 @@ class Rule(Ingredient):
 
     def averages(self, state: Mapping[str, Tensor]) -> list[str]:
         """The names of ``state`` that may be kept in fewer bits, see :attr:`normopt.ingredient.Stage.averages`."""
-        known = self.momentum.averages | self.norm.averages
+        known = self.momentum.averages | self.direction.averages
         return [name for name in state if name.rstrip("0123456789") in known]
 
     def check_fits(self, name: str, shape: tuple[int, ...], role: str = "") -> None:

@@ -71,6 +71,7 @@ FAMILIES: dict[str, dict[str, Maker]] = {
     },
     "muon": {
         "normopt Muon": ours("muon"),
+        "normopt Muon, bfloat16": ours("muon", orthogonalize_dtype=torch.bfloat16),
         "normopt Muon, auto": ours("muon", orthogonalize="auto", orthogonalize_dtype=None),
         "torch Muon + AdamW": matrices_and_adamw("torch.optim", "Muon"),
         "pytorch-optimizer Muon": _muon_of_pytorch_optimizer,

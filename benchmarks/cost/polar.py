@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cost.polar_report import write_polar
+from benchmarks.cost.polar_report import MUON, write_polar
 from benchmarks.harness import dtype_name, in_new_process, origin
 from benchmarks.output.records import Row, append_row
 from normopt.polar import FOUR_STEPS, METHODS, PolarCoefficients, choose, polar
@@ -112,8 +112,10 @@ def contenders_for(shape: Case) -> list[Contender]:
         for dtype in DTYPES:
             run = lambda g, method=method, dtype=dtype: polar(g, method, dtype=dtype)  # noqa: E731
             found.append(Contender(name, dtype_name(dtype), form, run))
-    choice = choose(shape, torch.float32, "cpu")
-    found.append(Contender("auto", dtype_name(choice.dtype), choice.form, lambda g: polar(g, "auto")))
+    for name, method in (("auto", "auto"), (MUON, "newton-schulz")):
+        choice = choose(shape, torch.float32, "cpu", method, None, "auto")
+        run = lambda g, method=method: polar(g, method, dtype="auto")  # noqa: E731
+        found.append(Contender(name, dtype_name(choice.dtype), choice.form, run))
     return [*found, Contender("exact", "float32", "exact", lambda g: polar(g, "exact"))]
 
 

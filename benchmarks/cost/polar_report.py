@@ -21,8 +21,12 @@ NOTES = (
     "least 1e-2 of the largest, the worst of a Gaussian matrix and of spectra 1/k and log-uniform in [1e-3, 1]; "
     "ascent: <g, d> over the nuclear norm, the worst; distance: from the exact factor, relative, Gaussian."
 )
+#: Jordan's five steps in the form and dtype that are fastest, what Muon does by default.
+MUON = "normopt's Muon"
+#: Methods whose dtype is chosen by the shape.
+CHOSEN = ("auto", MUON)
 MARKERS = {"float32": "o", "bfloat16": "s"}
-SEVEN_COLORS = STYLE | {"axes.prop_cycle": COLORS.concat(cycler(color=["#b07d62"]))}
+EIGHT_COLORS = STYLE | {"axes.prop_cycle": COLORS.concat(cycler(color=["#b07d62", "#8fbcbb"]))}
 
 
 def write_polar(rows: list[Row], out: Path) -> None:
@@ -59,7 +63,7 @@ def plot_pareto(rows: list[Row], out: Path) -> None:
     single = [row for row in rows if row["shape"][0] == 1]
     size = max(row["shape"][1] for row in single)
     longs = sorted({row["shape"][2] for row in single if row["shape"][1] == size})
-    with matplotlib.rc_context(SEVEN_COLORS):
+    with matplotlib.rc_context(EIGHT_COLORS):
         figure = Figure(figsize=(4 * len(longs), 4.4), layout="constrained")
         panels = figure.subplots(1, len(longs), squeeze=False, sharey=True)[0]
         for axes, long in zip(panels, longs, strict=True):
@@ -96,12 +100,12 @@ def plot_growth(rows: list[Row], out: Path) -> None:
 
 
 def _growth(rows: list[Row], x: Callable[[Row], int], label: str, path: Path) -> None:
-    with matplotlib.rc_context(SEVEN_COLORS):
+    with matplotlib.rc_context(EIGHT_COLORS):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         axes = figure.subplots()
         methods = list(dict.fromkeys(row["method"] for row in rows))
-        # The dtype of "auto" depends on the shape, so its line is drawn through all dtypes.
-        names = dict.fromkeys((row["method"], row["dtype"] if row["method"] != "auto" else "") for row in rows)
+        # Where the dtype depends on the shape, the line is drawn through all dtypes.
+        names = dict.fromkeys((row["method"], "" if row["method"] in CHOSEN else row["dtype"]) for row in rows)
         for method, dtype in names:
             of_line = [row for row in rows if row["method"] == method and dtype in ("", row["dtype"])]
             style = ":" if dtype == "float32" else "-"

@@ -48,6 +48,8 @@ class Entry:
         self.family, self.name, self.model = family, name, make_parameters(sizes)
         self.optimizer = maker(self.model)
         self.seconds: list[float] = []
+        #: Seconds of the first step, in which state is made, products are measured and compiled steps are compiled.
+        self.first = 0.0
 
     def step(self, gradients: list[Tensor]) -> float:
         """One step from new gradients, copied before the clock starts; returns its seconds."""
@@ -88,7 +90,8 @@ def measure_set(name: str, families: list[str], compiled: bool, rounds: int, thr
     gradients = [[1e-2 * torch.randn_like(p) for p in entries[0].model.parameters()] for _ in range(GRADIENTS)]
     for i in range(WARMUPS):
         for entry in entries:
-            entry.step(gradients[i])
+            took = entry.step(gradients[i])
+            entry.first = took if i == 0 else entry.first
     flops = {entry.name: entry.flops(gradients[0]) for entry in entries}
     order, shuffle = list(entries), random.Random(0)
     for i in range(rounds):
@@ -114,6 +117,7 @@ def row_of(set_name: str, entry: Entry, flops: int, rate: dict[str, float], thre
         "family": entry.family,
         "name": entry.name,
         "seconds": entry.seconds,
+        "first": entry.first,
         "quartiles": [low, median, high],
         "mean": statistics.fmean(entry.seconds),
         "flops": flops,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from benchmarks import peers
+from benchmarks.contenders import read_contenders
 from benchmarks.harness import PlanError
-from benchmarks.language.contenders import read_contenders
 from benchmarks.language.data import Corpus, load_or_fall_back
 from benchmarks.language.plugins import import_plugins
 from benchmarks.language.presets import (

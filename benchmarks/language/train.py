@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import normopt
 from benchmarks import peers
+from benchmarks.contenders import BARE
 from benchmarks.harness import state_bytes
-from benchmarks.language.contenders import BARE
 from benchmarks.language.data import Corpus, load
 from benchmarks.language.diagnose import measure
 from benchmarks.language.parallel import team

@@ -11,6 +11,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.output.palette import lines as drawn_as
 from benchmarks.output.records import Row, replacing
 from benchmarks.output.targets import Target
 
@@ -35,8 +36,10 @@ def plot_curves(groups: dict[str, list[Row]], out: Path, unit: str) -> None:
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=_size(len(groups)), layout="constrained")
             axes = figure.subplots()
+            drawn = drawn_as(groups)
             for optimizer, rows in groups.items():
-                _draw_curve(axes, optimizer, [row for row in rows if row["status"] == "finished"], column)
+                finished = [row for row in rows if row["status"] == "finished"]
+                _draw_curve(axes, optimizer, finished, column, drawn[optimizer])
             _label(axes, label, title=_title(groups), unit=unit)
             save(figure, out / name)
 
@@ -54,8 +57,8 @@ def plot_rates(groups: dict[tuple[str, float], list[Row]], path: Path, unit: str
             return
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         axes = figure.subplots()
-        for name in names:
-            _draw_rates(axes, groups, name)
+        for name, drawn in drawn_as(names).items():
+            _draw_rates(axes, groups, name, drawn)
         axes.set_xscale("log", base=10)
         _label(axes, "learning rate", title=_title(groups), unit=unit)
         save(figure, path)
@@ -68,7 +71,7 @@ def _plot_panels(groups: dict[tuple[str, float], list[Row]], names: list[str], p
     figure = Figure(figsize=(2.2 * columns, 1.7 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, name in zip(panels, names, strict=False):
-        rates, means = _draw_rates(axes, groups, name)
+        rates, means = _draw_rates(axes, groups, name, drawn_as([name])[name])
         axes.set_xlim(0.9 * rates[0], 1.1 * rates[-1])  # also if every run diverged and there is no line
         axes.set_xscale("log", base=2)
         axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
@@ -83,12 +86,14 @@ def _plot_panels(groups: dict[tuple[str, float], list[Row]], names: list[str], p
     save(figure, path)
 
 
-def _draw_rates(axes: Axes, groups: dict[tuple[str, float], list[Row]], name: str) -> tuple[list[float], list[float]]:
+def _draw_rates(
+    axes: Axes, groups: dict[tuple[str, float], list[Row]], name: str, drawn: dict[str, Any]
+) -> tuple[list[float], list[float]]:
     """One optimizer's line and dots; returns the rates and the mean losses, NaN where every run diverged."""
     rates = sorted(lr for other, lr in groups if other == name)
     runs = {lr: [row["final_loss"] for row in groups[name, lr] if row["final_loss"]] for lr in rates}
     means = [float(np.mean(runs[lr])) if runs[lr] else np.nan for lr in rates]
-    (line,) = axes.plot(rates, means, label=name, linewidth=2)
+    (line,) = axes.plot(rates, means, label=name, linewidth=2, **drawn)
     dots = [(lr, loss) for lr in rates for loss in runs[lr]]
     axes.scatter([lr for lr, _ in dots], [loss for _, loss in dots], color=line.get_color(), s=18)
     return rates, means
@@ -103,8 +108,9 @@ def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target]
         several = {name: by_length for name, by_length in losses.items() if len(by_length) > 1}
         figure = Figure(figsize=_size(len(several) + len(targets)), layout="constrained")
         axes = figure.subplots()
+        drawn = drawn_as(several)
         for name, by_length in several.items():
-            axes.plot(list(by_length), list(by_length.values()), marker="o", label=name, linewidth=2)
+            axes.plot(list(by_length), list(by_length.values()), marker="o", label=name, linewidth=2, **drawn[name])
         lengths = sorted({length for by_length in losses.values() for length in by_length})
         for target, style in zip(targets, itertools.cycle(("--", ":")), strict=False):
             axes.axhline(target.loss, color="black", linewidth=1, linestyle=style, label=target.name)
@@ -175,14 +181,14 @@ def _lines_over_steps(row: Row, what: str) -> list[Line]:
     return lines
 
 
-def _draw_curve(axes: Axes, name: str, rows: list[Row], column: int) -> None:
+def _draw_curve(axes: Axes, name: str, rows: list[Row], column: int, drawn: dict[str, Any]) -> None:
     """The mean curve over seeds, with a band from the lowest to the highest."""
     if not rows:
         return
     curves = np.array([row["curve"] for row in rows])[:, 1:]
     x, loss = curves[:, :, column].mean(axis=0), curves[:, :, 2]
     final = np.mean([row["final_loss"] for row in rows])
-    (line,) = axes.plot(x, loss.mean(axis=0), label=f"{name}  {final:.3f}", linewidth=2)
+    (line,) = axes.plot(x, loss.mean(axis=0), label=f"{name}  {final:.3f}", linewidth=2, **drawn)
     if len(rows) > 1:
         axes.fill_between(x, loss.min(axis=0), loss.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0)
 

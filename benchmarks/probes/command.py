@@ -1,12 +1,12 @@
 """`python -m benchmarks probes`: the probes asked of normopt's optimizers and of the peers that are installed."""
 
 import argparse
-import contextlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,15 +15,18 @@ from tabulate import tabulate
 from torch.optim import Optimizer
 
 import normopt
-from benchmarks.harness import PlanError, imported, origin
+from benchmarks import peers
+from benchmarks.contenders import BARE, Contender, read_contenders
+from benchmarks.harness import PlanError, origin
 from benchmarks.output.records import Row, append_row, replacing
 from benchmarks.output.tables import command_line, set_aside
 from benchmarks.probes.parts import Make
 from benchmarks.probes.torch_contract import LIMITS, PROBES
+from normopt import SteepestDescent
 
 #: One optimizer of each family.
 REPRESENTATIVES = ("sgd", "adamw", "lion", "adafactor", "adamp", "muon", "scion", "soap", "prodigy")
-SMOKE = ("adamw", "torch.AdamW")
+SMOKE = ("adamw", "torch:AdamW")
 SLOW = {"compile_recompilations", "compile_fullgraph", "sharded_step"}
 NOTES = (
     "Each optimizer with the defaults of its library, on two small matrices; ✓ and ✗ for passed and failed, and the "
@@ -32,75 +35,72 @@ NOTES = (
 )
 
 
-def _peer(package: str, name: str) -> Callable[[], Make]:
-    return lambda: partial(_training, imported(package, name))
-
-
-def _training(cls: Callable[..., Any], params: Any, **options: Any) -> Optimizer:
-    optimizer: Any = cls(params, **options)
-    if hasattr(optimizer, "train"):
-        optimizer.train()  # schedule-free optimizers require this call before a step
-    return cast(Optimizer, optimizer)
-
-
-def _muon_of_pytorch_optimizer() -> Make:
-    from pytorch_optimizer import Muon
-
-    def make(params: Any, **options: Any) -> Optimizer:
-        groups = params if isinstance(params[0], dict) else [{"params": params}]
-        return cast(Optimizer, Muon([{"use_muon": True, **group} for group in groups], **options))
-
-    return make
-
-
-#: Loaders of peers by name of the column; a loader raises ImportError if its library is not installed.
-PEERS: dict[str, Callable[[], Make]] = {
-    "torch.AdamW": _peer("torch.optim", "AdamW"),
-    "torch.Muon": _peer("torch.optim", "Muon"),
-    "torch.Adafactor": _peer("torch.optim", "Adafactor"),
-    "pytorch_optimizer.Muon": _muon_of_pytorch_optimizer,
-    "pytorch_optimizer.SCION": _peer("pytorch_optimizer", "SCION"),
-    "pytorch_optimizer.SOAP": _peer("pytorch_optimizer", "SOAP"),
-    "pytorch_optimizer.Prodigy": _peer("pytorch_optimizer", "Prodigy"),
-    "pytorch_optimizer.Lion": _peer("pytorch_optimizer", "Lion"),
-    "prodigyopt.Prodigy": _peer("prodigyopt", "Prodigy"),
-    "lion_pytorch.Lion": _peer("lion_pytorch", "Lion"),
-    "adamp.AdamP": _peer("adamp", "AdamP"),
-    "schedulefree.AdamWScheduleFree": _peer("schedulefree", "AdamWScheduleFree"),
-    "dadaptation.DAdaptAdam": _peer("dadaptation", "DAdaptAdam"),
-}
+#: Optimizers of other libraries, of which those that are installed are asked by default.
+PEERS = (
+    "torch:AdamW",
+    "torch:Muon",
+    "torch:Adafactor",
+    "pytorch_optimizer:Muon",
+    "pytorch_optimizer:SCION",
+    "pytorch_optimizer:SOAP",
+    "pytorch_optimizer:Prodigy",
+    "pytorch_optimizer:Lion",
+    "prodigyopt:Prodigy",
+    "lion_pytorch:Lion",
+    "adamp:AdamP",
+    "schedulefree:AdamWScheduleFree",
+    "dadaptation:DAdaptAdam",
+)
 
 
 def probe_all(parsed: argparse.Namespace) -> int:
     """The command: run every probe on every optimizer, write a row for each answer, then the tables."""
     torch.set_num_threads(1)
-    names = parsed.optimizers or [*(normopt.list_optimizers() if parsed.all else REPRESENTATIVES), *PEERS]
-    makes = dict(contenders(SMOKE if parsed.smoke else names))
+    names = parsed.optimizers or [*(["all"] if parsed.all else REPRESENTATIVES), *installed(PEERS)]
+    asked = [*contenders(SMOKE if parsed.smoke else names)]
     probes = [name for name in PROBES if not (parsed.smoke and name in SLOW)]
     measured_with = origin()
     set_aside(parsed.out / "probes.md", "probes.jsonl")
     (parsed.out / "probes.jsonl").unlink(missing_ok=True)
     rows = []
-    for name, make in makes.items():
-        print(name, flush=True)
+    for contender, make in asked:
+        print(contender.name, flush=True)
         for probe in probes:
-            rows.append(ask(name, make, probe) | measured_with)
+            rows.append(ask(contender.name, make, probe) | {"base": contender.base} | measured_with)
             append_row(parsed.out / "probes.jsonl", rows[-1])
     write_probes(rows, parsed.out)
     return 0
 
 
-def contenders(names: Iterable[str]) -> Iterable[tuple[str, Make]]:
-    """Name and maker of every optimizer whose library is installed; raises `PlanError` for an unknown name."""
-    ours = normopt.list_optimizers()
-    for name in names:
-        if name in PEERS:
-            with contextlib.suppress(ImportError):
-                yield name, PEERS[name]()
-        elif name in ours:
-            yield name, partial(normopt.create, name)
-        else:
-            raise PlanError(f"--optimizers: {name} is none of {', '.join([*ours, *PEERS])}")
+def contenders(texts: Iterable[str]) -> Iterator[tuple[Contender, Make]]:
+    """What `--optimizers` names, as for `compare`, and the maker of each.
+
+    Raises:
+        PlanError: an unknown name; an option `rest`, which is for whole models.
+    """
+    for contender in read_contenders(texts, ()):
+        if "rest" in contender.options:
+            raise PlanError(f"--optimizers {contender.name}: rest is for whole models; probes have two matrices")
+        yield contender, partial(_made, contender)
+
+
+def installed(names: Iterable[str]) -> list[str]:
+    """Those optimizers `library:Class` whose library is installed."""
+    return [name for name in names if find_spec(name.partition(":")[0])]
+
+
+def _made(contender: Contender, params: Any, **options: Any) -> Optimizer:
+    base, options = contender.base, {**peers.tuples(contender.options), **options}
+    if not peers.is_peer(base):
+        return (SteepestDescent if base == BARE else partial(normopt.create, base))(params, **options)
+    if base in peers.FLAGS:
+        groups = params if isinstance(params[0], dict) else [{"params": params}]
+        params = [{peers.FLAGS[base]: True, **group} for group in groups]
+    cls: Any = peers.find(base)
+    optimizer = cls(params, **options)
+    if hasattr(optimizer, "train"):
+        optimizer.train()  # schedule-free optimizers require this call before a step
+    return cast(Optimizer, optimizer)
 
 
 def ask(name: str, make: Make, probe: str) -> Row:
@@ -120,7 +120,7 @@ def ask(name: str, make: Make, probe: str) -> Row:
 
 def write_probes(rows: list[Row], out: Path) -> None:
     """Print a table of normopt's optimizers and one of the peers, and write both to `probes.md`."""
-    ours, theirs = [r for r in rows if r["optimizer"] not in PEERS], [r for r in rows if r["optimizer"] in PEERS]
+    ours, theirs = ([r for r in rows if peers.is_peer(r["base"]) == is_theirs] for is_theirs in (False, True))
     tables = [table(part, title) for part, title in ((ours, "normopt"), (theirs, "other libraries")) if part]
     print("\n" + "\n\n".join(tables))
     meaning = "\n".join(f"* `{probe}`: {PROBES[probe].__doc__}" for probe in dict.fromkeys(r["probe"] for r in rows))
@@ -144,7 +144,7 @@ def table(rows: list[Row], title: str) -> str:
     lines = [[probe, *(cell(cells[probe, name]) for name in names)] for probe in probes]
     passed = [sum(cells[probe, name]["passed"] for probe in probes) for name in names]
     lines.append([f"passed, of {len(probes)}", *map(str, passed)])
-    headers, align = [title, *(name.replace(".", " ") for name in names)], ["left", *["center"] * len(names)]
+    headers, align = [title, *(name.replace(":", ": ") for name in names)], ["left", *["center"] * len(names)]
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True, colalign=align)
 
 

@@ -23,8 +23,8 @@ class Constraint(Ingredient):
 
     #: What one entry of the result depends on, as for stages: ``"entry"``, ``"row"`` ...
     reduces: ClassVar[str] = "matrix"
-    #: Whether it asks for the weights, or changes them other than by ``shrink``. On sharded models they are then brought to where it runs; with False, asking for
-    #: them is an error.
+    #: Whether it asks for the weights, or changes them other than by ``shrink``. On sharded models they are then
+    #: brought to where it runs; with False, asking for them is an error.
     sees_weights: ClassVar[bool] = True
     #: Whether the constraint holds only if the length of a step is the rate times a constant.
     needs_bounded_step: ClassVar[bool] = False

@@ -40,8 +40,8 @@ class _AlongAxis(Constraint):
 
     def seen_through(self, view: View) -> Constraint:
         seen = replace(self, axis=-3 - self.axis) if view.transpose else self
-        if (view.split > 1 and seen.axis == -2) or (view.groups > 1 and self.axis == -2):
-            several = view.split * view.groups
+        if (view.equal_parts > 1 and seen.axis == -2) or (view.groups > 1 and self.axis == -2):
+            several = view.equal_parts * view.groups
             raise ValueError(f"{self}: its vectors run across the {several} matrices of {view}; see them as one")
         return seen
 

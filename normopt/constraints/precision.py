@@ -19,8 +19,9 @@ class StochasticRounding(Constraint):
 
     Steps of less than half a unit in the last place then count on average, without any state (Gupta et al., arXiv
     1502.02551). The error grows with the root of the number of steps, where :class:`KahanSum`, for 2 bytes a weight,
-    loses almost nothing. The random bits are a hash of the parameter's number, the place in it and the step:
-    the same run rounds in the same way, on one machine or on many. It is applied after all other bounds. Weights in other dtypes are unchanged.
+    loses almost nothing. The random bits are a hash of the parameter's number, the place in it and the step: the same
+    run rounds in the same way, on one machine or on many. It is applied after all other bounds. Weights in other dtypes
+    are unchanged.
     """
 
     reduces = "entry"

@@ -1,11 +1,12 @@
 """Which direction is steepest? Combinations of norms: with memory, in chains, rotated, grafted, in blocks."""
 
-from normopt.directions.algebra import Chain, Clipped, Decayed, Grafted, Identity
-from normopt.directions.balanced import CoshScaled, Sinkhorn
+from normopt.directions.algebra import Chain, Clipped, Decayed, Identity
+from normopt.directions.balanced import CoshScaled, SingularPower, Sinkhorn
 from normopt.directions.bases import Basis, Eigenbasis
 from normopt.directions.complement import Complement
 from normopt.directions.coordinates import Blocked, Rotated
 from normopt.directions.factored import Factored
+from normopt.directions.pairs import Conjugated, Grafted, Normalized, Sum
 from normopt.directions.smoothed import Smoothed
 from normopt.directions.subspace import Aligned, LowRank
 from normopt.directions.whitening import KLWhitened
@@ -18,6 +19,7 @@ __all__ = [
     "Chain",
     "Clipped",
     "Complement",
+    "Conjugated",
     "CoshScaled",
     "Decayed",
     "Direction",
@@ -27,7 +29,10 @@ __all__ = [
     "Identity",
     "KLWhitened",
     "LowRank",
+    "Normalized",
     "Rotated",
+    "SingularPower",
     "Sinkhorn",
     "Smoothed",
+    "Sum",
 ]

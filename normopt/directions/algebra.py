@@ -1,4 +1,4 @@
-"""Directions made of directions: in a chain, one with the length of another, clipped, decayed."""
+"""Directions made of directions: in a chain, clipped, decayed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from normopt.ingredient.traits import like, trait
 from normopt.ingredient.validate import check_positive, check_range
 from normopt.norms.base import Norm
 from normopt.norms.entrywise import Euclidean
-from normopt.numerics.lengths import axes, euclidean, normalize
 
 
 @dataclass(frozen=True)
@@ -194,90 +193,3 @@ class Chain(Direction):
             if isinstance(stage, Direction) and stage.sets_length:
                 return stage, f"{i}."
         return Identity(), "-"
-
-
-@dataclass(frozen=True)
-class Grafted(Direction):
-    """Grafting: one stage's direction, another's length: ``direction(x) ||magnitude(x)|| / ||direction(x)||``.
-
-    Norms are Frobenius norms of each matrix. Source: Agarwal et al., "Disentangling adaptive gradient methods", arXiv
-    2002.11803.
-
-    Args:
-        direction: the stage whose result is rescaled, or its name.
-        magnitude: the stage whose result has the length, or its name.
-    """
-
-    sees_weights = False
-    degree = like("magnitude")
-    direction: Stage
-    magnitude: Stage
-
-    def __post_init__(self) -> None:
-        read(self, "direction", Stage)
-        read(self, "magnitude", Stage)
-
-    @trait
-    def reduces(self) -> str:
-        """The coarsest level of both and of the Frobenius norm, ``"all"``."""
-        return coarsest(("all", self.direction.reduces, self.magnitude.reduces))
-
-    @trait
-    def needs_matrix(self) -> bool:
-        """Whether either works on matrices."""
-        return self.direction.needs_matrix or self.magnitude.needs_matrix
-
-    @property
-    def takes_vectors(self) -> bool:
-        """Whether both take vectors."""
-        return self.direction.takes_vectors and self.magnitude.takes_vectors
-
-    @property
-    def cell(self) -> tuple[str, str]:
-        """The cell of the direction."""
-        return self.direction.cell if isinstance(self.direction, Direction) else super().cell
-
-    @trait
-    def looks_first(self) -> bool:
-        """Whether either initializes its state from the first gradient."""
-        return any(part.looks_first for part in self._parts().values())
-
-    @trait
-    def sets_length(self) -> bool:
-        """False where the magnitude is the input itself."""
-        return self.magnitude != Identity()
-
-    def _parts(self) -> dict[str, Stage]:
-        return {"direction.": self.direction, "magnitude.": self.magnitude}
-
-    @property
-    def averages(self) -> frozenset[str]:
-        return frozenset(prefix + name for prefix, part in self._parts().items() for name in part.averages)
-
-    def init_state(self, x: Tensor) -> dict[str, Tensor]:
-        return {name + k: v for name, part in self._parts().items() for k, v in part.init_state(x).items()}
-
-    def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
-        for name, part in self._parts().items():
-            if part.looks_first:
-                part.look(g, substate(state, name))
-
-    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        return self._graft(*(part(x, substate(state, name), context) for name, part in self._parts().items()))
-
-    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        return self._graft(*(part.apply(x, substate(state, name), context) for name, part in self._parts().items()))
-
-    def _graft(self, d: Tensor, length: Tensor) -> Tensor:
-        return normalize(d, axes(d)).mul_(euclidean(length, axes(length), keepdim=True))
-
-    def rms(self, shape: tuple[int, ...]) -> float:
-        """The magnitude's root mean square."""
-        return self.magnitude.rms(shape) if isinstance(self.magnitude, Direction) else float("nan")
-
-    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The Euclidean norm of ``g`` times the usual length of the magnitude, where that is known."""
-        size = self.rms(tuple(g.shape[-2:]))
-        if size != size:
-            return super().steepness(g, state)
-        return Euclidean().dual_norm(g) * size

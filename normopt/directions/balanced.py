@@ -1,4 +1,4 @@
-"""Directions that rescale a gradient and are no norm's duality map: SinkGD's balancing and AuON's cosh scaling."""
+"""Directions that rescale a gradient and are no norm's duality map: SinkGD, AuON, powers of singular values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 from normopt.directions.base import UnitRMS
 from normopt.ingredient.stage import Context, Direction
 from normopt.ingredient.validate import check_count, check_range
+from normopt.norms.entrywise import Euclidean
 from normopt.norms.rows_columns import Column, Row
 from normopt.numerics.lengths import axes, normalize
+from normopt.numerics.singular import map_spectrum
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,31 @@ class CoshScaled(Direction):
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         waves = torch.cosh(normalize(x, axes(x)).mul_(self.gamma))
         return x / waves.square_().mean(dim=axes(x), keepdim=True).sqrt_()
+
+
+@dataclass(frozen=True)
+class SingularPower(UnitRMS):
+    """A power of the singular values, ``U S^power V^T`` with a root mean square of 1, also powers of 0 and below.
+
+    Power 0 is the polar factor, a positive one the duality map of ``Schatten(1 + 1 / power)``, both at another length.
+    A negative one, for which there is no norm, moves the most where the gradient is small: DynMuon goes from 0.25 to
+    -0.25 over a run, Freon (arXiv 2605.11181) has ``power = q - 1 < 0``. By a singular value decomposition; singular
+    values that may be rounding errors stay 0.
+
+    Args:
+        power: in [-1, 1]; an :class:`~normopt.Option` for a schedule.
+    """
+
+    sees_weights = False
+    needs_matrix = True
+    rotation_invariant = True
+    decides_on_host = True
+    degree = 0
+    power: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "power", self.power, -1, 1, closed=True)
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        d = map_spectrum(x, lambda s: torch.where(s > 0, s, 1.0) ** self.power * (s > 0))
+        return Euclidean().dualize(d)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from normopt.ingredient.base import Ingredient
 from normopt.ingredient.stage import Context
-from normopt.ingredient.validate import check_count, check_range
+from normopt.ingredient.validate import check_choice, check_count, check_range
+from normopt.norms.spectral import SIDES
 from normopt.numerics.eigen import average_, eigh, gram_matrix, power_iteration_, reorder_
 
 
@@ -36,11 +37,15 @@ class Basis(Ingredient):
         """``L x R^T``."""
         raise NotImplementedError
 
+    def source(self, x: Tensor, g: Tensor) -> Tensor:
+        """What the basis is learnt from: the gradient ``g``, or ``x``, the direction's input."""
+        return g
+
     def learn(self, g: Tensor, state: dict[str, Tensor], context: Context, memory: Sequence[Tensor]) -> None:
         """Update the basis after a step, for the next step.
 
         Args:
-            g: the gradient, shape ``(..., out, in)``.
+            g: what ``source`` returns, shape ``(..., out, in)``.
             state: the basis' tensors, updated in place.
             context: the context of the step.
             memory: tensors in the coordinates of the basis, shape ``(..., out or 1, in or 1)``, whose rows and columns
@@ -55,23 +60,34 @@ class Eigenbasis(Basis):
     The first gradient only initializes the bases, by its own eigendecompositions. Then, after each step, ``S <- beta S
     + (1 - beta) g g^T``; every ``frequency`` steps the basis is sorted by its Rayleigh quotients, the largest first,
     and replaced by the orthonormal factor ``Q`` of ``S Q`` (SOAP, arXiv 2409.11321). Averages and bases are kept in
-    float32 or better; gradients whose squares overflow are left out of the averages.
+    float32 or better; gradients whose squares overflow are left out of the averages. With ``exact`` the bases are the
+    eigenvectors themselves (SPlus, arXiv 2506.07254).
 
     Args:
         beta: decay rate of the averages, in [0, 1).
         frequency: number of steps between updates of the bases.
         max_dim: longer sides are not rotated.
         vectors: whether vectors, and matrices with a single row or column, are rotated too.
+        exact: decompose the averages in place of one step of power iteration.
+        sides: ``"both"``, or only the ``"smaller"`` one, the columns of a square matrix.
+        of: whose bases: of the ``"gradient"``, or of the ``"momentum"``, the direction's input. With ``exact`` and
+            ``beta=0`` the latter are the singular vectors of the average, as in Conda (arXiv 2509.24218).
     """
 
     looks_first = True
     decides_on_host = True
+    squares = True
     beta: float = 0.95
     frequency: int = 10
     max_dim: int = 10000
     vectors: bool = False
+    exact: bool = False
+    sides: str = "both"
+    of: str = "gradient"
 
     def __post_init__(self) -> None:
+        check_choice(self, "sides", self.sides, SIDES)
+        check_choice(self, "of", self.of, ("gradient", "momentum"))
         check_range(self, "beta", self.beta, 0, 1)
         check_count(self, "frequency", self.frequency)
         check_count(self, "max_dim", self.max_dim)
@@ -80,7 +96,13 @@ class Eigenbasis(Basis):
         m, n = x.shape[-2:]
         if min(m, n) == 1 and not self.vectors:
             return []
-        return [side for side, size in (("left", m), ("right", n)) if 1 < size <= self.max_dim]
+        taken = {"left": m <= self.max_dim, "right": n <= self.max_dim}
+        if self.sides == "smaller":
+            taken["right" if m < n else "left"] = False
+        return [side for side, size in (("left", m), ("right", n)) if size > 1 and taken[side]]
+
+    def source(self, x: Tensor, g: Tensor) -> Tensor:
+        return x if self.of == "momentum" else g
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
@@ -107,7 +129,9 @@ class Eigenbasis(Basis):
     def learn(self, g: Tensor, state: dict[str, Tensor], context: Context, memory: Sequence[Tensor]) -> None:
         for side in self._sides(g):
             gram = average_(state[f"{side}_gram"], gram_matrix(g, side), self.beta)
-            if context.step % self.frequency == 0:
+            if context.step % self.frequency == 0 and self.exact:
+                state[f"{side}_basis"].copy_(eigh(gram)[1].flip(-1))
+            elif context.step % self.frequency == 0:
                 order = power_iteration_(state[f"{side}_basis"], gram)
                 for tensor in memory:
                     reorder_(tensor, order, side)

@@ -1,20 +1,23 @@
-"""Directions in other coordinates: rotated into a basis, or cut into blocks."""
+"""Directions in other coordinates: rotated into a basis, cut into blocks, or part by part."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from normopt.directions.algebra import Chain, Grafted
+from normopt.directions.algebra import Chain
 from normopt.directions.bases import Basis
+from normopt.directions.pairs import Pair
 from normopt.directions.smoothed import Smoothed
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import ROTATED, Context, Direction, Stage, substate
 from normopt.ingredient.traits import like
 from normopt.ingredient.validate import check_count
+from normopt.ingredient.view import View
 from normopt.numerics.blocks import Parts, cut_blocks, join_blocks, of_equal_length
 from normopt.numerics.lengths import axes, euclidean
 
@@ -85,7 +88,9 @@ class Rotated(_Wrapper):
         basis, inner = self.basis, substate(state, "rotated.")
         there = context.through(lambda t: basis.rotate(t, state))
         d = basis.unrotate(self.direction(self._seen(x, state), inner, there), state)
-        basis.learn(context.g, state, context, [t for name, t in state.items() if name.startswith("rotated.")])
+        basis.learn(
+            basis.source(x, context.g), state, context, [t for name, t in state.items() if name.startswith("rotated.")]
+        )
         return d
 
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
@@ -110,8 +115,8 @@ def _remembers_directions(stage: Stage) -> bool:
     """Whether a stage's memory has signs: averages of gradients rotate with the basis, averages of squares do not."""
     if isinstance(stage, Chain):
         return any(map(_remembers_directions, stage.stages))
-    if isinstance(stage, Grafted):
-        return _remembers_directions(stage.direction) or _remembers_directions(stage.magnitude)
+    if isinstance(stage, Pair):
+        return any(map(_remembers_directions, stage.both().values()))
     return not isinstance(stage, Direction) or (isinstance(stage, Smoothed) and stage.centered is True)
 
 
@@ -168,3 +173,57 @@ class Blocked(_Wrapper):
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The sum of the direction's steepness over all blocks."""
         return self.direction.steepness(self.cut(g), state).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class InParts(_Wrapper):
+    """A direction for each part of a matrix by itself, where a view cuts it into parts of unequal height.
+
+    Query, key and value of grouped-query attention in one parameter move as three parameters would, as far as their
+    direction goes. A rule makes it of its norm and its view. Dual norm and steepness: the sums over the parts. A matrix
+    of another height, such as a vector seen as one row, has one part.
+
+    Args:
+        direction: the direction of each part.
+        view: says the heights of the parts.
+    """
+
+    sees_weights = False
+    _abstract = True
+    direction: Direction
+    view: View
+
+    @property
+    def averages(self) -> frozenset[str]:
+        return frozenset(f"{i}.{name}" for i in range(len(self.view.heights)) for name in self.direction.averages)
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        parts = enumerate(self.view.cut(x))
+        return {f"{i}.{name}": y for i, part in parts for name, y in self.direction.init_state(part).items()}
+
+    def look(self, g: Tensor, state: dict[str, Tensor]) -> None:
+        for i, part in enumerate(self.view.cut(g)):
+            self.direction.look(part, substate(state, f"{i}."))
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self._joined(self.direction, x, state, context)
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self._joined(self.direction.apply, x, state, context)
+
+    def _joined(self, find: Callable[..., Tensor], x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        def found(i: int, part: Tensor) -> Tensor:
+            return find(part, substate(state, f"{i}."), context.through(lambda t: self.view.cut(t)[i]))
+
+        return torch.cat([found(i, part) for i, part in enumerate(self.view.cut(x))], dim=-2)
+
+    def rms(self, shape: tuple[int, ...]) -> float:
+        """The root of the mean square over all parts."""
+        heights = self.view.heights if shape[-2] == sum(self.view.heights) else shape[-2:-1]
+        squares = sum(self.direction.rms((*shape[:-2], m, shape[-1])) ** 2 * m for m in heights)
+        return math.sqrt(squares / max(1, shape[-2]))
+
+    def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The sum of the direction's steepness over all parts."""
+        found = [self.direction.steepness(x, substate(state, f"{i}.")) for i, x in enumerate(self.view.cut(g))]
+        return torch.stack(found).sum(dim=0)

@@ -227,7 +227,7 @@ class Batch:
         """The inverse of ``Plan.gather``: views of ``x`` (or of a copy), one like each parameter."""
         if len(self.params) == 1 and x.shape == self.params[0].shape:
             return [x]
-        x = x.contiguous() if self.rule.view.split > 1 or self.rule.view.groups > 1 else x
+        x = x.contiguous() if self.rule.view.equal_parts > 1 or self.rule.view.groups > 1 else x
         parts = torch.split(x, self.plan.sizes)
         return [self.plan.like(part, p) for part, p in zip(parts, self.params, strict=True)]
 
@@ -287,7 +287,7 @@ class Batch:
             raw,
             self.number,
             self.rate,
-            self.rule.norm,
+            self.rule.direction,
             weights,
             shared=shared,
             shrink=self.shrink,
@@ -355,7 +355,7 @@ class Batch:
         looks = self.rule.norm.looks_first and self.steps[0].item() == 0
         if looks:
             self.snapshot()
-            self.rule.norm.look(self.gradient(), self.state)
+            self.rule.direction.look(self.gradient(), self.state)
             self.steps.add_(1)
             self.undo_if_found_inf()
         return looks

@@ -17,7 +17,7 @@ from normopt.rule import INGREDIENTS, Rule, rule_of
 VERSION = 1
 
 #: What older states do not have, and what it was.
-ADDED = {"nonfinite": "raise", "capturable": False, "state_dtype": None}
+ADDED = {"nonfinite": "raise", "capturable": False, "state_dtype": None, "products": ""}
 
 
 def accepted(groups: Sequence[dict[str, Any]], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient.registry import nearest
+from normopt.polar.choice import from_text
 from normopt.rule import INGREDIENTS, Rule, rule_of
 
 #: What a param group's ``nonfinite`` may be.
@@ -22,7 +23,7 @@ STATE_DTYPES = ("bfloat16", "float32", "parameter")
 
 #: Param-group entries that are no options of an ingredient: ours, and those that torch's schedulers and users write.
 GROUP_KEYS = {"params", "param_names", "lr", "maximize", "role", "reasons", "rule", "name", "initial_lr", "lr_scale"}
-GROUP_KEYS |= {"nonfinite", "capturable", "state_dtype", "state_version"}
+GROUP_KEYS |= {"nonfinite", "capturable", "state_dtype", "state_version", "products"}
 GROUP_KEYS |= {f"{bound}_{name}" for bound in ("base", "max", "min") for name in ("lr", "momentum")}
 GROUP_KEYS |= {"foreach", "fused"}
 
@@ -78,6 +79,7 @@ def check_numbers(options: Mapping[str, Any], rule: Rule) -> None:
     """Raise unless every number is in range and every option that the rule reads is there."""
     check_lr(options["lr"])
     check_policy(options["nonfinite"])
+    from_text(options["products"])
     resolved = rule.resolve(options)
     resolved.step_size.check_composes(resolved.norm)
     check_keeping(options, resolved)
@@ -172,7 +174,7 @@ def check_alone(groups: Iterable[Mapping[str, Any]], is_first: bool) -> None:
 
 
 def check_gradients(group: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` for a gradient that is not a dense real tensor like its parameter."""
+    """Raise a ``ValueError`` for a gradient that is not a dense real tensor like its parameter, or cannot move it."""
     for p in group["params"]:
         g = p.grad
         if g is None:
@@ -183,3 +185,8 @@ def check_gradients(group: Mapping[str, Any]) -> None:
         if g.shape != p.shape or g.device != p.device:
             here, there = (f"shape {tuple(x.shape)} on {x.device}" for x in (g, p))
             raise ValueError(f"{name_of(group, p)} has a gradient of {here}, but is of {there}; compute it anew")
+        if 0 in p.stride() and any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)):
+            raise ValueError(
+                f"{name_of(group, p)} is an expanded tensor of shape {tuple(p.shape)}, strides {p.stride()}: several "
+                "of its entries are one number in memory and cannot move apart; copy it, p.data = p.data.contiguous()"
+            )

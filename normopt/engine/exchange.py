@@ -68,7 +68,8 @@ class Exchange:
                 counts[self.items[i].owner] += parts[i].numel()
         shapes = [[shape_of(self._theirs[rank][i]) for i in self._receives[rank]] for rank in range(self._world)]
         expected = [sum(map(math.prod, each)) for each in shapes]
-        pieces = self._exchange(sent, counts, expected, parts[0]).split([math.prod(s) for each in shapes for s in each])
+        came = self._exchange(sent, counts, expected, parts[0])
+        pieces = torch.split(came, [math.prod(shape) for each in shapes for shape in each])
         found = {i: parts[0].new_empty(self.items[i].shape) for i in self.owned}
         coming = iter(pieces)
         for rank in range(self._world):
@@ -85,7 +86,8 @@ class Exchange:
         expected = [0] * self._world
         for item, size in zip(self.items, sizes, strict=True):
             expected[item.owner] += size
-        pieces = self._exchange(sent, counts, expected, like).split([sizes[i] for i in self._order])
+        came = self._exchange(sent, counts, expected, like)
+        pieces = torch.split(came, [sizes[i] for i in self._order])
         found = {i: piece.view(shape_of(self.parts[i])) for i, piece in zip(self._order, pieces, strict=True)}
         return [found[i] for i in range(len(self.items))]
 

@@ -79,6 +79,8 @@ def find(rule: Rule) -> AdamKernel | None:
     constraint = tuple(x for x in rule.constraint if type(x) not in BOUNDS)
     if not (isinstance(norm, Smoothed) and isinstance(norm.norm, Max) and isinstance(momentum, EMA)):
         return None
+    if norm.accumulate != "ema":  # a beta of 1, which sums take, is none of an average
+        return None
     decay = constraint[0] if constraint else WeightDecay(0.0)
     if not isinstance(decay, (WeightDecay, L2)):
         return None

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from normopt.engine import mesh as meshes
+from normopt.engine import products
 from normopt.engine.batch import Batch, rate_and_shrink
 from normopt.engine.checks import name_of, names_of
 from normopt.engine.exchange import Exchange, Item, owners
@@ -201,13 +202,19 @@ class Layout:
         """The names of all parameters."""
         return [name for group in self._groups for name in names_of(group)]
 
+    def agree_on_products(self, by_rule: bool) -> None:
+        """Let all ranks multiply matrices as the first has found fastest: replicas must be equal to the bit."""
+        if any(rule_of(group).open_parts for group in self._groups):
+            found = products.choices(self._groups, by_rule) if self.ranks.rank == 0 else {}
+            products.adopt(self._groups, self.ranks.every(found)[0])
+
     def check(self, state: State) -> None:
         """Raise a ``ValueError`` for what this rank can find wrong with numbers and state before anything moves."""
         for wave in self._waves:
             wave.check(self._groups, state)
 
     def waves(self, guard: FiniteGuard, state: State) -> Iterator[ShardedWave]:
-        """The waves of a step: what they bring is there when they come, and is taken back when the next one is asked."""
+        """The waves of a step: what they bring is there when they come, and goes back when the next one comes."""
         for wave in self._waves:
             wave.arrive(self._groups, state, guard)
             yield wave
@@ -250,10 +257,10 @@ class Layout:
             rule = rule_of(group).at(group)
             step_size = rule.step_size
             if step_size.overrides(method) and any(p.grad is not None for p in group["params"]):
-                if method not in step_size.sums:
+                if not getattr(step_size, f"{method}_sums"):
                     raise ValueError(
                         f"{type(step_size).__name__} does not say which sums its {method} makes, which all ranks must "
-                        f"know: give the class sums = {{{method!r}: (names of what it returns)}}"
+                        f"know: give the class {method}_sums = (names of what it returns)"
                     )
                 found.setdefault(kind(step_size), Party(step_size, shared_by(group, rule)))
         return [*found.values()]
@@ -364,7 +371,7 @@ class ShardedWave(Wave):
 
     def _collected(self) -> dict[tuple[Home, str], Tensor]:
         """The whole gradients and weights that come to this rank."""
-        found = {}
+        found: dict[tuple[Home, str], Tensor] = {}
         for bucket in self._coming:
             each = [*zip(bucket.homes, bucket.kinds, strict=True)]
             sent = [home.gradient if what == "gradient" else meshes.local(home.p) for home, what in each]
@@ -374,8 +381,8 @@ class ShardedWave(Wave):
     def _give_gradients(self, came: Mapping[tuple[Home, str], Tensor]) -> None:
         for home, q in self._stand_ins.items():
             if q is not home.p and home.p.grad is not None:
-                g = came[home, "gradient"] if (home, "gradient") in came else home.gradient
-                q.grad = g.to(q.dtype)
+                g = came.get((home, "gradient"))
+                q.grad = (home.gradient if g is None else g).to(q.dtype)
 
     def _local_groups(self, groups: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Each param group, if need be in parts that have one rule and either count in sums or not."""
@@ -435,7 +442,7 @@ class ShardedWave(Wave):
                 factors = [torch.where(found_inf, 0.0, torch.as_tensor(x, device=found_inf.device)) for x in factors]
             wide = [share.to(part.dtype) for share, part in zip(shares, parts, strict=True)]
             if any(isinstance(x, Tensor) or x != 0 for x in factors):
-                parts = torch._foreach_add(parts, [w * x for w, x in zip(wide, factors, strict=True)])
+                parts = [*torch._foreach_add([*parts], [w * x for w, x in zip(wide, factors, strict=True)])]
             torch._foreach_copy_(shares, torch._foreach_add(wide, parts))
         for home in self._owned:
             if not home.is_mine and home.p.grad is not None:

@@ -54,7 +54,7 @@ def find_direction(batch: Batch, totals: Totals) -> Pending:
     if memory is not context.g or isinstance(scale, Tensor) or scale != 1.0:
         context = replace(context, g=memory, scale=scale)
     averaged = rule.momentum(trusted, state, context)  # momentum
-    direction = rule.norm(averaged, state, context)  # direction
+    direction = rule.direction(averaged, state, context)  # direction
     return Pending(batch, context, state, averaged, direction)
 
 

@@ -127,7 +127,7 @@ def dimensions_in(cover: DeviceMesh, mesh: DeviceMesh) -> list[int]:
 
 def part_of(shape: Sequence[int], placements: Sequence[Placement], mesh: Sequence[int], place: Sequence[int]) -> Part:
     """What the rank at ``place`` in a mesh of shape ``mesh`` has of a tensor: from its placements alone."""
-    part = [((0, size),) for size in shape]
+    part: list[tuple[tuple[int, int], ...]] = [((0, size),) for size in shape]
     for i, placement in enumerate(placements):  # from left to right, as DTensors are cut
         if isinstance(placement, Replicate):
             continue
@@ -184,7 +184,7 @@ def put(x: Tensor, part: Part, value: Tensor) -> None:
     """Copy ``value`` to a part of ``x``."""
     for dim, runs in enumerate(part):
         if len(runs) > 1:
-            for run, piece in zip(runs, value.split([end - begin for begin, end in runs], dim), strict=True):
+            for run, piece in zip(runs, torch.split(value, [end - begin for begin, end in runs], dim), strict=True):
                 put(x, (*part[:dim], (run,), *part[dim + 1 :]), piece)
             return
     take(x, part).copy_(value)

@@ -101,8 +101,8 @@ class Poll:
     def _missing(self, outcome: str) -> str:
         names = self._present.names()
         flags = self._ranks.every(self._present.flags)
-        every = [{name for name, flag in zip(names, each, strict=True) if flag} for each in flags]
-        some = sorted(set.union(*every) - set.intersection(*every))
+        every: list[set[str]] = [{name for name, flag in zip(names, each, strict=True) if flag} for each in flags]
+        some = sorted(set().union(*every).difference(every[0].intersection(*every)))
         lacking = [rank for rank, each in enumerate(every) if not each.issuperset(some)]
         more = f" and {len(some) - 5} more" if len(some) > 5 else ""
         return (

@@ -89,10 +89,11 @@ class Totals:
         if not places:
             return {}
         for name, each in sums.items():
-            if {*each} != {*_names(self._first[name].step_size, method)}:
+            known = _names(self._first[name].step_size, method)
+            if {*each} != {*known}:
                 raise ValueError(
-                    f"{name}.{method} has summands {sorted(each)}, but {name}.sums[{method!r}] says "
-                    f"{_names(self._first[name].step_size, method)}: all ranks must know them"
+                    f"{name}.{method} has the summands {sorted(each)}, but says of itself {method}_sums = {known}, "
+                    "which all ranks go by"
                 )
         home = everywhere.device
         nothing = torch.zeros((), dtype=double(home), device=home)
@@ -105,7 +106,8 @@ class Totals:
 
 
 def _names(step_size: StepSize, method: str) -> tuple[str, ...]:
-    return step_size.sums.get(method, ())
+    names: tuple[str, ...] = getattr(step_size, f"{method}_sums")
+    return names
 
 
 def kind(step_size: StepSize) -> str:

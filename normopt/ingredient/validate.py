@@ -20,7 +20,7 @@ def check_range(owner: object, name: str, value: Any, low: float, high: float, *
     """
     if isinstance(value, Option):
         return
-    if not isinstance(value, (Real, Tensor)):
+    if not isinstance(value, (Real, Tensor)) or isinstance(value, bool):
         raise TypeError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
     number = float(value)
     if not (low <= number < high or (closed and number == high)):

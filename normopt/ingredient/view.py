@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normopt.ingredient.base import Ingredient
@@ -27,18 +28,21 @@ class View(Ingredient):
         transpose: swap the last two dimensions: an embedding stores ``(vocabulary, dim)``, one row a token, where the
             operator has one column a token.
         split: cut ``out`` into this many matrices of equal size, each with its own norm: ``split=3`` for a fused QKV
-            matrix, ``split=n_heads`` for heads.
+            matrix, ``split=n_heads`` for heads. A tuple of numbers of rows cuts into parts of these heights, such as
+            query, key and value of grouped-query attention, ``split=(64, 16, 16)``: the direction is found for each
+            part by itself, while momentum, step size and constraints see one matrix.
         groups: cut the first dimension, as it is stored, into this many matrices: the groups of a convolution, which
             is a block-diagonal operator, also where it is transposed.
 
     Raises:
-        TypeError: ``flatten`` or ``transpose`` is no bool, or ``split`` or ``groups`` no whole number.
-        ValueError: ``split`` or ``groups`` is less than 1, or ``groups`` are wanted of a stack, ``flatten=False``.
+        TypeError: ``flatten`` or ``transpose`` is no bool, ``groups`` no whole number, or ``split`` neither a whole
+            number nor several.
+        ValueError: a number is less than 1, ``split`` is empty, or ``groups`` are wanted of a stack, ``flatten=False``.
     """
 
     flatten: bool | None = None
     transpose: bool = False
-    split: int = 1
+    split: int | tuple[int, ...] = 1
     groups: int = 1
 
     def __post_init__(self) -> None:
@@ -48,17 +52,18 @@ class View(Ingredient):
         ):
             if not isinstance(getattr(self, name), kinds):
                 raise TypeError(f"View: {name} must be {wanted}, got {getattr(self, name)!r}")
-        for name in ("split", "groups"):
-            number: Any = getattr(self, name)
-            if isinstance(number, (tuple, list)):
-                raise TypeError(
-                    f"View: {name} must be a whole number of equal parts, got {number!r}; for parts of unequal size "
-                    f"give the number of parts of a size that divides them all, such as one a head, {name}=n_heads"
-                )
+        given: Any = self.split
+        if isinstance(given, (tuple, list)):
+            if not given:
+                raise ValueError("View: split must name the rows of one part at least, got ()")
+            object.__setattr__(self, "split", tuple(given))
+        numbers = [("split", number) for number in (given if isinstance(given, (tuple, list)) else (given,))]
+        for name, number in (*numbers, ("groups", self.groups)):
             if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"View: {name} must be a whole number, got {number!r}")
+                several = ", or a tuple with the rows of each part" if name == "split" else ""
+                raise TypeError(f"View: {name} must be a whole number{several}, got {getattr(self, name)!r}")
             if number < 1:
-                raise ValueError(f"View: {name} must be at least 1, got {number!r}")
+                raise ValueError(f"View: {name} must be at least 1, got {getattr(self, name)!r}")
         if self.groups > 1 and self.flatten is False:
             raise ValueError(f"View: groups={self.groups} cut one matrix, not the stack that flatten=False says")
 
@@ -67,11 +72,25 @@ class View(Ingredient):
         """Whether a contiguous stack can be seen in the parameter's own shape without copying."""
         return self.groups == 1 or not self.transpose
 
+    @property
+    def equal_parts(self) -> int:
+        """How many matrices of the stack one matrix becomes; parts of unequal height stay together."""
+        return self.split if isinstance(self.split, int) else 1
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        """The rows of the parts of each matrix of the stack, where they are unequal; empty where it has no parts."""
+        return () if isinstance(self.split, int) else self.split
+
+    def cut(self, stack: Tensor) -> tuple[Tensor, ...]:
+        """A stack of shape ``(..., out, in)`` by parts, one stack for each height; they share its memory."""
+        return torch.split(stack, [*self.heights], dim=-2) if sum(self.heights) == stack.shape[-2] else (stack,)
+
     def shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """The shape ``(matrices, out, in)`` of the stack that a parameter of ``shape`` is seen as.
 
         Raises:
-            ValueError: ``out`` cannot be cut into ``split`` equal parts, or the first dimension into ``groups``.
+            ValueError: ``out`` cannot be cut as ``split`` says, or the first dimension into ``groups``.
         """
         if len(shape) < 2:
             return (1, 1, math.prod(shape))
@@ -83,9 +102,9 @@ class View(Ingredient):
         lead, m, n = (self.groups, shape[0] // self.groups, math.prod(shape[1:]))
         lead, m, n = (math.prod(shape[:-2]), *shape[-2:]) if stacked else (lead, m, n)
         m, n = (n, m) if self.transpose else (m, n)
-        if m % self.split:
+        if m != sum(self.heights or (m,)) or m % self.equal_parts:
             raise ValueError(f"View: the {m} rows of shape {tuple(shape)} cannot be cut into split={self.split} parts")
-        return (lead * self.split, m // self.split, n)
+        return (lead * self.equal_parts, m // self.equal_parts, n)
 
     def apply(self, x: Tensor) -> Tensor:
         """``x`` as a stack of shape ``(matrices, out, in)``; it shares memory where strides allow."""
@@ -103,7 +122,7 @@ class View(Ingredient):
         if len(shape) < 2:
             return x.view(shape)
         lead = tuple(shape[:-2]) if self.flatten is False else (self.groups,) if self.groups > 1 else ()
-        whole = x.view(*lead, x.shape[-2] * self.split, x.shape[-1])
+        whole = x.view(*lead, x.shape[-2] * self.equal_parts, x.shape[-1])
         whole = whole.mT if self.transpose else whole
         return whole.view(shape) if self.keeps_order else whole.reshape(shape)
 

@@ -2,12 +2,16 @@
 
 from normopt.momentum.averages import EMA, HeavyBall, LionMomentum, Nesterov, TwoSpeed, WarmNesterov
 from normopt.momentum.base import Momentum, NoMomentum
+from normopt.momentum.corrected import Corrected
+from normopt.momentum.mixture import Mixture
 from normopt.momentum.recursive import Recursive
 
 __all__ = [
     "EMA",
+    "Corrected",
     "HeavyBall",
     "LionMomentum",
+    "Mixture",
     "Momentum",
     "Nesterov",
     "NoMomentum",

@@ -4,44 +4,59 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from normopt.ingredient.base import Option
 from normopt.ingredient.stage import Context
 from normopt.ingredient.validate import check_count, check_range
 from normopt.momentum.base import Momentum
+
+
+def check_nesterov(owner: object, value: Any) -> None:
+    """Raise an error that names ``owner`` unless ``value`` is True, False or a weight in [0, 1]."""
+    if not isinstance(value, (bool, float, Option)):
+        raise TypeError(f"{type(owner).__name__}: nesterov must be True, False or a weight such as 0.9, got {value!r}")
+    if isinstance(value, float):
+        check_range(owner, "nesterov", value, 0, 1, closed=True)
+
+
+def ahead(x: Tensor, m: Tensor, beta: float, nesterov: bool | float) -> Tensor:
+    """The average ``m``, or what Nesterov momentum makes of it and the gradient ``x``."""
+    return m if nesterov is False else x.lerp(m, beta if nesterov is True else nesterov)
 
 
 @dataclass(frozen=True)
 class EMA(Momentum):
     """Exponential moving average: ``m <- beta m + (1 - beta) g``.
 
-    Returns ``m``; with ``nesterov``, ``beta m + (1 - beta) g`` of the new ``m`` (as in Muon); with
-    ``bias_correction``, divided by ``1 - beta^step`` (Adam, arXiv 1412.6980). Under a duality map, which ignores the
-    length of its input, it equals the heavy ball of the same beta.
+    Returns ``m``; with ``nesterov``, ``beta m + (1 - beta) g`` of the new ``m`` (as in Muon), or with another weight in
+    place of ``beta``; with ``bias_correction``, divided by ``1 - beta^step`` (Adam, arXiv 1412.6980). Under a duality
+    map, which ignores the length of its input, it equals the heavy ball of the same beta.
 
     Args:
-        beta: decay rate of the average, in [0, 1).
-        nesterov: use Nesterov momentum.
-        bias_correction: correct for the start from 0.
+        beta: decay rate of the average, in [0, 1]. At 1, as in torch.optim.Muon, the average stays what it is: 0 from
+            the start, so that weights only decay.
+        nesterov: use Nesterov momentum; a ``float`` in [0, 1] is the weight of ``m`` beside the gradient (OLion).
+        bias_correction: correct for the start from 0; needs ``beta < 1``.
     """
 
     sees_weights = False
     beta: float = 0.9
-    nesterov: bool = False
+    nesterov: bool | float = False
     bias_correction: bool = False
 
     def __post_init__(self) -> None:
-        check_range(self, "beta", self.beta, 0, 1)
+        check_range(self, "beta", self.beta, 0, 1, closed=self.bias_correction is False)
+        check_nesterov(self, self.nesterov)
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(x)}
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        m = state["momentum"].lerp_(x, 1 - self.beta)
-        if self.nesterov:
-            m = x.lerp(m, self.beta)
+        m = ahead(x, state["momentum"].lerp_(x, 1 - self.beta), self.beta, self.nesterov)
         return m / (1 - self.beta**context.step) if self.bias_correction else m
 
 
@@ -50,7 +65,7 @@ class Nesterov(EMA):
     """Nesterov momentum as in Muon: :class:`EMA` with ``nesterov=True`` and ``beta=0.95``."""
 
     beta: float = 0.95
-    nesterov: bool = True
+    nesterov: bool | float = True
 
 
 @dataclass(frozen=True)

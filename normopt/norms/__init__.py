@@ -5,8 +5,8 @@ from normopt.ingredient import get as _get
 from normopt.ingredient.stage import Direction
 from normopt.norms.base import SCALES, Norm
 from normopt.norms.blocks import PerBlock
-from normopt.norms.entrywise import Euclidean, Max
-from normopt.norms.kyfan import KyFan
+from normopt.norms.entrywise import Euclidean, Lp, Max
+from normopt.norms.kyfan import DualKyFan, KyFan
 from normopt.norms.rows_columns import Column, Row
 from normopt.norms.schatten import Nuclear, Schatten
 from normopt.norms.spectral import Spectral
@@ -15,8 +15,10 @@ __all__ = [
     "SCALES",
     "Column",
     "Direction",
+    "DualKyFan",
     "Euclidean",
     "KyFan",
+    "Lp",
     "Max",
     "Norm",
     "Nuclear",

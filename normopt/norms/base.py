@@ -29,6 +29,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "fan_in": lambda m, n: 1.0 / max(n, 1),
     "sqrt_in": lambda m, n: math.sqrt(n),
     "ratio": lambda m, n: math.sqrt(m / max(n, 1)),
+    "mean_side": lambda m, n: 2.0 / max(m + n, 1),
 }
 
 
@@ -48,7 +49,8 @@ class Norm(Direction):
             norms in place of Euclidean ones, which makes step sizes independent of width (each norm's docstring has its
             factor). ``"max1"``: Muon's sqrt(max(1, m/n)). ``"adamw"``: Moonlight's 0.2 sqrt(max(m, n)). ``"fan_in"``:
             1/n, Scion's for the sign of an output layer. ``"sqrt_in"``: sqrt(n), which gives rows a root mean square of
-            1. ``"ratio"``: sqrt(m/n), the ``"rms"`` of the spectral norm, for any norm. Or a number.
+            1. ``"ratio"``: sqrt(m/n), the ``"rms"`` of the spectral norm, for any norm. ``"mean_side"``: 2/(m + n),
+            SPlus' for signs in a rotated basis. Or a number.
 
     A new norm is a frozen dataclass with the ``unit_*`` methods, which are at scale 1; see docs/extending.md.
 

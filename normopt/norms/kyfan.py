@@ -1,4 +1,4 @@
-"""The sum of the k largest singular values."""
+"""The sum of the k largest singular values, and the dual of that norm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from normopt.ingredient.validate import check_count
+from normopt.ingredient.validate import check_count, check_positive, check_range
 from normopt.norms.base import Scale
 from normopt.norms.schatten import UnitarilyInvariant, gaussian_
 from normopt.numerics.singular import map_singular_values, map_spectrum, simplex_shift, singular_values
@@ -65,6 +65,74 @@ class KyFan(UnitarilyInvariant):
     def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Fill ``w`` with a Gaussian matrix over its norm (the duality map could have rank one). Returns ``w``."""
         return gaussian_(w, self, generator)
+
+
+@dataclass(frozen=True)
+class DualKyFan(UnitarilyInvariant):
+    """The dual of :class:`KyFan`, ``max(s_1, sum(s) / k)``: nuclear for k = 1, spectral for k = min(out, in) and above.
+
+    Dual norm: the sum of the ``k`` largest singular values. Duality map: ``U_k V_k^T``, the polar factor of the ``k``
+    leading singular pairs, by a singular value decomposition (NuMuon, arXiv 2603.03597). ``project`` is exact, by
+    bisection. No second moment. Scale ``"rms"``: sqrt(out/in).
+
+    Args:
+        k: the number of singular values, 1 or more; ``None``: ``fraction`` of them.
+        fraction: ``k`` over the shorter side, in (0, 1], rounded up; only used where ``k`` is ``None``.
+        scale: see :class:`~normopt.norms.Norm`; by keyword.
+    """
+
+    scale: Scale = field(default="rms", kw_only=True)
+    k: int | None = 2
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "fraction", self.fraction)
+        check_range(self, "fraction", self.fraction, 0, 1, closed=True)
+        if self.k is not None:
+            check_count(self, "k", self.k)
+
+    def count(self, m: int, n: int) -> int:
+        """``k`` for an (m x n) matrix."""
+        part = self.fraction * min(m, n)
+        return max(1, math.ceil(part - 1e-9 * part)) if self.k is None else self.k
+
+    def unit_norm(self, w: Tensor) -> Tensor:
+        s = singular_values(w)
+        total = s.sum(dim=-1)
+        return torch.maximum(s[..., 0], total / self.count(*w.shape[-2:])) if w.numel() else total
+
+    def unit_dual_norm(self, g: Tensor) -> Tensor:
+        return singular_values(g)[..., : self.count(*g.shape[-2:])].sum(dim=-1)
+
+    def unit_dualize(self, g: Tensor) -> Tensor:
+        k = self.count(*g.shape[-2:])
+        return map_spectrum(g, lambda s: (s > 0) & (torch.arange(s.shape[-1], device=s.device) < k))
+
+    def unit_project(self, w: Tensor, radius: float) -> Tensor:
+        k = self.count(*w.shape[-2:])
+        return map_singular_values(w, lambda s: _project_dual(s, k * radius, radius))
+
+    def unit_update_rms(self, m: int, n: int) -> float:
+        return math.sqrt(min(self.count(m, n), m, n) / max(m * n, 1))
+
+    def initialize_(self, w: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Fill ``w`` with a Gaussian matrix over its norm (the duality map would have rank k). Returns ``w``."""
+        return gaussian_(w, self, generator)
+
+
+def _project_dual(s: Tensor, total: float, largest: float) -> Tensor:
+    """The point nearest to ``s >= 0`` whose entries are at most ``largest`` and have a sum of at most ``total``.
+
+    It is ``clamp(s - shift, 0, largest)``, whose sum falls as the shift grows.
+    """
+    low, high = torch.zeros_like(s[..., :1]), s[..., :1]
+    fits = s.clamp(max=largest).sum(dim=-1, keepdim=True) <= total
+    for _ in range(BISECTIONS):
+        shift = (low + high) / 2
+        enough = (s - shift).clamp(0, largest).sum(dim=-1, keepdim=True) <= total
+        low, high = torch.where(enough, low, shift), torch.where(enough, shift, high)
+    return (s - torch.where(fits, 0.0, high)).clamp(0, largest)
 
 
 def _project(s: Tensor, k: int, radius: float) -> Tensor:

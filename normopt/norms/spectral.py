@@ -15,9 +15,10 @@ from normopt.norms.schatten import UnitarilyInvariant
 from normopt.numerics.eigen import Eps, matrix_power
 from normopt.numerics.lengths import euclidean
 from normopt.numerics.singular import map_singular_values, singular_values
+from normopt.polar.choice import Choice
 from normopt.polar.coefficients import PolarCoefficients
 from normopt.polar.decompositions import exact
-from normopt.polar.factor import METHODS, polar
+from normopt.polar.factor import METHODS, choose, key, polar
 
 SIDES = ("both", "smaller")
 
@@ -38,8 +39,8 @@ class Spectral(UnitarilyInvariant):
         method: ``"newton-schulz"``, ``"polar-express"``, ``"gram"``, ``"exact"``, ``"auto"`` (the fastest one for the
             shape, dtype and device) or a :class:`~normopt.polar.PolarCoefficients`.
         steps: number of iterations; ``None``: the method's default.
-        dtype: the dtype of the iteration, a ``torch.dtype`` or its name, such as ``"bfloat16"``; ``None``: the tensor's
-            own.
+        dtype: the dtype of the iteration, a ``torch.dtype`` or its name, such as ``"bfloat16"``; ``"auto"``: at least
+            bfloat16's accuracy, in whichever dtype is fastest; ``None``: the tensor's own.
         sides: which matrices ``second_moment`` returns: ``"both"``, or only the ``"smaller"`` one, which is ``G^T G``
             for a square matrix, with ``whiten(M, (L,)) = L^(-1/2) M`` or ``M R^(-1/2)`` (ASGO, arXiv 2503.20762).
         exponent: the power of each inverse root in ``whiten``; ``None``: 1/4 for two sides, 1/2 for one.
@@ -84,7 +85,23 @@ class Spectral(UnitarilyInvariant):
         return singular_values(g).sum(dim=-1)
 
     def unit_dualize(self, g: Tensor) -> Tensor:
-        return polar(g, self.method, self.steps, getattr(torch, str(self.dtype)) if self.dtype else None)
+        return polar(g, self.method, self.steps, self._products())
+
+    @trait
+    def is_open(self) -> bool:
+        """Whether the form or the dtype of products is chosen by shape and device."""
+        return self.method != "exact" and "auto" in (self.method, self.dtype)
+
+    def choose(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Choice:
+        """The form and dtype of products for matrices of this shape, dtype and device."""
+        return choose(shape, dtype, device, self.method, self.steps, self._products())
+
+    def key(self, shape: tuple[int, ...]) -> str:
+        """What that choice is kept under, in a param group's ``"products"``."""
+        return key(shape, self.method, self.steps, self._products())
+
+    def _products(self) -> torch.dtype | str | None:
+        return "auto" if self.dtype == "auto" else getattr(torch, str(self.dtype)) if self.dtype else None
 
     def unit_project(self, w: Tensor, radius: float) -> Tensor:
         return map_singular_values(w, lambda s: s.clamp(max=radius))
@@ -146,10 +163,10 @@ def _taken(sides: tuple[Tensor, ...]) -> list[bool]:
 
 
 def _name_of_float(dtype: object) -> str | None:
-    """``"bfloat16"`` for ``torch.bfloat16`` or for its name; a ``ValueError`` for what is no dtype for floats."""
+    """A dtype for floats by its name, or ``"auto"``; a ``ValueError`` for anything else."""
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-    if name is None:
-        return None
+    if name is None or name == "auto":
+        return name
     found = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(name, str) or not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"Spectral: dtype must be the name of a torch dtype for floats like 'bfloat16', got {dtype!r}")

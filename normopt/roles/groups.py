@@ -18,7 +18,7 @@ from normopt.ingredient.view import View, is_small
 from normopt.roles.geometries import GEOMETRIES, adam_options
 from normopt.roles.infer import infer_roles
 from normopt.roles.modules import Role, kind_of
-from normopt.roles.options import ROLES, Geometry, entry, merged
+from normopt.roles.options import ROLES, Geometry, entry, merged, relative
 from normopt.stepsize.base import StepSize
 from normopt.stepsize.fixed import Constant
 from normopt.stepsize.free import LearningRateFree
@@ -118,7 +118,7 @@ def _grouped(parameters: Mapping[str, Tensor], found: Mapping[str, Role], table:
     for name, role in found.items():
         if role.name not in table and "*" not in table:
             raise ValueError(f"the geometry has no entry for role {role.name!r} (parameter {name!r}); add it or '*'")
-        options = merged(entry(table, role.name), role.options)
+        options = relative(role.options, entry(table, role.name))
         key = (role.name, role.view, repr(sorted(options.items(), key=lambda item: item[0])))
         groups.setdefault(key, options)
         members[key].append((name, role))

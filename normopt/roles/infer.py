@@ -31,8 +31,8 @@ def infer_roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
       block-diagonal: one matrix a group.
     * ``nn.MultiheadAttention`` and recurrent layers: ``linear``, their fused matrices split into the 3 or 4 they hold.
     * layers named ``qkv``, ``qkv_proj``, ``Wqkv``, ``c_attn`` or ``gate_up_proj``: ``linear``, split into the 3 or 2
-      matrices that they stack, where these are of equal size. Query, key and value of grouped-query attention are not:
-      they are kept as one matrix, and ``{"view": {"split": n}}`` with one matrix a head is the way to cut them.
+      matrices that they stack. Query, key and value of grouped-query attention are of unequal height,
+      ``View(split=(64, 16, 16))``; ``{"view": {"split": n}}`` with one matrix a head cuts them further.
     * tensors with three dimensions in a module named after experts: ``linear``, a stack with one matrix an expert;
       their biases are vectors. A router's matrix is ``linear``.
     * ``weight_norm``: its gains (``weight_g``, ``original0``) are vectors, its directions have the layer's role.
@@ -50,7 +50,8 @@ def infer_roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
     Args:
         model: any module.
         overrides: a table from glob patterns over parameter names to role names, norms or dicts of param-group options
-            (``"role"``, ``"view"``, ``"norm"``, ``"lr"`` ...). Later patterns win. A dict for ``"view"`` is laid over
+            (``"role"``, ``"view"``, ``"norm"``, ``"lr"`` ...). Later patterns win. A ``"lr_ratio"`` multiplies the rate
+            or the ratio that the role has. A dict for ``"view"`` is laid over
             the view that the parameter has, ``{"split": 1}`` undoes a split; a ``View`` takes its place.
 
     Raises:

@@ -19,6 +19,9 @@ EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
 #: Names of layers that compute query, key and value at once, stacked in this order.
 QKV = ("qkv", "qkv_proj", "c_attn", "Wqkv")
 
+#: Names of the layers beside them, which take as many inputs as there are queries.
+ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "proj", "Wo")
+
 #: Attention modules whose fused rows are ordered by head, or by device, under one of the names above.
 INTERLEAVED = ("CodeGenAttention", "GPTBigCodeAttention")
 
@@ -116,26 +119,45 @@ def _known(module: nn.Module, key: str, parameter: Tensor, leaf: str, owner: nn.
     return None
 
 
-def _fused(leaf: str, owner: nn.Module, rows: int, columns: int) -> tuple[int, str]:
-    """How many matrices of equal size a projection of that name stacks, and what they are; (1, "") for others."""
+def _fused(leaf: str, owner: nn.Module, rows: int, columns: int) -> tuple[int | tuple[int, ...], str]:
+    """How a projection of that name is split into what it stacks, and what that is; (1, "") for others."""
     if leaf == "gate_up_proj" and rows % 2 == 0:
         return 2, "gate and up, split into 2 matrices"
-    if leaf == "query_key_value" or (leaf in QKV and not kinds_of(owner).isdisjoint(INTERLEAVED)):
+    by_head = not kinds_of(owner).isdisjoint(INTERLEAVED) and not getattr(owner, "multi_query", False)
+    if leaf == "query_key_value" or (leaf in QKV and by_head):
         return 1, "query, key and value in an order of the model's own, kept as one matrix"
     if leaf not in QKV:
         return 1, ""
-    heads, width = (getattr(owner, name, None) for name in ("num_key_value_heads", "head_dim"))
-    if isinstance(heads, int) and isinstance(width, int) and rows != 3 * heads * width:
-        keys = heads * width
-        return 1, (
-            f"query ({rows - 2 * keys} rows), key and value ({keys} rows each), which are no parts of equal size: kept "
-            f"as one matrix; {{'view': {{'split': {rows // width}}}}} makes every head a matrix"
-        )
-    if rows == 3 * columns or isinstance(heads, int):
-        return 3, "query, key and value, split into 3 matrices"
-    if leaf == "c_attn" and rows == 2 * columns:
+    if leaf == "c_attn" and rows == 2 * columns and not getattr(owner, "multi_query", False):
         return 2, "key and value, split into 2 matrices"
+    keys = _key_rows(owner, rows)
+    if rows == 3 * (keys or columns):
+        return 3, "query, key and value, split into 3 matrices"
+    if keys:
+        return (rows - 2 * keys, keys, keys), (
+            f"query ({rows - 2 * keys} rows), key and value ({keys} rows each), a matrix each"
+        )
     return 1, "a fused projection whose parts are not known, kept as one matrix"
+
+
+def _key_rows(owner: nn.Module, rows: int) -> int:
+    """How many of the rows of query, key and value are keys, and as many values; 0 where the attention does not say.
+
+    Attention says so by its number of key heads, or its output layer by its inputs, which are as many as queries.
+    """
+    heads, width = (getattr(owner, name, None) for name in ("num_key_value_heads", "head_dim"))
+    if isinstance(heads, int) and isinstance(width, int):
+        keys = heads * width
+    else:
+        found = (getattr(owner, name, None) for name in ATTENTION_OUT)
+        queries = next((_inputs(layer) for layer in found if isinstance(layer, nn.Module)), 0)
+        keys = (rows - queries) // 2 if queries and (rows - queries) % 2 == 0 else 0
+    is_whole = not isinstance(width, int) or (width > 0 and keys % width == 0)
+    return keys if is_whole and 0 < keys <= rows - 2 * keys else 0
+
+
+def _inputs(layer: nn.Module) -> int:
+    return layer.in_features if isinstance(layer, nn.Linear) else int(getattr(layer, "nx", 0))
 
 
 def _of_experts(module: nn.Module, key: str, parameter: Tensor, leaf: str) -> Role | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -41,6 +42,17 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(below, Momentum) and isinstance(options["momentum"], (int, float)):
             options["momentum"] = with_beta(below, options["momentum"])
     return options
+
+
+def relative(options: Mapping[str, Any], role: Mapping[str, Any]) -> dict[str, Any]:
+    """What an override says, laid over what the parameter's role has: a ``lr_ratio`` multiplies the role's own.
+
+    So that layer-wise decay scales what every role has. An ``lr`` in the override stands for itself.
+    """
+    found, ratios = merged(role, options), [each.get("lr_ratio") for each in (role, options)]
+    if "lr" not in options and all(isinstance(ratio, (int, float)) for ratio in ratios):
+        found["lr_ratio"] = math.prod(ratios)
+    return found
 
 
 def _several(bounds: Any) -> tuple[Any, ...]:

@@ -52,9 +52,10 @@ class StepSize(Ingredient):
     times: ClassVar[str] = ""
     #: Names of the numbers from ``conclude`` that a momentum may read, see ``Momentum.needs``.
     provides: ClassVar[frozenset[str]] = frozenset()
-    #: The names of the summands that ``survey`` and ``measure`` return, by method: on sharded models they are added up
+    #: The names of the summands that ``survey`` returns, and those of ``measure``: on sharded models they are added up
     #: over all processes, also those that have nothing to add.
-    sums: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    survey_sums: ClassVar[tuple[str, ...]] = ()
+    measure_sums: ClassVar[tuple[str, ...]] = ()
 
     @property
     def reach(self) -> float | None:

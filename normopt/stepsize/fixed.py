@@ -67,7 +67,7 @@ class Dual(StepSize):
     sees_weights = False
     times = "dual norm"
     reduces = "entry"
-    sums = {"measure": ("dual_norm",)}
+    measure_sums = ("dual_norm",)
 
     def measure(self, x: Tensor, d: Tensor, context: Context) -> dict[str, Tensor]:
         return {"dual_norm": (x * d).sum()}
@@ -113,7 +113,8 @@ class Storm(StepSize):
     times = "STORM+ rate"
     provides = frozenset({"a"})
     reduces = "entry"
-    sums = {"survey": ("gradients",), "measure": ("averages",)}
+    survey_sums = ("gradients",)
+    measure_sums = ("averages",)
     a0: float = 1.0
     b0: float = 1.0
 

@@ -22,7 +22,7 @@ class LearningRateFree(StepSize):
     """
 
     _abstract = True
-    sums = {"survey": ("numerator", "denominator")}
+    survey_sums = ("numerator", "denominator")
     d0: float = 1e-6
     growth_rate: float = float("inf")
     radius: float = 1.0

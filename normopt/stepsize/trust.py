@@ -58,7 +58,7 @@ class TrustRatio(StepSize):
 
     times = "trust ratio"
     reduces = "all"
-    sums = {"survey": ("square",)}
+    survey_sums = ("square",)
     weight_decay: float = 0.0
     always_adapt: bool = True
     clip: float = float("inf")

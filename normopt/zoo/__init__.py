@@ -11,18 +11,21 @@ from normopt.ingredient import nearest
 from normopt.optimizer import SteepestDescent
 from normopt.zoo.adam import Adafactor, Adagrad, Adam, Adamax, AdamW, AdEMAMix, NAdam, RMSprop
 from normopt.zoo.base import DeclaredOptimizer, FixedStepOptimizer, arg
+from normopt.zoo.blocks import AdamMini, SubsetNorm
 from normopt.zoo.hyperball import AdamH, MuonH, NaP
 from normopt.zoo.layerwise import LAMB, LARS, NovoGrad
 from normopt.zoo.learning_rate_free import DAdaptAdam, Prodigy
 from normopt.zoo.matrices import FixedStepMatrixOptimizer, MatrixOptimizer
 from normopt.zoo.muon import Muon, MuonPlusPlus
+from normopt.zoo.muon_chains import RMNP, Muon2, MuonEq, OLion
 from normopt.zoo.muon_variants import AdaMuon, AuON, Dion, HybridAuON, MuonPlus, NorMuon, PolarGrad
 from normopt.zoo.norm_descent import ColumnDescent, NormalizedSGD, NuclearDescent, RowDescent, SpectralDescent
 from normopt.zoo.scale_invariant import SGDP, AdamP
 from normopt.zoo.scion import Scion
 from normopt.zoo.sgd import SGD, STORMPlus
-from normopt.zoo.shampoo import ASGO, DASGO, SOAP, KLShampoo, Shampoo
+from normopt.zoo.shampoo import ASGO, DASGO, SOAP, KLShampoo, Shampoo, SPlus
 from normopt.zoo.sign import Lion, SignSGD, Signum
+from normopt.zoo.spectra import SPECTRA, HTMuon, NuMuon
 from normopt.zoo.stateless import ARO, SCALE, SWAN, SinkGD
 
 __all__ = [
@@ -31,10 +34,12 @@ __all__ = [
     "DASGO",
     "LAMB",
     "LARS",
+    "RMNP",
     "SCALE",
     "SGD",
     "SGDP",
     "SOAP",
+    "SPECTRA",
     "SWAN",
     "AdEMAMix",
     "AdaMuon",
@@ -42,6 +47,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamH",
+    "AdamMini",
     "AdamP",
     "AdamW",
     "Adamax",
@@ -52,11 +58,14 @@ __all__ = [
     "Dion",
     "FixedStepMatrixOptimizer",
     "FixedStepOptimizer",
+    "HTMuon",
     "HybridAuON",
     "KLShampoo",
     "Lion",
     "MatrixOptimizer",
     "Muon",
+    "Muon2",
+    "MuonEq",
     "MuonH",
     "MuonPlus",
     "MuonPlusPlus",
@@ -65,11 +74,14 @@ __all__ = [
     "NorMuon",
     "NormalizedSGD",
     "NovoGrad",
+    "NuMuon",
     "NuclearDescent",
+    "OLion",
     "PolarGrad",
     "Prodigy",
     "RMSprop",
     "RowDescent",
+    "SPlus",
     "STORMPlus",
     "Scion",
     "Shampoo",
@@ -77,6 +89,7 @@ __all__ = [
     "Signum",
     "SinkGD",
     "SpectralDescent",
+    "SubsetNorm",
     "arg",
     "create",
     "list_optimizers",

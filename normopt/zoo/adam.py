@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normopt.constraints import L2, WeightDecay
 from normopt.directions import Chain, Clipped, Factored, Smoothed
-from normopt.ingredient import option
+from normopt.ingredient import check_range, option
 from normopt.momentum import EMA, HeavyBall, TwoSpeed, WarmNesterov
 from normopt.norms import Euclidean, Max
 from normopt.rule import Rule
@@ -189,10 +189,11 @@ class Adafactor(FixedStepOptimizer):
         doc="the least that a gradient is divided by (``None``: the ``eps`` of the working dtype), and the least size "
         "of weights.",
     )
-    d: float = arg(default=1.0, doc="largest root mean square of ``u``, positive.")
+    d: float = arg(default=1.0, doc="largest root mean square of ``u``, 1 or more, as in torch.")
     weight_decay: float = 0.0
 
     def rule(self) -> Rule:
+        check_range(self, "d", self.d, 1, float("inf"))
         factored = Factored(option("beta2_decay"), option("eps", 0))
         direction = Chain(factored, Clipped(Euclidean(), option("d")))
         decay = WeightDecay(option("weight_decay"))

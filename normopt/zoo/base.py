@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from normopt.ingredient import get, nearest, option
+from normopt.ingredient import check_range, get, nearest, option
 from normopt.optimizer import SteepestDescent
 from normopt.roles.options import Geometry
 from normopt.rule import INGREDIENTS, Rule
@@ -59,7 +59,7 @@ ARGUMENTS: dict[str, str] = {
     "params": "parameters, param groups or a whole model.",
     "lr": "learning rate.",
     "weight_decay": "decoupled weight decay.",
-    "momentum": "decay rate of the average of gradients, in [0, 1).",
+    "momentum": "decay rate of the average of gradients, in [0, 1].",
     "beta2": "decay rate of ``v``.",
     "betas": "decay rates of the averages of the gradient and of its square.",
     "eps": "added to the root of the second moment.",
@@ -69,7 +69,10 @@ ARGUMENTS: dict[str, str] = {
     "decoupled_weight_decay": "shrink the weights instead.",
     "scale": "see :class:`~normopt.norms.Norm`.",
     "orthogonalize": "the method of :func:`normopt.polar.polar`.",
-    "orthogonalize_dtype": "the dtype of the iteration that ``orthogonalize`` names.",
+    "orthogonalize_dtype": (
+        'the dtype of the iteration that ``orthogonalize`` names; ``"auto"``: the accuracy of bfloat16 or better, '
+        "whichever is fastest for the shape on this machine."
+    ),
     "ns_steps": 'steps of the iteration; ``None``: the method\'s own (5 for ``"newton-schulz"``).',
     "precondition_frequency": "steps from one change of basis to the next.",
     "lr_ratio": "length of this rule's steps over ``lr``.",
@@ -122,13 +125,19 @@ class Declared(SteepestDescent):
     _arguments: ClassVar[dict[str, Arg]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
         above: dict[str, Arg] = {}
         for base in reversed(cls.__bases__):
             above |= getattr(base, "_arguments", {})
         own = _declared_in(cls) | _defaults_in(cls, above)
         if own and "__init__" not in vars(cls):
             _check_constructors(cls)
+        for name, a in own.items():
+            if type(a.default).__hash__ is None:
+                kind = type(a.default).__name__
+                raise TypeError(
+                    f"{cls.__name__}: the default of {name!r} is a {kind}, which all optimizers of the class would "
+                    "share and could change; declare a tuple, or None and make it in rule()"
+                )
         own = {name: a._replace(doc=a.doc or above.get(name, a).doc) for name, a in own.items()}
         words = {name for name, a in (above | own).items() if a.kw_only}
         order = [name for name in above | own if name not in words] + [name for name in own | above if name in words]
@@ -137,6 +146,7 @@ class Declared(SteepestDescent):
             cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
         if is_declared(cls):
             cls.__doc__ = _documentation(cls)
+        super().__init_subclass__(**kwargs)  # the last, so that the registry has no class that was refused
 
     @classmethod
     def _is_abstract(cls) -> bool:
@@ -192,6 +202,11 @@ def with_radius(step_size: str | StepSize) -> StepSize:
     """The step size of that name; one that finds the learning rate reads ``radius`` from the param group."""
     found = get(StepSize, step_size)
     return replace(found, radius=option("radius")) if isinstance(found, LearningRateFree) else found
+
+
+def check_beta1(optimizer: object, betas: tuple[float, float]) -> None:
+    """Raise a ``ValueError`` unless the first beta lies in [0, 1), for averages whose start is not corrected for."""
+    check_range(optimizer, "betas", option("betas", 0).value({"betas": betas}), 0, 1)
 
 
 def beta2_of(betas: tuple[float, float]) -> float:
@@ -316,6 +331,7 @@ class FixedStepOptimizer(Declared):
     fused: bool | None = arg(default=None, kw_only=True)
     capturable: bool = arg(default=False, kw_only=True)
     compile: bool = arg(default=False, kw_only=True)
+    deterministic: bool = arg(default=False, kw_only=True)
     differentiable: bool = arg(default=False, kw_only=True)
     mesh: DeviceMesh | None = arg(default=None, kw_only=True)
     process_group: Any = arg(default=None, kw_only=True)

@@ -64,7 +64,7 @@ class MuonH(FixedStepOptimizer):
     momentum: float = 0.95
     nesterov: bool = True
     orthogonalize: str | PolarCoefficients = arg(default="newton-schulz", kw_only=True)
-    orthogonalize_dtype: torch.dtype | str | None = arg(default=torch.bfloat16, kw_only=True)
+    orthogonalize_dtype: torch.dtype | str | None = arg(default="auto", kw_only=True)
     aux_lr: float | None = arg(
         default=None, doc="learning rate of Adam for embeddings, vectors and scalars; ``None``: ``lr``.", kw_only=True
     )

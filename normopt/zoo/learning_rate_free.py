@@ -12,7 +12,7 @@ from normopt.norms import Max
 from normopt.rule import Rule
 from normopt.stepsize import DAdaptation, StepSize
 from normopt.stepsize import Prodigy as ProdigyStep
-from normopt.zoo.base import FixedStepOptimizer, arg, beta2_of
+from normopt.zoo.base import FixedStepOptimizer, arg, beta2_of, check_beta1
 
 BETAS = (option("betas", 0), option("betas", 1))
 
@@ -46,6 +46,7 @@ class Prodigy(FixedStepOptimizer):
     slice_p: int = arg(default=1, doc="estimate from every ``slice_p``-th entry only, to save memory.")
 
     def rule(self) -> Rule:
+        check_beta1(self, self.betas)
         self.beta3 = beta2_of(self.betas) ** 0.5 if self.beta3 is None else self.beta3
         return _adam(self._estimate(), decouple=self.decouple)
 
@@ -85,6 +86,7 @@ class DAdaptAdam(FixedStepOptimizer):
     radius: float = arg(default=1.0, doc="how far these tensors go beside those of other param groups.")
 
     def rule(self) -> Rule:
+        check_beta1(self, self.betas)
         bias = BETAS if self.use_bias_correction else None
         estimate = DAdaptation(self.d0, option("growth_rate"), option("radius"), bias, option("betas", 1))
         return _adam(estimate, decouple=self.decouple)

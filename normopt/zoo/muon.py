@@ -21,7 +21,8 @@ class Muon(MatrixOptimizer):
     """Momentum, then the polar factor: steepest descent under the spectral norm (Jordan et al. 2024).
 
     ``m <- momentum m + (1 - momentum) g``; ``u = momentum m + (1 - momentum) g`` with Nesterov, else ``m``;
-    ``w <- (1 - lr weight_decay) w - lr scale polar(u)``. Arguments and defaults are those of torch.optim.Muon. Both
+    ``w <- (1 - lr weight_decay) w - lr scale polar(u)``. Arguments and defaults are those of torch.optim.Muon, and so
+    are its results within the error of bfloat16; ``orthogonalize_dtype=torch.bfloat16`` computes them as it does. Both
     rules share one optimizer, one learning-rate schedule and one checkpoint.
     """
 
@@ -43,7 +44,7 @@ class Muon(MatrixOptimizer):
         '0.2 sqrt(max(m, n)). ``"spectral_unclamped"``: sqrt(m/n), the RMS -> RMS norm.',
     )
     orthogonalize: str | PolarCoefficients = arg(default="newton-schulz", kw_only=True)
-    orthogonalize_dtype: torch.dtype | str | None = arg(default=torch.bfloat16, kw_only=True)
+    orthogonalize_dtype: torch.dtype | str | None = arg(default="auto", kw_only=True)
     aux_lr: float | None = arg(
         default=None,
         doc='learning rate of AdamW for all other tensors; by default ``lr`` under ``"match_rms_adamw"`` and '

@@ -48,7 +48,7 @@ class NorMuon(MatrixOptimizer):
     ns_steps: int | None = None
     eps: float = arg(default=1e-10, doc="added to the roots of ``v``.")
     orthogonalize: str | PolarCoefficients = arg(default="newton-schulz", kw_only=True)
-    orthogonalize_dtype: torch.dtype | str | None = arg(default=torch.bfloat16, kw_only=True)
+    orthogonalize_dtype: torch.dtype | str | None = arg(default="auto", kw_only=True)
     aux_lr: float | None = arg(default=None, doc=HALF_LR, kw_only=True)
 
     def rule(self) -> Rule:
@@ -72,7 +72,7 @@ class AdaMuon(FixedStepMatrixOptimizer):
     ns_steps: int | None = None
     eps: float = arg(default=1e-8, doc="added to the root of ``v``.")
     orthogonalize: str | PolarCoefficients = arg(default="newton-schulz", kw_only=True)
-    orthogonalize_dtype: torch.dtype | str | None = arg(default=torch.bfloat16, kw_only=True)
+    orthogonalize_dtype: torch.dtype | str | None = arg(default="auto", kw_only=True)
 
     def rule(self) -> Rule:
         polar = Spectral("unit", self.orthogonalize, self.ns_steps, self.orthogonalize_dtype)
@@ -98,7 +98,7 @@ class MuonPlus(MatrixOptimizer):
         default="row_col", doc='``"none"``, ``"row"``, ``"col"``, ``"row_col"`` (rows, then columns) or ``"col_row"``.'
     )
     orthogonalize: str | PolarCoefficients = arg(default="newton-schulz", kw_only=True)
-    orthogonalize_dtype: torch.dtype | str | None = arg(default=torch.bfloat16, kw_only=True)
+    orthogonalize_dtype: torch.dtype | str | None = arg(default="auto", kw_only=True)
 
     def rule(self) -> Rule:
         check_choice(self, "normalize", self.normalize, NORMALIZATIONS)

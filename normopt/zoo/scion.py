@@ -120,7 +120,9 @@ def _initialize(p: Tensor, rule: Rule, generator: torch.Generator | None, is_vec
     assert isinstance(norm, Norm)
     dtype = torch.promote_types(p.dtype, torch.float32)
     if not is_vector:
-        x = norm.initialize_(torch.empty(rule.view.shape(p.shape), dtype=dtype, device=p.device), generator)
+        x = torch.empty(rule.view.shape(p.shape), dtype=dtype, device=p.device)
+        for part in rule.view.cut(x):
+            norm.initialize_(part, generator)
     else:
         x = rule.view.apply(p).to(dtype)
         size = norm.norm(x)[..., None, None]

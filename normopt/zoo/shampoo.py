@@ -12,7 +12,7 @@ from normopt.norms import Column, Direction, Euclidean, Max, Spectral
 from normopt.roles.options import Geometry
 from normopt.rule import Rule
 from normopt.stepsize import Constant
-from normopt.zoo.base import DeclaredOptimizer, arg, beta2_of
+from normopt.zoo.base import DeclaredOptimizer, arg, beta2_of, check_beta1
 from normopt.zoo.matrices import FixedStepMatrixOptimizer, MatrixOptimizer
 
 #: Whose length an update of Shampoo can have.
@@ -122,6 +122,32 @@ class SOAP(DeclaredOptimizer):
         return Rule(direction, EMA(option("betas", 0), bias_correction=unbiased), constraint=(decay,))
 
 
+class SPlus(DeclaredOptimizer):
+    """Signs in Shampoo's eigenbasis: ``w <- w - lr 2/(out + in) Q_L sign(Q_L^T m Q_R) Q_R^T`` (arXiv 2506.07254).
+
+    ``m <- beta1 m + (1 - beta1) g``; ``Q_L`` and ``Q_R`` are the eigenvectors of averages of ``g g^T`` and ``g^T g``;
+    then ``w <- (1 - lr weight_decay) w``. Arguments are those of pytorch_optimizer, which decays by ``2/(out + in)`` of
+    that, starts from bases of the identity where here the first gradient only builds them, and averages the weights.
+    """
+
+    lr: float | Tensor = 0.1
+    betas: tuple[float, float] = arg(default=(0.9, 0.999), doc="decay rates of ``m`` and of the averages of ``g g^T``.")
+    weight_decay: float = arg(default=0.0, doc="decoupled weight decay, of the weights after the update.")
+    inverse_steps: int = arg(default=100, doc="steps from one eigendecomposition to the next.")
+    nonstandard_constant: float = arg(default=1e-3, doc="size of the entries of a vector's update over ``lr``.")
+    max_dim: int = arg(default=10000, doc="longer sides are not rotated.")
+
+    def table(self) -> Geometry:
+        """Given a whole model, vectors and scalars move by signs and are not decayed."""
+        sign = {"norm": Max(self.nonstandard_constant), "weight_decay": 0.0}
+        return {"vector": sign, "scalar": sign}
+
+    def rule(self) -> Rule:
+        basis = Eigenbasis(option("betas", 1), option("inverse_steps"), self.max_dim, exact=True)
+        decay = WeightDecay(option("weight_decay"), after=True)
+        return Rule(Rotated(Max("mean_side"), basis), EMA(option("betas", 0)), constraint=(decay,))
+
+
 class KLShampoo(MatrixOptimizer):
     """Shampoo with factors that are learnt from gradients whitened by each other, and exponents 1/2 (arXiv 2509.03378).
 
@@ -140,6 +166,7 @@ class KLShampoo(MatrixOptimizer):
     init_factor: float = arg(default=0.1, doc="what all eigenvalues start from.")
 
     def rule(self) -> Rule:
+        check_beta1(self, self.betas)
         numbers = option("betas", 1), option("eps"), option("precondition_frequency")
         decay = WeightDecay(option("weight_decay"), True, self.cautious)
         return Rule(KLWhitened(*numbers, self.init_factor), EMA(option("betas", 0)), constraint=(decay,))

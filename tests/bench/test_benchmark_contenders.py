@@ -17,10 +17,10 @@ import pytest
 import normopt
 from benchmarks import peers
 from benchmarks.__main__ import main, make_parser
+from benchmarks.contenders import Contender, read_contenders
 from benchmarks.harness import PlanError, state_bytes
 from benchmarks.language import train as training
 from benchmarks.language import workers
-from benchmarks.language.contenders import Contender, read_contenders
 from benchmarks.language.data import Corpus
 from benchmarks.language.presets import TUNED, RunConfig, read_tuned, variants
 from benchmarks.language.train import Run, make_optimizer, train

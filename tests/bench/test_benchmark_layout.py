@@ -18,9 +18,10 @@ FOLDERS = ("language", "cost", "probes", "output")
 #: What each part may import of the others; a module of a folder may also import the rest of its folder.
 ALLOWED = {
     "__main__": {"language", "cost", "probes", "arguments", "harness", "output"},
-    "language": {"peers", "harness", "output"},
+    "language": {"contenders", "peers", "harness", "output"},
     "cost": {"peers", "harness", "output"},
-    "probes": {"harness", "output"},
+    "probes": {"contenders", "peers", "harness", "output"},
+    "contenders": {"peers", "harness"},
     "peers": {"harness", "output"},
     "harness": {"output"},
     "arguments": set(),

@@ -39,7 +39,7 @@ def test_counted_operations(name: str, dtype: str, rectangles: int, squares: int
 def test_every_method_is_measured_in_both_dtypes() -> None:
     found = [(c.name, c.dtype) for c in bench.contenders_for((1, 24, 48))]
     assert found[0] == (bench.BASELINE, "bfloat16") and len(set(found)) == len(found)
-    assert {name for name, _ in found} == {*METHODS, bench.BASELINE, "four steps"}
+    assert {name for name, _ in found} == {*METHODS, bench.BASELINE, bench.MUON, "four steps"}
     for name in {*METHODS, "four steps"} - {"exact", "auto"}:
         assert {dtype for other, dtype in found if other == name} == {"float32", "bfloat16"}
 

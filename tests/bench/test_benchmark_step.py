@@ -60,7 +60,14 @@ def test_hidden_matrices_and_the_rest_are_all_parameters() -> None:
 def row(name: str, mean: float, family: str = "lion", parameters: str = "quick") -> dict[str, Any]:
     quartiles, rate = [mean / 2, mean, mean * 2], {"float32": 1e9, "bfloat16": 2e9}
     own = {"set": parameters, "family": family, "name": name, "mean": mean, "quartiles": quartiles}
-    return {**own, "product_rate": rate, "flops": 1e6, "parameters": 10**6, "state_bytes_per_parameter": 4.0}
+    return {
+        **own,
+        "product_rate": rate,
+        "flops": 1e6,
+        "parameters": 10**6,
+        "state_bytes_per_parameter": 4.0,
+        "first": 0.25,
+    }
 
 
 def test_ratios_are_to_the_fastest_peer_of_the_family_on_the_set() -> None:
@@ -69,6 +76,7 @@ def test_ratios_are_to_the_fastest_peer_of_the_family_on_the_set() -> None:
     assert reference(rows[0], rows) is rows[2] and reference(rows[-1], rows) is None
     cells = line(rows[0], rows)
     assert cells["/ fastest peer"] == "0.67" and cells["GEMM limit"] == "50%" and cells["mean ms"] == "2"
+    assert cells["first ms"] == "250"
     assert line(rows[-1], rows)["/ fastest peer"] == ""
     assert line(row("normopt Muon", 1e-3, "muon"), rows)["GEMM limit"] == "50%", "bfloat16"
 
@@ -78,6 +86,8 @@ def test_the_command_writes_a_table_and_a_plot(tmp_path: Path, capsys: pytest.Ca
     arguments = ["--threads", "1", "--families", "adamw,lion", "--compile", "--out", str(tmp_path)]
     assert main(["step", "--smoke", *arguments]) == 0
     rows = read_rows(tmp_path / "step.jsonl").values()
+    times = {row["name"]: row["first"] for row in rows}
+    assert times["normopt Lion, compiled"] > 10 * times["normopt Lion"], "compilation is in the first step"
     assert {row["family"] for row in rows} == {"adamw", "lion"} and all(len(row["seconds"]) == 3 for row in rows)
     assert "torch AdamW, fused" in capsys.readouterr().out
     assert (

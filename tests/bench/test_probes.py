@@ -14,7 +14,7 @@ from torch import Tensor
 import normopt
 from benchmarks.__main__ import main
 from benchmarks.output.records import read_rows
-from benchmarks.probes.command import PEERS, REPRESENTATIVES, SLOW, contenders
+from benchmarks.probes.command import PEERS, REPRESENTATIVES, SLOW, contenders, installed
 from benchmarks.probes.torch_contract import LIMITS, PROBES
 from normopt import SteepestDescent
 from tests.support.optimizers import FAMILIES
@@ -194,9 +194,9 @@ def test_sharded_steps_are_compared_with_whole_ones() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_recompilations_are_counted() -> None:
     """pytorch-optimizer's Muon counts steps in an integer that its compiled step is specialized to."""
-    found = dict(contenders(["torch.Muon", "pytorch_optimizer.Muon"]))
-    assert PROBES["compile_recompilations"](found["torch.Muon"]) == 0
-    assert PROBES["compile_recompilations"](found["pytorch_optimizer.Muon"]) >= 3
+    found = {contender.name: make for contender, make in contenders(["torch:Muon", "pytorch_optimizer:Muon"])}
+    assert PROBES["compile_recompilations"](found["torch:Muon"]) == 0
+    assert PROBES["compile_recompilations"](found["pytorch_optimizer:Muon"]) >= 3
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -208,8 +208,8 @@ def test_every_probe_says_what_its_failure_costs() -> None:
 
 
 def test_peers_that_are_installed_can_be_made() -> None:
-    found = dict(contenders(PEERS))
-    assert {"torch.AdamW", "torch.Muon", "torch.Adafactor"} <= found.keys()
+    found = {contender.name: make for contender, make in contenders(installed(PEERS))}
+    assert {"torch:AdamW", "torch:Muon", "torch:Adafactor"} <= found.keys()
     for make in found.values():
         weights = [torch.nn.Parameter(torch.ones(4, 3))]
         assert len(make(weights).param_groups) == 1
@@ -219,11 +219,28 @@ def test_the_command_writes_both_tables(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["probes", "--smoke", "--out", str(tmp_path)]) == 0
     rows = read_rows(tmp_path / "probes.jsonl")
     assert len(rows) == 2 * len(QUICK)
-    assert rows["adamw-closure"]["passed"] and not rows["torch.AdamW-nonfinite_gradients"]["passed"]
+    assert rows["adamw-closure"]["passed"] and not rows["torch:AdamW-nonfinite_gradients"]["passed"]
     written = (tmp_path / "probes.md").read_text()
     assert "| other libraries" in written and "| normopt" in capsys.readouterr().out
     assert f"| passed, of {len(QUICK)}" in written and "✗ 0" in written
     assert all(PROBES[name].__doc__ in written for name in QUICK)
     with pytest.raises(SystemExit):
         main(["probes", "--optimizers", "adamq", "--out", str(tmp_path)])
-    assert "adamq is none of" in capsys.readouterr().err
+    assert "unknown optimizer 'adamq': did you mean" in capsys.readouterr().err
+
+
+def test_optimizers_are_named_as_compare_names_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    texts = ["adam*", "torch:*W", "mine=muon(momentum=0.9,nesterov=False)", 'new=SteepestDescent(norm="max")']
+    found = [*contenders(texts)]
+    names = [contender.name for contender, _ in found]
+    assert {"adamw", "torch:AdamW", "mine", "new"} <= {*names} and "torch:SGD" not in names
+    for contender, make in found:
+        optimizer = make([torch.nn.Parameter(torch.ones(4, 3))])
+        if contender.name == "mine":
+            assert optimizer.param_groups[0]["momentum"] == 0.9
+        if contender.name == "new":
+            assert "norm=Max(" in optimizer.param_groups[0]["rule"]
+    for text, message in {"torch:SGD(rest={})": "rest is for whole models", "torch:Mun": "did you mean 'Muon'"}.items():
+        with pytest.raises(SystemExit):
+            main(["probes", "--optimizers", text, "--out", str(tmp_path)])
+        assert message in capsys.readouterr().err

@@ -491,19 +491,23 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
         ["aux_lr", "aux_eps", "aux_weight_decay", "graft_eps", "momentum_decay", "scale", "lr_ratio"], ABOVE
     ),
     **dict.fromkeys(["initial_accumulator_value", "trust_coefficient", "init_factor", "alpha", "exponent"], ABOVE),
-    **dict.fromkeys(["momentum", "beta2", "mu", "beta3", "graft_beta2"], BELOW_ONE),
+    "momentum": [*ABOVE, 1.5],  # as in torch.optim.Muon, an average of 1 stays 0
+    **dict.fromkeys(["momentum_2", "beta2", "mu", "beta3", "graft_beta2"], BELOW_ONE),
     "dampening": [-1.0, 1.5, NAN, "much"],
-    **dict.fromkeys(["a0", "b0", "d", "d0", "d_coef", "radius"], POSITIVE),
+    **dict.fromkeys(["a0", "b0", "d", "d0", "d_coef", "radius", "clip", "nonstandard_constant"], POSITIVE),
+    "power": [1.5, *POSITIVE],
     "growth_rate": [0.5, NAN, "much"],
     "max_grad_norm": [-1.0, 0.0, NAN, "much"],
     "rank_fraction": [0.0, 1.5, *ABOVE],
     "shampoo_beta": [1.0, NAN, "much"],
     "beta2_decay": [0.5, NAN, INF, -INF, "much"],
     **dict.fromkeys(["ns_steps", "iterations", "protect", "power_iterations", "slice_p", "block_size"], COUNT),
-    **dict.fromkeys(["precondition_frequency", "preconditioning_frequency", "max_precond_dim"], COUNT),
+    **dict.fromkeys(["precondition_frequency", "preconditioning_frequency", "max_precond_dim", "max_dim"], COUNT),
+    **dict.fromkeys(["rows", "subset_size", "inverse_steps"], COUNT),
     **dict.fromkeys(["beta3_warmup", "alpha_warmup"], COUNT),
     "ns_coefficients": [(NAN, 1.0, 1.0), (INF, 1.0, 1.0), (1.0, 2.0)],
     **dict.fromkeys(["adjust_lr_fn", "orthogonalize", "orthogonalize_dtype", "normalize", "base", "graft"], NAME),
+    "equilibrate": NAME,
     **dict.fromkeys(["norm", "step_size", "nonfinite", "geometry"], NAME),
     "overrides": [{"nonsense": "linear"}],
     "state_dtype": ["float16", "nonsense", torch.int8],
@@ -513,12 +517,14 @@ HEAVY = ["lars", "rmsprop", "sgd", "sgdp"]
 #: Where an argument of that name means something else.
 BUT: dict[tuple[str, str], list[Any]] = {
     ("adafactor", "eps"): [(-1.0, 1e-3), (NAN, 1e-3), (None, -1.0), (None, NAN), 1e-3],
+    ("adafactor", "d"): [0.0, 0.99, *ABOVE],
     ("rmsprop", "alpha"): BELOW_ONE,
     # As in torch: a heavy ball of 1 sums up all gradients.
     **{(name, "momentum"): ABOVE for name in HEAVY},
+    ("olion", "momentum"): [*ABOVE, 1.5],
     ("scion", "radius"): [-1.0, NAN, INF],
     **{(name, "scale"): [-1.0, 0.0, NAN, INF, "nonsense"] for name in normopt.list_optimizers("*descent")},
-    ("normalizedsgd", "scale"): [-1.0, 0.0, NAN, INF, "nonsense"],
+    **{(name, "scale"): [-1.0, 0.0, NAN, INF, "nonsense"] for name in ("normalizedsgd", "numuon")},
 }
 #: Taken for torch's sake, or switches.
 FREE = {"foreach", "fused", "capturable", "differentiable", "maximize", "options", "view", "fsdp_in_use"}
@@ -543,7 +549,9 @@ def refused(name: str, cls: type[SteepestDescent]) -> list[tuple[str, Any]]:
             values = BUT[name, argument]
         elif argument.endswith("betas"):
             n = 3 if name == "ademamix" else 2
-            bounds = [[*ABOVE, 1.5] if (name, i) == ("shampoo", 1) else BELOW_ONE for i in range(n)]
+            bounds = [
+                [*ABOVE, 1.5] if (name, i) in (("shampoo", 1), ("subsetnorm", 1)) else BELOW_ONE for i in range(n)
+            ]
             values = [tuple(x if i == j else 0.9 for j in range(n)) for i in range(n) for x in bounds[i]] + [
                 0.9,
                 (0.9,),

@@ -19,6 +19,7 @@ import torch
 import normopt
 from normopt import SteepestDescent
 from normopt.engine import finite
+from normopt.polar import choice
 from tests.support.engine import batches
 from tests.support.models import Net
 from tests.support.optimizers import EVERY
@@ -31,7 +32,7 @@ SQUARES: list[tuple[int, ...]] = [(3, 3), (3, 3)]
 
 #: What decides by numbers: decompositions, first gradients that only prepare, gradients of the past, rare refreshes.
 HOST = {"aro", "asgo", "dion", "klshampoo", "muonplusplus", "nadam", "novograd", "nucleardescent", "shampoo", "soap"}
-HOST |= {"stormplus"}
+HOST |= {"stormplus", "htmuon", "numuon", "spectra", "splus"}
 #: What else is compiled in the slow tests.
 MORE = ["muon", "adafactor", "adamp", "prodigy", "scion", "normuon", "lamb", "dadaptadam"]
 
@@ -238,7 +239,35 @@ def test_what_decides_by_numbers_is_not_compiled(graphs: Callable[[], int]) -> N
 
 
 @pytest.mark.slow
+def test_each_of_ten_optimizers_in_one_process_is_compiled(graphs: Callable[[], int]) -> None:
+    """torch.compile gives a function up after eight graphs: each optimizer must have a function of its own."""
+    from torch._dynamo.utils import counters
+
+    for i in range(10):
+        compiled_and_plain("lion", 2)
+        assert graphs() == i + 1
+    assert not counters["unimplemented"] and not counters["graph_break"]
+
+
+def test_compiled_products_are_those_that_were_measured(
+    graphs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler cannot measure: choices are made before it traces the step, and none of them compiles it anew."""
+    monkeypatch.setattr(choice, "_measured", {})
+    params, twins = (tensors([(48, 48), (48, 96)], dtype=torch.float32) for _ in range(2))
+    optimizer, twin = normopt.zoo.Muon(params, lr=0.1, compile=True), normopt.zoo.Muon(twins, lr=0.1)
+    for i in range(3):
+        run(optimizer, params, 1, first=i)
+        run(twin, twins, 1, first=i)
+    assert graphs() == 1 and choice._measured.keys() == {"48x48 newton-schulz", "48x96 newton-schulz"}
+    assert optimizer.param_groups[0]["products"] == twin.param_groups[0]["products"] != ""
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated")  # by torch's lowering of diagonal
 @pytest.mark.parametrize("name", ["lion", "muon", "adafactor", "prodigy"])
 def test_a_compiled_step_is_the_same_to_rounding(name: str) -> None:
     torch._dynamo.reset()

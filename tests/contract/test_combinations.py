@@ -18,6 +18,7 @@ from normopt import (
     Blocked,
     Chain,
     Clipped,
+    Conjugated,
     Constant,
     Constraint,
     CoshScaled,
@@ -35,6 +36,7 @@ from normopt import (
     Max,
     Momentum,
     Norm,
+    Normalized,
     Nuclear,
     Rotated,
     Row,
@@ -47,6 +49,7 @@ from normopt import (
     Sphere,
     SteepestDescent,
     StepSize,
+    Sum,
 )
 from normopt.constraints.bounds import Transposed
 from normopt.ingredient import choices
@@ -77,6 +80,9 @@ DIRECTIONS: list[Direction] = [
     Chain(Rotated(Smoothed(Max()), Eigenbasis(frequency=2)), Clipped(Euclidean())),
     Blocked(Smoothed(Spectral(), accumulate="sum"), 3),
     Rotated(Max(), Eigenbasis()),
+    Sum(Spectral(), Normalized(Spectral()), -0.2),
+    Rotated(Grafted(Max(), Smoothed(Max()), relative=True), Eigenbasis()),
+    Conjugated(Max(), Smoothed(Row())),
     *(d for cls in BUILT_IN if not issubclass(cls, (Norm, Decayed)) and (d := made(cls)) is not None),
 ]
 MOMENTA: list[Momentum] = [cls() for cls in choices(Momentum).values() if cls.__module__.startswith("normopt.")]
@@ -99,8 +105,11 @@ def test_everything_of_the_registry_is_here() -> None:
     assert len(NORMS) >= 6 and len(MOMENTA) >= 6 and len(STEP_SIZES) >= 7 and len(CONSTRAINTS) >= 4
 
 
+PARTS = ("norm", "direction", "magnitude", "first", "second", "memory")
+
+
 def parts(direction: Any) -> list[Any]:
-    inner = [getattr(direction, name, None) for name in ("norm", "direction", "magnitude")]
+    inner = [getattr(direction, name, None) for name in PARTS]
     inner += getattr(direction, "stages", ())
     return [direction, *(part for d in inner if d is not None for part in parts(d))]
 

@@ -19,9 +19,10 @@ import normopt
 from normopt import SteepestDescent
 from normopt.constraints.decay import WeightDecay
 from normopt.constraints.tangent import TangentProjection
-from normopt.directions.algebra import Chain, Grafted
+from normopt.directions.algebra import Chain
 from normopt.directions.coordinates import Blocked, Rotated
 from normopt.directions.factored import Factored
+from normopt.directions.pairs import Grafted
 from normopt.directions.smoothed import Smoothed
 from normopt.directions.whitening import KLWhitened
 from normopt.engine import batch, plan
@@ -107,7 +108,7 @@ def seen(stage: Stage, x: int | None = 1) -> Iterator[tuple[Stage, int | None]]:
 def takes_squares(rule: Rule) -> bool:
     """Whether something squares gradients, so that neither c^2 nor c^-2 may be beyond what float32 holds."""
     projects = any(isinstance(bound, TangentProjection) for bound in rule.constraint)
-    return projects or any(isinstance(stage, (Smoothed, Factored, KLWhitened)) for stage, _ in seen(rule.norm))
+    return projects or any(isinstance(stage, (Smoothed, Factored, KLWhitened, Rotated)) for stage, _ in seen(rule.norm))
 
 
 def resolved(group: dict[str, Any]) -> Rule:

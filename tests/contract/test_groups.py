@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import normopt
+from normopt import SteepestDescent
 from normopt.engine import plan
 from normopt.rule import rule_of
 from tests.support.models import Net
@@ -331,16 +333,29 @@ def test_a_tensor_as_rate_is_one_for_each_group(make: Make) -> None:
             each.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("name", ["muon", "scale", "adamh", "dion"])
+@pytest.mark.parametrize("name", normopt.list_optimizers())
 def test_a_ratio_is_relative_to_the_roles_own_rate(name: str) -> None:
-    """Layer-wise decay halves what every role has, whether it has a rate of its own or not."""
-    options = {"aux_lr": 1e-3, "lr": 0.02}
-    plain = by_name(normopt.create(name, Net(), **options))
-    halved = by_name(normopt.create(name, Net(), **options, overrides={"*": {"lr_ratio": 0.5}}))
-    assert {group["lr"] for group in plain.values()} == {1e-3, 0.02}
-    for key, group in halved.items():
-        assert group["lr"] == pytest.approx(plain[key]["lr"] / 2)
-        assert group["lr_ratio"] == pytest.approx(group["lr"] / 0.02)
+    """Layer-wise decay halves what every role has, whether it has a rate or a ratio of its own or neither."""
+    several: list[dict[str, float]] = [{"lr": 0.02}]
+    if "aux_lr" in inspect.signature(SteepestDescent.registry[name]).parameters:
+        several.append({"lr": 0.02, "aux_lr": 1e-3})
+    for options in several:
+        plain = by_name(normopt.create(name, Net(), **options))
+        # of two patterns the later wins
+        overrides = {"*": {"lr_ratio": 0.1}, "*[a-z]*": {"lr_ratio": 0.5}}
+        halved = by_name(normopt.create(name, Net(), **options, overrides=overrides))
+        assert {options["lr"], options.get("aux_lr", options["lr"])} <= {group["lr"] for group in plain.values()}
+        for key, group in halved.items():
+            assert group["lr"] == pytest.approx(plain[key]["lr"] / 2)
+            assert group["lr_ratio"] == pytest.approx(group["lr"] / 0.02)
+
+
+def test_a_rate_in_overrides_stands_for_itself() -> None:
+    overrides = {"*": {"lr": 0.1}, "head.*": {"lr": 0.2, "lr_ratio": 0.5}}
+    for key, group in by_name(normopt.create("muon", Net(), lr=0.02, overrides=overrides)).items():
+        assert group["lr"] == pytest.approx(0.1), key
+    with pytest.raises(ValueError, match="lr_ratio must be a finite number"):
+        normopt.create("muon", Net(), overrides={"*": {"lr_ratio": "much"}})
 
 
 def test_a_ratio_beside_a_rate_multiplies_it() -> None:

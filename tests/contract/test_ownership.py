@@ -346,6 +346,22 @@ def harmless(make: Make) -> dict[str, Callable[[Run], None]]:
     return {name: partial(touched, touch) for name, touch in known.items()} | WHOLE
 
 
+def go_alike(run: Run, twin: Run, name: str) -> None:
+    """A step of both, after which they are alike."""
+    run.go()
+    twin.go()
+    assert not unlike(run, twin), f"{name}: {unlike(run, twin)}"
+    assert not stale(run), f"{name}, then a step: {stale(run)}"
+
+
+def act(run: Run, touch: Callable[[], None], inside: bool) -> None:
+    """Touch the run now, or while its next step computes gradients."""
+    if inside:
+        run.first = touch
+    else:
+        touch()
+
+
 @every
 def test_a_touch_that_keeps_values_changes_nothing(make: Make) -> None:
     """One touch after the other, with a step after each."""
@@ -353,10 +369,7 @@ def test_a_touch_that_keeps_values_changes_nothing(make: Make) -> None:
     for name, touch in frequent(harmless(make)).items():
         touch(run)
         assert not stale(run), f"{name}: {stale(run)}"
-        run.go()
-        twin.go()
-        assert not unlike(run, twin), f"{name}: {unlike(run, twin)}"
-        assert not stale(run), f"{name}, then a step: {stale(run)}"
+        go_alike(run, twin, name)
 
 
 @pytest.mark.slow
@@ -368,10 +381,7 @@ def test_each_touch_that_keeps_values_changes_nothing(make: Make, inside: bool) 
     touches = harmless(make)
     for name, touch in (frequent(touches) if inside else touches).items():
         run = Run(make).go(3)
-        if inside:
-            run.first = partial(touch, run)
-        else:
-            touch(run)
+        act(run, partial(touch, run), inside)
         wrong[name] = unlike(run.go(4), twin) + stale(run)
     assert not {name: found for name, found in wrong.items() if found}
 
@@ -539,10 +549,7 @@ def test_a_touched_state_is_the_one_that_is_used(make: Make) -> None:
         touched(touch, run)
         assert not unsaved(run, expected, name), f"{name}: {unsaved(run, expected, name)}"
         twin.take(run, expected)
-        run.go()
-        twin.go()
-        assert not unlike(run, twin), f"{name}: {unlike(run, twin)}"
-        assert not stale(run), f"{name}, then a step: {stale(run)}"
+        go_alike(run, twin, name)
 
 
 @pytest.mark.slow
@@ -556,10 +563,8 @@ def test_each_touched_state_is_the_one_that_is_used(make: Make, inside: bool) ->
         run = Run(make).go(3)
         expected = edited(run, edit)
         twin = run.twin(make, expected)
-        if inside:
-            run.first = partial(touched, touch, run)
-        else:
-            touched(touch, run)
+        act(run, partial(touched, touch, run), inside)
+        if not inside:
             wrong[f"{name}: state dict"] = unsaved(run, expected, name)
         run.go(4)
         wrong[name] = unlike(run, twin.go(4)) + stale(run)

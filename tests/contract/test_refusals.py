@@ -42,7 +42,7 @@ def test_bad_learning_rates_are_refused(make: Make, lr: Any) -> None:
         ("adamw", {"betas": (0.9,)}, "betas must be a tuple"),
         ("adamw", {"eps": -1e-8}, "Smoothed: eps must lie in"),
         ("adamw", {"weight_decay": float("nan")}, "WeightDecay: weight_decay"),
-        ("muon", {"momentum": 1.0}, "EMA: beta must lie in"),
+        ("muon", {"momentum": 1.01}, r"EMA: beta must lie in \[0, 1\], got 1.01"),
         ("muon", {"weight_decay": -1.0}, "WeightDecay: weight_decay"),
         ("muon", {"ns_steps": 0}, "steps must be positive"),
         ("muon", {"adjust_lr_fn": "match_rms_adam"}, "did you mean 'match_rms_adamw'"),
@@ -51,7 +51,8 @@ def test_bad_learning_rates_are_refused(make: Make, lr: Any) -> None:
         ("muon", {"orthogonalize": "exact", "ns_coefficients": (3.0, -3.0, 1.0)}, "ns_coefficients need"),
         ("scion", {"radius": -1.0}, "Constant: radius must lie in"),
         ("scion", {"norm": "colum"}, "did you mean 'column'"),
-        ("scion", {"momentum": 1.0}, "EMA: beta must lie in"),
+        ("scion", {"momentum": -0.1}, "EMA: beta must lie in"),
+        ("adafactor", {"d": 0.9}, r"Adafactor: d must lie in \[1, inf\), got 0.9"),
     ],
 )
 def test_bad_numbers_are_refused_by_name(name: str, options: dict[str, Any], message: str) -> None:
@@ -64,8 +65,9 @@ def test_bad_numbers_are_refused_by_name(name: str, options: dict[str, Any], mes
     [
         ({"norm": "spektral"}, "unknown direction 'spektral'; did you mean 'spectral'"),
         ({"momentum": "heavyball"}, "did you mean 'heavy-ball'"),
-        ({"momentum": True}, "beta must lie in"),
-        ({"momentum": 1.0}, "EMA: beta must lie in"),
+        ({"momentum": True}, "EMA: beta must be a number, got True"),
+        ({"momentum": 1.5}, "EMA: beta must lie in"),
+        ({"momentum": "EMA(1.0, bias_correction=True)"}, r"EMA: beta must lie in \[0, 1\), got 1.0"),
         ({"step_size": "duel"}, "did you mean 'dual'"),
         ({"constraint": "weight-decoy"}, "did you mean 'weight-decay'"),
         ({"constraint": ["L2(0.1)", "frank-wolf"]}, "did you mean 'frank-wolfe'"),
@@ -118,6 +120,23 @@ def test_a_vector_under_the_spectral_norm_is_refused() -> None:
 def test_parameters_that_are_no_real_numbers_are_refused(make: Make, dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="only real floating-point"):
         make([nn.Parameter(torch.zeros(3, 3, dtype=dtype), requires_grad=False)], lr=0.1)
+
+
+@every
+@pytest.mark.parametrize("when", [0, 2])
+def test_expanded_parameters_are_refused_before_anything_moves(make: Make, when: int) -> None:
+    """torch would fail in the middle of the step: several entries are one number in memory."""
+    params = tensors([(4, 3), (4, 3), (3, 2)])
+    optimizer = make([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
+    run(optimizer, params, when)
+    params[1].data = params[1].data[:1].clone().expand(4, 3)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"parameter 1 of its group is an expanded tensor of shape \(4, 3\)"):
+        run(optimizer, params, 1)
+    assert_equal(snapshot(optimizer), before)
+    params[1].data = params[1].data.contiguous()
+    run(optimizer, params, 1)
+    assert all(p.isfinite().all() for p in params)
 
 
 @every

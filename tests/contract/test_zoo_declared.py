@@ -337,6 +337,27 @@ def test_calls_that_do_not_fit_name_the_class() -> None:
         class Disordered(DeclaredOptimizer):
             late: int
 
+    assert not {"stepping", "disordered"} & SteepestDescent.registry.keys()
+
+
+@pytest.mark.parametrize("default", [[1.0], {"a": 1.0}, {1.0}, bytearray(b"1")], ids=str)
+@pytest.mark.parametrize("how", ["value", "arg", "new default"])
+def test_defaults_that_can_be_changed_are_refused(default: Any, how: str) -> None:
+    """As in dataclasses: all optimizers of the class would share them."""
+    kind = type(default).__name__
+    with pytest.raises(TypeError, match=f"Shared: the default of 'factor' is a {kind}, .*declare a tuple, or None"):
+        if how == "new default":
+
+            class Shared(Shrunk):
+                factor = default
+
+        else:
+
+            class Shared(DeclaredOptimizer):
+                factor: Any = default if how == "value" else arg(default=default)
+
+    assert "shared" not in SteepestDescent.registry
+
 
 CALLS = """
 from torch import nn

@@ -6,6 +6,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -45,3 +46,20 @@ def test_headline_is_the_table_of_the_runs_on_file(tmp_path: Path) -> None:
     text = f"{before}\n\n{headline(table, True, folder, ROOT / 'README.md')}\n\n{after}"
     assert (ROOT / "README.md").read_text(encoding="utf-8") == text
     assert (folder / "compare.csv").read_bytes() == (tmp_path / "compare.csv").read_bytes()
+
+
+def test_models_says_what_the_runs_on_file_say() -> None:
+    """Deviations of its tables are those of the samples, and the residual stream's peaks are peaks over all steps."""
+    folder, page = ROOT / "benchmarks" / "results" / "models", (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    samples: dict[str, list[float]] = {}
+    for name in ("compare", "alpha", "batch64"):
+        for row in read_rows(folder / name / RESULTS).values():
+            config = {key: value for key, value in row["config"].items() if key != "seed"}
+            samples.setdefault(str(config), []).append(row["final_loss"])
+    known = {f"{mean(x):.3f} ± {stdev(x):.3f}" for x in samples.values() if len(x) > 1}
+    claimed = set(re.findall(r"\d\.\d{3} ± \d\.\d{3}", page))
+    assert claimed and claimed <= known
+    for row in read_rows(folder / "norms" / RESULTS).values():
+        peak, step = max((max(found["residual"]), step) for step, found in row["norms"])
+        if row["config"]["model"] in ("gpt", "angpt"):
+            assert f"{peak:.3g} (step {step})" in page

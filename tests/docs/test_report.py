@@ -50,6 +50,20 @@ def test_muon_on_a_gpt() -> None:
     assert rows["norm.weight"]["view"] == (1, 1, 8)
 
 
+def test_a_rate_that_is_not_the_optimizers_has_its_ratio_beside_it() -> None:
+    model = GPT(13, 8, 2, 2)
+    optimizer = normopt.create("muon", model, lr=0.02, overrides={"*down*": {"lr": 0.5}})
+    rows = by_name(optimizer)
+    assert [rows[name]["lr_ratio"] for name in ("embed.weight", "blocks.0.mlp.down.weight")] == [0.5, 25]
+    lines = normopt.describe(optimizer).splitlines()
+    rates = [line.removeprefix("lr          ") for line in lines if line.startswith("lr ")]
+    assert rates == ["0.01, 0.5 times the optimizer's", "0.02", "0.5, 25 times the optimizer's"]
+    normopt.set_lr(optimizer, 0.002)
+    assert "0.001, 0.5 times the optimizer's" in normopt.describe(optimizer)
+    still = SteepestDescent([{"params": [nn.Parameter(torch.ones(3))], "lr": 0.1}], lr=0.0, norm="max")
+    assert "times" not in normopt.describe(still)  # of a rate of 0 there is no ratio
+
+
 def test_optimizers_without_a_model() -> None:
     params = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(()))]
     rows = summary(normopt.create("adamw", params, lr=torch.tensor(0.25), weight_decay=0.5))
@@ -149,7 +163,8 @@ def test_state_bytes_are_the_states(dtype: torch.dtype) -> None:
 
 
 #: Arguments with which the size of an update does not depend on the gradient's spectrum.
-KNOWN_SIZE: dict[str, Any] = {"spectral": SPECTRAL, "schatten": {"p": float("inf")}, "ky-fan": {"k": 1}}
+KNOWN_SIZE: dict[str, Any] = {"spectral": SPECTRAL, "ky-fan": {"k": 1}}
+KNOWN_SIZE |= {name: {"p": float("inf")} for name in ("schatten", "lp")}
 
 
 @pytest.mark.parametrize("scale", [*SCALES, "rms", 2.5])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from torch.nn.utils import parametrizations, weight_norm
 
 import normopt
 from normopt import Spectral, SteepestDescent, View, infer_roles, param_groups
+from normopt.rule import rule_of
+from tests.support.optimizers import EVERY
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -200,18 +204,156 @@ def test_gpt2s_projections_are_split_and_transposed() -> None:
 
 
 @pytest.mark.parametrize("heads", [4, 2, 1])
-def test_phi3s_projections_are_split_where_their_parts_are_equal(heads: int) -> None:
+def test_phi3s_projections_are_split_into_what_they_stack(heads: int) -> None:
     model = language_model("Phi3", num_key_value_heads=heads)
     assert seen(model, "gate_up_proj.weight") == (2, 48, 32)
     role = found(model, "qkv_proj.weight")
     if heads == 4:
         assert role.view == View(split=3) and "split into 3" in role.reason
         return
-    rows = 32 + 2 * 8 * heads
-    assert role.view == View() and f"query (32 rows), key and value ({8 * heads} rows each)" in role.reason
-    assert f"'split': {rows // 8}" in role.reason  # what the reason says is taken, and makes every head a matrix
+    keys = 8 * heads
+    rows = 32 + 2 * keys
+    assert role.view == View(split=(32, keys, keys))
+    assert f"query (32 rows), key and value ({keys} rows each), a matrix each" in role.reason
+    update = moved(model)["model.layers.0.self_attn.qkv_proj.weight"]
+    assert all(are_orthogonal(part) for part in update.split((32, keys, keys)))
+    text = normopt.describe(normopt.create("muon", model))
+    assert f"1x(32+{keys}+{keys})x32" in text and "a matrix each" in text
     by_head = found(model, "qkv_proj.weight", overrides={"*qkv_proj*": {"view": {"split": rows // 8}}})
     assert by_head.view.shape((rows, 32)) == (rows // 8, 8, 32)
+    whole = found(model, "qkv_proj.weight", overrides={"*qkv_proj*": {"view": {"split": 1}}})
+    assert whole.view == View()
+
+
+#: Query, key and value of grouped-query attention.
+HEIGHTS = (8, 4, 4)
+
+
+class GroupedQuery(nn.Module):
+    """The layers of grouped-query attention, with query, key and value in one layer or in three."""
+
+    def __init__(self, weight: Tensor, *, fused: bool) -> None:
+        super().__init__()
+        parts = {"qkv_proj": weight} if fused else dict(zip("qkv", weight.split(HEIGHTS), strict=True))
+        for name, part in parts.items():
+            self.add_module(name, nn.Linear(part.shape[1], part.shape[0], bias=False))
+            self.get_parameter(f"{name}.weight").data = part.clone()
+        self.o_proj = nn.Linear(8, weight.shape[1], bias=False)
+        nn.init.ones_(self.o_proj.weight)
+
+    def weight(self) -> Tensor:
+        return torch.cat([p.detach() for name, p in self.named_parameters() if name != "o_proj.weight"])
+
+    def stepped(self, optimizer: SteepestDescent, gradients: list[Tensor]) -> None:
+        """Steps along these gradients of query, key and value."""
+        inner = [p for name, p in self.named_parameters() if name != "o_proj.weight"]
+        heights = [p.shape[0] for p in inner]
+
+        for gradient in gradients:
+
+            def closure(gradient: Tensor = gradient) -> float:
+                self.o_proj.weight.grad = torch.ones_like(self.o_proj.weight)
+                for p, part in zip(inner, gradient.split(heights), strict=True):
+                    p.grad = part + 0.1 * p.detach()
+                return 1.0
+
+            optimizer.step(closure)
+
+
+def rules_see_parts(optimizer: SteepestDescent) -> bool:
+    """Whether direction alone looks at more than one entry of the fused layer, the first of its model."""
+    name = optimizer.param_groups[0]["param_names"][0]
+    assert name.startswith("q")
+    rule = rule_of(optimizer.param_groups[0])
+    return all(each.reduces == "entry" for each in (rule.momentum, rule.step_size, *rule.constraint))
+
+
+@pytest.mark.parametrize("name", [*EVERY, "stormplus"])
+def test_parts_of_unequal_height_move_as_parameters_of_their_own(name: str) -> None:
+    make = EVERY.get(name) or partial(normopt.create, name)
+    noise = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(sum(HEIGHTS), 12, generator=noise) for _ in range(5))
+    fused, separate = GroupedQuery(start, fused=True), GroupedQuery(start, fused=False)
+    optimizers = make(fused), make(separate)
+    fused.stepped(optimizers[0], gradients)
+    separate.stepped(optimizers[1], gradients)
+    assert infer_roles(fused)["qkv_proj.weight"].view == View(split=HEIGHTS)
+    ours, theirs = fused.weight() - start, separate.weight() - start
+    assert ours.isfinite().all() and ours.abs().max() > 0
+    if rules_see_parts(optimizers[0]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
+    # Where step size or constraint measure, they measure one matrix.
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_parts_are_compiled_and_captured(name: str) -> None:
+    noise = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(sum(HEIGHTS), 12, generator=noise) for _ in range(4))
+    found = []
+    for options in {}, {"compile": True}, {"capturable": True}:
+        model = GroupedQuery(start, fused=True)
+        model.stepped(normopt.create(name, model, lr=0.1, **options), gradients)
+        found.append(model.weight())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[2], found[0])
+
+
+@pytest.mark.parametrize("name", ["muon", "soap", "shampoo", "adamw", "normuon"])
+def test_state_of_parts_is_saved_and_loaded(name: str) -> None:
+    noise = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(sum(HEIGHTS), 12, generator=noise) for _ in range(5))
+    a, b = GroupedQuery(start, fused=True), GroupedQuery(start, fused=True)
+    first = normopt.create(name, a, lr=0.1, state_dtype="bfloat16")
+    a.stepped(first, gradients[:2])
+    second = normopt.create(name, b, lr=0.1, state_dtype="bfloat16")
+    second.load_state_dict(first.state_dict())
+    b.load_state_dict(a.state_dict())
+    a.stepped(first, gradients[2:])
+    b.stepped(second, gradients[2:])
+    assert torch.equal(a.weight(), b.weight())
+
+
+def test_reports_measure_every_part() -> None:
+    noise = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn(sum(HEIGHTS), 12, generator=noise) for _ in range(2))
+    model = GroupedQuery(start, fused=True)
+    optimizer = SteepestDescent(model, lr=0.1, norm=Spectral("unit", "exact"), step_size="sharp")
+    (row,) = (each for each in normopt.summary(optimizer) if each["parameter"] == "qkv_proj.weight")
+    assert row["view"] == (1, HEIGHTS, 12)
+    assert row["effective_lr"] == pytest.approx(0.1 / math.sqrt(12))  # that of an orthogonal part, wide ones
+    with optimizer.metrics() as measured:
+        model.stepped(optimizer, [gradient])
+    (row,) = (each for each in measured.rows() if each["parameter"] == "qkv_proj.weight")
+    g = gradient + 0.1 * start
+    assert row["dual_norm"] == pytest.approx(sum(float(torch.linalg.svdvals(x).sum()) for x in g.split(HEIGHTS)))
+    largest = [float(torch.linalg.svdvals(x)[0]) for x in model.weight().split(HEIGHTS)]
+    assert row["weight_norm"] == pytest.approx(max(largest))
+    # the dual norm times the learning rate is how far a sharp step goes, in all parts alike
+    assert row["update_norm"] == pytest.approx(0.1 * row["dual_norm"], rel=1e-4)
+
+
+def test_scions_weights_lie_on_the_balls_of_their_parts() -> None:
+    model = GroupedQuery(torch.randn(sum(HEIGHTS), 12), fused=True)
+    optimizer = normopt.create("scion", model, radius=2.0, geometry={"linear": Spectral("unit", "exact")})
+    assert isinstance(optimizer, normopt.zoo.Scion)
+    optimizer.initialize()
+    assert all(are_orthogonal(part / 2) for part in model.weight().split(HEIGHTS))
+
+
+def test_vectors_have_no_parts() -> None:
+    weights = [nn.Parameter(torch.randn(16, 12)), nn.Parameter(torch.randn(16))]
+    optimizer = SteepestDescent(weights, lr=0.1, norm="euclidean", view=View(split=HEIGHTS))
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def test_a_bound_on_whole_matrices_is_refused_for_parts() -> None:
+    weight = nn.Parameter(torch.zeros(16, 12))
+    with pytest.raises(ValueError, match="needs to know how large updates can be"):
+        SteepestDescent([weight], norm=Spectral(), constraint="SoftSpectralCap()", view=View(split=HEIGHTS))
 
 
 def test_grouped_query_attention_without_fusion_is_left_as_it_is() -> None:
@@ -233,11 +375,22 @@ class GPTBigCodeAttention(VisionAttention):
     """Attention whose fused rows go head by head."""
 
 
+@pytest.mark.parametrize("heads", [4, 2])
+def test_multi_query_attention_is_split(heads: int) -> None:
+    sizes = {"num_attention_heads": heads}
+    model = language_model("GPTBigCode", multi_query=True, **sizes)
+    assert found(model, "c_attn.weight").view == View(split=(32, 32 // heads, 32 // heads))
+    model = language_model("GPTBigCode", multi_query=False, **sizes)
+    assert found(model, "c_attn.weight").view == View()
+
+
 def test_fused_layers_by_name_and_shape() -> None:
     def qkv(attention: nn.Module) -> normopt.Role:
         return found(nn.Sequential(nn.Embedding(50, 8), attention, nn.Linear(8, 50)), "qkv.weight")
 
     assert qkv(VisionAttention(8, 2)).view == View(split=3)
+    by_output_layer = qkv(VisionAttention(8, 2, inner=16))
+    assert by_output_layer.view == View(split=HEIGHTS) and "key and value (4 rows each)" in by_output_layer.reason
     unknown = qkv(VisionAttention(8, 2, inner=20))
     assert unknown.view == View() and "parts are not known, kept as one matrix" in unknown.reason
     other = qkv(GPTBigCodeAttention(8, 2))
@@ -375,3 +528,42 @@ def test_declarations_reach_directions_under_weight_norm() -> None:
 def test_norms_of_matrices_refuse_gains() -> None:
     with pytest.raises(ValueError, match=r"'weight_g' has shape \(4, 1\), .* norm of matrices"):
         SteepestDescent(param_groups(normed(nn.Linear(6, 4, bias=False), "hook"), {"*": "spectral"}))
+
+
+# Architectures -------------------------------------------------------------------------------------------------------
+
+DECODERS = ["Bloom", "CodeGen", "Cohere", "Falcon", "Gemma", "Gemma2", "Glm", "GPT2"]
+DECODERS += ["GPTBigCode", "GPTJ", "GPTNeoX", "GptOss", "Granite", "Helium", "Llama", "Mistral"]
+DECODERS += ["Mixtral", "Mpt", "Nemotron", "Olmo", "Olmo2", "OPT", "Persimmon", "Phi"]
+DECODERS += ["Phi3", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "SmolLM3", "StableLm", "Starcoder2"]
+ENCODERS = ["Albert", "Bert", "DebertaV2", "DistilBert", "Electra", "ModernBert", "Roberta"]
+#: What small configs need beside the sizes.
+ALSO = {
+    "CodeGen": {"rotary_dim": 4},
+    "GPTJ": {"rotary_dim": 4},
+    "Helium": {"head_dim": 8},
+    "Qwen3Moe": {"num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
+def test_architectures_of_transformers_train_by_role(kind: str) -> None:
+    """Every matrix has a role, and one step of Muon moves what has a gradient, and nothing to NaN."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **MIXTURES.get(kind, {}), **ALSO.get(kind, {})})
+    auto = transformers.AutoModelForCausalLM if kind in DECODERS else transformers.AutoModelForMaskedLM
+    torch.manual_seed(0)
+    model = auto.from_config(config).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        roles = infer_roles(model)
+    assert not [name for name, role in roles.items() if role.name == "other"]
+    assert spectral_share(model) > 0.9
+    optimizer = normopt.create("muon", model, lr=0.02)
+    model(torch.randint(3, 64, (2, 8))).logits.square().mean().backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        assert p.grad is None or not p.grad.any() or not torch.equal(p, before[name]), name

@@ -334,7 +334,7 @@ def test_overrides_reach_the_param_groups() -> None:
     assert by_name["blocks.0.mlp.up.weight"]["lr"] == 0.5
     assert by_name["blocks.0.mlp.up.weight"]["rule"].startswith("Rule(norm=Column(")
     assert by_name["blocks.0.attention.out.weight"]["lr"] == 0.2
-    assert by_name["head.weight"]["lr"] == pytest.approx(0.02)
+    assert by_name["head.weight"]["lr"] == pytest.approx(0.01)  # a tenth of what the role has, half of lr
     assert "Smoothed(norm=Max(" in by_name["head.weight"]["rule"]
 
 
@@ -458,8 +458,9 @@ def test_views_round_trip(data: st.DataObject) -> None:
     groups = [g for g in range(1, shape[0] + 1) if shape[0] % g == 0] if len(shape) > 1 and flatten is not False else []
     view = View(flatten, transpose, groups=data.draw(st.sampled_from(groups or [1])))
     _, out, _ = view.shape(shape)
-    splits = [s for s in range(1, out + 1) if out % s == 0] if len(shape) > 1 else []
-    view = replace(view, split=data.draw(st.sampled_from(splits or [1])))
+    splits: list[Any] = [s for s in range(1, out + 1) if out % s == 0] if len(shape) > 1 else []
+    unequal = [(1, out - 1), (out - 2, 1, 1)] if len(shape) > 1 and out > 2 else []
+    view = replace(view, split=data.draw(st.sampled_from([*splits, *unequal] or [1])))
     x = torch.arange(float(math.prod(shape))).reshape(shape)
     seen = view.apply(x)
     assert seen.shape == view.shape(shape)
@@ -483,11 +484,17 @@ def test_views_show_the_operators() -> None:
 def test_views_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"7 rows of shape \(7, 2\) cannot be cut into split=3"):
         View(split=3).apply(torch.zeros(7, 2))
+    with pytest.raises(ValueError, match=r"7 rows of shape \(7, 2\) cannot be cut into split=\(4, 2\)"):
+        View(split=(4, 2)).apply(torch.zeros(7, 2))
     with pytest.raises(ValueError, match=r"7 rows of shape \(7, 2\) cannot be cut into 3 groups"):
         View(groups=3).apply(torch.zeros(7, 2))
     for name in "split", "groups":
         with pytest.raises(ValueError, match=f"{name} must be at least 1"):
             View(**{name: 0})
+    with pytest.raises(ValueError, match=r"split must be at least 1, got \(4, 0\)"):
+        View(split=(4, 0))
+    with pytest.raises(ValueError, match=r"split must name the rows of one part at least, got \(\)"):
+        View(split=())
     with pytest.raises(ValueError, match="groups=2 cut one matrix, not the stack that flatten=False says"):
         View(flatten=False, groups=2)
 
@@ -498,13 +505,9 @@ def test_views_that_do_not_fit_are_refused() -> None:
         ("flatten", 2, "flatten must be True, False or None, got 2"),
         ("flatten", "False", "flatten must be True, False or None, got 'False'"),
         ("transpose", None, "transpose must be True or False, got None"),
-        ("split", 2.0, "split must be a whole number, got 2.0"),
-        ("split", True, "split must be a whole number, got True"),
-        (
-            "split",
-            (4, 2, 2),
-            r"split must be .* got \(4, 2, 2\); for parts of unequal size .* one a head, split=n_heads",
-        ),
+        ("split", 2.0, "split must be a whole number, or a tuple with the rows of each part, got 2.0"),
+        ("split", True, "split must be a whole number, .* got True"),
+        ("split", (4, 2.0), r"split must be a whole number, or a tuple with the rows of each part, got \(4, 2.0\)"),
         ("groups", None, "groups must be a whole number, got None"),
     ],
 )

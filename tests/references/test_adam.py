@@ -27,6 +27,7 @@ TORCH = [
     case("Adam", lr=0.02, eps=0.1, maximize=True),
     case("RMSprop", lr=0.02),
     case("RMSprop", lr=0.02, alpha=0.9, momentum=0.8, weight_decay=0.1, eps=1e-3),
+    case("RMSprop", lr=0.02, momentum=1.0),
     case("RMSprop", lr=0.02, centered=True),
     case("RMSprop", lr=0.02, alpha=0.9, momentum=0.8, weight_decay=0.1, centered=True, eps=1e-3),
     case("Adagrad", lr=0.1),

@@ -19,6 +19,8 @@ from tests.support.streams import gradients
 MUON = [
     {"lr": 0.02},
     {"lr": 0.02, "nesterov": False, "momentum": 0.8, "weight_decay": 0.5},
+    {"lr": 0.02, "momentum": 1.0},
+    {"lr": 0.02, "momentum": 1.0, "nesterov": False},
     {"lr": 0.02, "adjust_lr_fn": "match_rms_adamw"},
     {"lr": 0.02, "adjust_lr_fn": "original", "ns_steps": 3},
     {"lr": 0.02, "ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 8},

@@ -22,6 +22,10 @@ TORCH = [
     case("SGD", lr=0.05),
     case("SGD", lr=0.05, momentum=0.9),
     case("SGD", lr=0.05, momentum=0.9, weight_decay=0.1, dampening=0.1),
+    case("SGD", lr=0.05, momentum=1.0),
+    case("SGD", lr=0.05, momentum=1.0, weight_decay=0.1, dampening=0.5),
+    case("SGD", lr=0.05, momentum=1.0, dampening=1.0),
+    case("SGD", lr=0.05, momentum=1.0, nesterov=True),
     case("SGD", lr=0.05, momentum=0.9, nesterov=True),
     case("SGD", lr=0.05, momentum=0.9, nesterov=True, maximize=True),
 ]

@@ -16,7 +16,7 @@ import normopt
 from normopt import L2, SteepestDescent
 from normopt.directions.whitening import KLWhitened
 from normopt.polar import exact
-from normopt.zoo import ASGO, DASGO, SOAP, KLShampoo, Shampoo
+from normopt.zoo import ASGO, DASGO, SOAP, KLShampoo, Shampoo, SPlus
 from tests.support.paths import MATRICES, assert_same_path
 from tests.support.preconditioned import NAMES, SQUARE, VECTOR, params, run, seeing
 from tests.support.strategies import from_spectrum, spectrum
@@ -492,3 +492,50 @@ def test_klshampoo_and_asgo_move_the_rest_exactly_as_adamw(name: str) -> None:
     run([optimizer, reference], [list(model.parameters()), list(twin.parameters())], 5)
     for path in ("0.weight", "1.weight", "2.bias"):
         torch.testing.assert_close(model.get_parameter(path), twin.get_parameter(path), rtol=0, atol=1e-6)
+
+
+# SPlus ---------------------------------------------------------------------------------------------------------------
+
+
+class PlainSPlus(Plain):
+    """SPlus, whose first gradient only builds the bases."""
+
+    def move(self, p: Tensor, g: Tensor, s: dict[str, Any], lr: float, **options: Any) -> None:
+        (beta1, beta2), often = options["betas"], options["inverse_steps"]
+        first = "m" not in s
+        m = s.setdefault("m", torch.zeros_like(g))
+        if not first:
+            m.lerp_(g, 1 - beta1)
+            turned = s["left"].mT @ m @ s["right"]
+            p.sub_(lr * 2 / sum(g.shape) * s["left"] @ turned.sign() @ s["right"].mT)
+            p.mul_(1 - lr * options["weight_decay"])
+        for side, gram in ("left", g @ g.mT), ("right", g.mT @ g):
+            s.setdefault(f"{side}_gram", torch.zeros_like(gram)).lerp_(gram, 1 - beta2)
+            if first or (s["step"] - 1) % often == 0:
+                s[side] = torch.linalg.eigh(s[f"{side}_gram"])[1]
+
+
+@pytest.mark.parametrize("often", [1, 5])
+def test_splus_by_its_recurrence(often: int) -> None:
+    """In full-rank bases, where eigenvectors are known but for their signs, which the rotation takes out again."""
+    options = {"betas": (0.9, 0.8), "inverse_steps": often, "weight_decay": 0.1}
+    start = torch.randn(6, 6, dtype=torch.float64)
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    first, second = SPlus([ours], 0.1, **options), PlainSPlus([theirs], 0.1, **options)
+    for _ in range(25):
+        ours.grad = torch.randn(6, 6, dtype=torch.float64)
+        theirs.grad = ours.grad.clone()
+        first.step()
+        second.step()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    assert (ours - start).abs().max() > 0.1
+
+
+def test_splus_moves_vectors_by_signs() -> None:
+    model = nn.Linear(3, 3)
+    before = model.bias.detach().clone()
+    optimizer = SPlus(model, 0.5)
+    for _ in range(3):
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(before - model.bias, torch.full((3,), 0.5e-3 * 3), rtol=1e-4, atol=0)

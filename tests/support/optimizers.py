@@ -26,6 +26,9 @@ MORE = {
     "lion": {"cautious": True, "weight_decay": 0.1},
     "adamp": {"delta": 5.0, "weight_decay": 0.1, "nesterov": True},
     "sgdp": {"delta": 1.5, "weight_decay": 0.1, "momentum": 0.5},
+    "adammini": {"rows": 2, "weight_decay": 0.1},
+    "subsetnorm": {"subset_size": 2, "betas": (0.9, 1.0)},
+    "muoneq": {"equilibrate": "both"},
     "muonplusplus": {"protect": 2, "power_iterations": None, "orthogonalize": "exact"},
 }
 BARE = {
@@ -50,7 +53,7 @@ LOCAL |= {name: partial(SteepestDescent, **options) for name, options in BARE.it
 EVERY = ZOO | LOCAL | {name: partial(SteepestDescent, **options) for name, options in JOINT.items()}
 #: One optimizer of each file of the zoo.
 FAMILIES = ("sgd", "lion", "adamw", "lars", "muon", "normuon", "scion", "soap", "scale")
-FAMILIES += ("normalizedsgd", "adamh", "adamp", "prodigy")
+FAMILIES += ("normalizedsgd", "adamh", "adamp", "prodigy", "adammini", "muon2", "numuon")
 
 
 def by_family(names: Iterable[str]) -> list[Any]:

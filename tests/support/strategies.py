@@ -17,6 +17,7 @@ SCALES = (*norms.SCALES, "rms", 2.5)
 ARGUMENTS = {
     "Spectral": {"method": "exact"},
     "KyFan": {"k": 3},
+    "DualKyFan": {"k": 3},
     "PerBlock": {"inner": norms.Euclidean(scale="unit"), "rows": 3, "columns": 5},
 }
 

@@ -17,7 +17,7 @@ import normopt.polar
 from normopt import Direction, Eigenbasis, Rotated, Smoothed, SteepestDescent, View
 from normopt.ingredient import Context, Ingredient, Stage, parse
 from normopt.ingredient.stage import ROTATED
-from normopt.norms import Column, Euclidean, KyFan, Max, Norm, Nuclear, PerBlock, Row, Schatten, Spectral
+from normopt.norms import Column, DualKyFan, Euclidean, KyFan, Lp, Max, Norm, Nuclear, PerBlock, Row, Schatten, Spectral
 from normopt.norms.base import Scale
 from normopt.polar import JORDAN, PolarCoefficients, polar
 from tests.support.strategies import (
@@ -71,8 +71,10 @@ NORM = {
     "Euclidean": lambda w: torch.linalg.matrix_norm(w, "fro"),
     "Spectral": lambda w: torch.linalg.matrix_norm(w, 2),
     "Nuclear": lambda w: torch.linalg.matrix_norm(w, "nuc"),
+    "Lp": lambda w: w.abs().pow(4).sum() ** (1 / 4),
     "Schatten": lambda w: torch.linalg.svdvals(w).pow(4).sum() ** (1 / 4),
     "KyFan": lambda w: torch.linalg.svdvals(w)[:2].sum(),
+    "DualKyFan": lambda w: max(torch.linalg.svdvals(w)[0], torch.linalg.svdvals(w).sum() / 2),
     "PerBlock": lambda w: torch.linalg.matrix_norm(w, 2) * (5 / 8) ** -0.5,
 }
 DUAL = {
@@ -82,8 +84,10 @@ DUAL = {
     "Euclidean": NORM["Euclidean"],
     "Spectral": NORM["Nuclear"],
     "Nuclear": NORM["Spectral"],
+    "Lp": lambda g: g.abs().pow(4 / 3).sum() ** (3 / 4),
     "Schatten": lambda g: torch.linalg.svdvals(g).pow(4 / 3).sum() ** (3 / 4),
     "KyFan": lambda g: max(torch.linalg.svdvals(g)[0], torch.linalg.svdvals(g).sum() / 2),
+    "DualKyFan": NORM["KyFan"],
     "PerBlock": lambda g: NORM["Nuclear"](g) * (5 / 8) ** 0.5,
 }
 # (out, in) = (8, 2) and (2, 8)
@@ -94,8 +98,10 @@ FACTOR = {
     "Euclidean": (4, 4),
     "Spectral": (2, 0.5),
     "Nuclear": (2, 0.5),
+    "Lp": (2, 2),
     "Schatten": (2, 0.5),
     "KyFan": (2, 0.5),
+    "DualKyFan": (2, 0.5),
 }
 
 
@@ -342,8 +348,10 @@ SYMMETRIES = {
     "Euclidean": (_rotation, _rotation),
     "Spectral": (_rotation, _rotation),
     "Nuclear": (_rotation, _rotation),
+    "Lp": (_permutation, _permutation),
     "Schatten": (_rotation, _rotation),
     "KyFan": (_rotation, _rotation),
+    "DualKyFan": (_rotation, _rotation),
 }
 #: Where the leading singular pair is unique, so that the nuclear norm has one duality map only.
 UNIQUE = {kind: make for kind, make in WELL_CONDITIONED.items() if kind != "orthogonal"}
@@ -458,7 +466,7 @@ def depends_on_the_spectrum(norm: Norm, rank: int) -> bool:
     """Whether full-rank gradients of one shape have updates of different lengths."""
     if isinstance(norm, KyFan):
         return 1 < norm.k < rank
-    return isinstance(norm, Schatten) and norm.p not in (1, 2, math.inf)
+    return isinstance(norm, (Schatten, Lp)) and norm.p not in (1, 2, math.inf)
 
 
 @each
@@ -481,7 +489,7 @@ def test_vectors_and_scalars_count_as_one_row(norm: Norm, shape: tuple[int, ...]
         result = method(g)
         assert result.shape == (() if name.endswith("norm") else shape)
         assert_close(result.reshape(-1), method(row).reshape(-1))
-    assert norm.rms(shape) == norm.rms(tuple(row.shape))
+    assert norm.rms(shape) == pytest.approx(norm.rms(tuple(row.shape)), nan_ok=True)
     assert_close(norm.norm(norm.initialize_(g)), torch.ones((), dtype=g.dtype))
 
 
@@ -624,7 +632,8 @@ def test_found_by_name(norm: Norm) -> None:
 
 
 def test_names() -> None:
-    built_in = {"max", "column", "row", "euclidean", "spectral", "nuclear", "schatten", "ky-fan", "per-block"}
+    built_in = {"max", "column", "row", "euclidean", "spectral", "nuclear", "schatten", "ky-fan"}
+    built_in |= {"dual-ky-fan", "lp", "per-block"}
     assert built_in <= set(normopt.norms.names())
     assert normopt.norms.names() == sorted(normopt.norms.names())
     assert {"norm", "direction", "stage", "unitarily-invariant", "slices"}.isdisjoint(normopt.norms.names())
@@ -675,7 +684,11 @@ def test_a_name_is_taken_once() -> None:
     ("make", "error", "message"),
     [
         (lambda: normopt.norms.get("spectrl"), ValueError, "unknown norm 'spectrl'; did you mean 'spectral'?"),
-        (lambda: normopt.norms.get("l7"), ValueError, "unknown norm 'l7'; Known: column, euclidean, ky-fan, max, "),
+        (
+            lambda: normopt.norms.get("l7"),
+            ValueError,
+            "unknown norm 'l7'; Known: column, dual-ky-fan, eucl",
+        ),
         (lambda: normopt.norms.get("norm"), ValueError, "unknown norm 'norm'; "),
         (lambda: normopt.norms.get("Rowe()"), ValueError, "unknown ingredient 'Rowe'; did you mean 'Row'?"),
         (lambda: normopt.norms.get(3), TypeError, "expected a Norm or the name of one, got 3"),
@@ -692,6 +705,9 @@ def test_a_name_is_taken_once() -> None:
         (lambda: Schatten(math.nan), ValueError, "Schatten: p must lie in [1, inf], got nan"),
         (lambda: Schatten("2"), TypeError, "Schatten: p must be a number, got '2'"),
         (lambda: KyFan(0), ValueError, "KyFan: k must be a whole number from 1 up, got 0"),
+        (lambda: DualKyFan(0), ValueError, "DualKyFan: k must be a whole number from 1 up, got 0"),
+        (lambda: DualKyFan(None, 0.0), ValueError, "DualKyFan: fraction must be positive, got 0.0"),
+        (lambda: DualKyFan(None, 1.5), ValueError, "DualKyFan: fraction must lie in [0, 1], got 1.5"),
         (lambda: KyFan(1.5), ValueError, "KyFan: k must be a whole number from 1 up, got 1.5"),
         (lambda: PerBlock("spectrl"), ValueError, "unknown norm 'spectrl'; did you mean 'spectral'?"),
         (lambda: PerBlock(Max(), rows=0), ValueError, "PerBlock: rows must be a whole number from 1 up, got 0"),
@@ -722,9 +738,14 @@ SPECTRAL = Spectral(scale="unit", method="exact")
     [
         (Schatten(1, scale="unit"), Nuclear(scale="unit")),
         (Schatten(2, scale="unit"), Euclidean(scale="unit")),
+        (Lp(2), Euclidean()),
+        (Lp(math.inf), Max()),
         (Schatten(math.inf, scale="unit"), SPECTRAL),
         (KyFan(1, scale="unit"), SPECTRAL),
         (KyFan(70, scale="unit"), Nuclear(scale="unit")),
+        (DualKyFan(1, scale="unit"), Nuclear(scale="unit")),
+        (DualKyFan(70, scale="unit"), SPECTRAL),
+        (DualKyFan(None, 1.0, scale="unit"), SPECTRAL),
         (PerBlock(SPECTRAL), SPECTRAL),
         (PerBlock(Max(scale="unit"), rows=1, columns=1), Max(scale="unit")),
         (PerBlock(Euclidean(scale="unit"), rows=1), Row(scale="unit")),
@@ -744,7 +765,11 @@ def test_special_cases(norm: Norm, known: Norm, g: Tensor, fraction: float) -> N
     assert norm.rotation_invariant == known.rotation_invariant or isinstance(norm, PerBlock)
 
 
-@pytest.mark.parametrize("norm", [*map(Schatten, (1.01, 1.5, 3, 300)), *map(KyFan, (2, 7, 39))], ids=str)
+IDENTITIES = [*map(Schatten, (1.01, 1.5, 3, 300)), *map(Lp, (1.0, 1.5, 3))]
+IDENTITIES += [*map(KyFan, (2, 7, 39)), *map(DualKyFan, (2, 7, 39))]
+
+
+@pytest.mark.parametrize("norm", IDENTITIES, ids=str)
 @settings(max_examples=8)
 @given(g=matrices(), fraction=RADII)
 def test_identities_for_all_powers_and_counts(norm: Norm, g: Tensor, fraction: float) -> None:
@@ -784,6 +809,22 @@ def test_rounding_errors_are_no_directions(p: float, dtype: torch.dtype) -> None
 def test_equal_singular_values_share_at_p_one() -> None:
     g = torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64))
     assert_close(Schatten(1, scale="unit").dualize(g), torch.diag(torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)))
+
+
+def test_the_dual_of_the_dual_of_ky_fan_is_ky_fan() -> None:
+    g = torch.randn(2, 9, 6, dtype=torch.float64)
+    for k in (1, 2, 5, 6, 7):
+        norm, dual = KyFan(k, scale="unit"), DualKyFan(k, scale="unit")
+        assert_close(dual.dual_norm(g), norm.norm(g))
+        assert_close(dual.norm(g), norm.dual_norm(g))
+
+
+@pytest.mark.parametrize(("fraction", "k"), [(0.01, 1), (0.1, 3), (0.101, 4), (0.5, 15), (1.0, 30)])
+def test_a_fraction_of_the_singular_pairs_is_rounded_up(fraction: float, k: int) -> None:
+    norm, g = DualKyFan(None, fraction, scale="unit"), full_rank(30, 40)
+    s = torch.linalg.svdvals(norm.dualize(g))
+    assert_close(s, (torch.arange(30) < k).double())
+    assert norm.rms((30, 40)) == pytest.approx((k / 1200) ** 0.5)
 
 
 def test_ky_fan_takes_the_polar_factor_or_the_leading_pair() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from normopt.ingredient import parse
 from normopt.numerics import host
@@ -19,9 +22,12 @@ from normopt.polar import (
     METHODS,
     POLAR_EXPRESS,
     SCHEDULES,
+    Choice,
     PolarCoefficients,
+    choice,
     choose,
     decompositions,
+    factor,
     polar,
 )
 from normopt.polar import newton_schulz as iterations
@@ -284,8 +290,8 @@ def test_the_margin_outweighs_rounding_to_bfloat16() -> None:
 
 def test_sizes_in_float16_are_beyond_its_products() -> None:
     g = torch.randn(6, 9).mul(1e4).half()
-    for factor in (1.0, 1e-7):
-        small = (g.float() * factor).half()
+    for size in (1.0, 1e-7):
+        small = (g.float() * size).half()
         assert_close(polar(small).float(), polar(small.float()), torch.finfo(torch.float16).eps)
 
 
@@ -439,7 +445,28 @@ def test_at_least_as_good_as_jordans(shape: tuple[int, int], kind: str) -> None:
             assert (inner(g.double(), d) >= 0.95 * s.sum(dim=-1)).all(), (method, dtype)
 
 
-# The choice of "auto" ------------------------------------------------------------------------------------------
+# The choice of form and dtype -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test finds a process that has measured nothing."""
+    monkeypatch.setattr(choice, "_measured", {})
+    monkeypatch.setattr(choice, "_timed", {})
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
+    """Seconds of a multiplication in each dtype, to be set, in place of timings; every shape that is timed is noted."""
+    found: dict[Any, Any] = {torch.float32: 1.0, torch.bfloat16: 1.0, "timed": []}
+
+    def seconds(short: int, long: int, dtypes: set[torch.dtype]) -> dict[torch.dtype, list[float]]:
+        found["timed"].append((short, long))
+        return {d: [found[d] * n for n in (short**2 * long, short**3, short**2 * long)] for d in dtypes}
+
+    monkeypatch.setattr(choice, "_seconds", seconds)
+    monkeypatch.setattr(factor, "has_bfloat16", lambda kind: True)
+    return found
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
@@ -454,11 +481,11 @@ def test_at_least_as_good_as_jordans(shape: tuple[int, int], kind: str) -> None:
         ((1024, 256), False, "gram", "gram"),
         ((64, 64), True, "direct", "direct"),
         ((96, 384), True, "gram", "gram"),
-        ((16, 64, 256), False, "gram", "gram"),
+        ((16, 64, 256), True, "gram", "gram"),
         ((4, 64, 256), True, "gram", "gram"),
     ],
 )
-def test_auto_chooses_by_shape_dtype_and_hardware(
+def test_the_rule_goes_by_shape_dtype_and_hardware(
     shape: tuple[int, ...],
     small: bool,
     form: str,
@@ -466,30 +493,181 @@ def test_auto_chooses_by_shape_dtype_and_hardware(
     bfloat16: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("normopt.polar.choice.has_bfloat16", lambda kind: bfloat16)
+    monkeypatch.setattr(factor, "has_bfloat16", lambda kind: bfloat16)
+    with choice.using({}, by_rule=True):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            on_cpu = bfloat16 and not small
+            assert choose(shape, dtype, "cpu") == (
+                form_in_bfloat16 if on_cpu else form,
+                torch.bfloat16 if on_cpu else torch.float32,
+            )
+            jordans = choose(shape, dtype, "cpu", "newton-schulz", None, "auto")
+            assert jordans == (("direct", torch.bfloat16) if on_cpu else (form, torch.float32))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        on_cpu = bfloat16 and not small
-        assert choose(shape, dtype, "cpu") == (
-            form_in_bfloat16 if on_cpu else form,
-            torch.bfloat16 if on_cpu else torch.float32,
-        )
         assert choose(shape, dtype, "cuda:0").dtype == (torch.bfloat16 if bfloat16 else torch.float32)
     assert choose(shape, torch.float64, "cpu") == (form, torch.float64)
     assert choose((*shape[:-1], 1), torch.bfloat16, "cpu") == ("exact", torch.float32)
+    assert choice._measured == {}
 
 
-def test_auto_does_what_it_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(96, 96), (96, 384), (384, 96), (5, 96, 384)], ids=str)
+@pytest.mark.parametrize("method", ["auto", "newton-schulz", "polar-express", "gram"])
+def test_the_fastest_is_taken(method: str, shape: tuple[int, ...], rates: dict[Any, Any]) -> None:
+    """By counts: the Gram form has fewer multiplications from an aspect ratio of about 2 on; restarts cost some."""
+    wide = shape != (96, 96)
+    rates[torch.bfloat16] = 3.0  # as on CPUs whose instructions for bfloat16 are slow
+    form = "gram" if wide or method == "gram" else "direct"
+    assert choose(shape, torch.float32, "cpu", method, None, "auto") == (form, torch.float32)
+    assert rates["timed"] == [(96, 384 if wide else 96)]
+    choice._measured.clear()
+    rates[torch.bfloat16] = 0.1
+    form = "gram" if (wide and method == "auto") or method == "gram" else "direct"
+    assert choose(shape, torch.bfloat16, "cpu", method, None, "auto") == (form, torch.bfloat16)
+
+
+def test_a_shape_is_measured_once_whatever_the_number_of_matrices(rates: dict[Any, Any]) -> None:
+    first = choose((96, 384), torch.float32, "cpu")
+    rates[torch.bfloat16] = 1e-3
+    assert {choose(s, torch.float32, "cpu") for s in ((96, 384), (384, 96), (7, 96, 384))} == {first}
+    assert rates["timed"] == [(96, 384)]
+    assert choose((96, 96), torch.float32, "cpu").dtype == torch.bfloat16 and len(rates["timed"]) == 2
+
+
+def test_what_is_never_measured(rates: dict[Any, Any]) -> None:
+    rates[torch.bfloat16] = 1e-3
+    assert choose((40, 40), torch.float32, "cpu").dtype == torch.float32
+    assert choose((96, 96), torch.float64, "cpu") == ("direct", torch.float64)
+    assert choose((96, 96), torch.float32, "meta") == choose((96, 96), torch.float32, "cuda")
+    assert choose((96, 96), torch.float32, "cpu", "newton-schulz", None, torch.bfloat16) == ("direct", torch.bfloat16)
+    assert choose((96, 96), torch.float32, "cpu", "newton-schulz") == ("direct", torch.float32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose((96, 96), torch.float32, "cpu").dtype == torch.float32
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert rates["timed"] == []
+    assert choose((96, 96), torch.float32, "cpu", "auto", None, torch.bfloat16).dtype == torch.bfloat16
+    assert rates["timed"] == [(96, 96)]
+
+
+def test_what_the_rule_takes_is_kept_unless_another_choice_pays(rates: dict[Any, Any]) -> None:
+    rates[torch.bfloat16] = 0.9
+    assert choose((96, 96), torch.float32, "cpu").dtype == torch.float32
+    choice._measured.clear()
+    rates[torch.bfloat16] = 0.8
+    assert choose((96, 96), torch.float32, "cpu").dtype == torch.bfloat16
+
+
+def test_own_choices_go_first_and_all_are_written_down(rates: dict[Any, Any]) -> None:
+    choose((96, 96), torch.float32, "cpu")
+    own = {factor.key((96, 96)): Choice("gram", torch.bfloat16), "96x384 auto": Choice("direct", torch.float64)}
+    with choice.using(own):
+        assert choose((96, 96), torch.float32, "cpu") == ("gram", torch.bfloat16)
+        assert choose((64, 64), torch.float32, "cpu") == choose((64, 64), torch.float32, "cpu")
+        assert choose((96, 384), torch.float32, "cpu").dtype != torch.float64  # which is no candidate
+        with choice.using({}, by_rule=True):
+            assert choose((96, 96), torch.float32, "cpu") == ("direct", torch.float32)
+        assert choose((96, 96), torch.float32, "cpu") == ("gram", torch.bfloat16)
+    assert own.keys() == {"96x96 auto", "64x64 auto", "96x384 auto"}
+    assert choose((96, 96), torch.float32, "cpu") == ("direct", torch.float32)
+
+
+def test_keys_say_all_that_a_choice_depends_on() -> None:
+    assert factor.key((7, 384, 96)) == "96x384 auto" == factor.key((96, 384), "auto", 4, "auto")
+    assert factor.key((96, 96), "newton-schulz", 3, "auto") == "96x96 newton-schulz 3"
+    assert factor.key((96, 96), "auto", None, torch.bfloat16) == "96x96 auto bfloat16"
+    assert factor.key((96, 96), PADE, 12) == "96x96 coefficients 12"
+
+
+def test_choices_as_text() -> None:
+    found = {"96x96 auto": Choice("gram", torch.bfloat16), "64x96 newton-schulz 7": Choice("direct", torch.float32)}
+    text = "64x96 newton-schulz 7: direct float32; 96x96 auto: gram bfloat16"
+    assert choice.to_text(found) == text and choice.from_text(text) == found
+    assert choice.to_text({}) == "" and choice.from_text("") == {}
+    for bad in ("fast", "96x96 auto: gram int8", "96x96 auto: exact float32", 3):
+        with pytest.raises(ValueError, match=r"products must be text like .*got"):
+            choice.from_text(bad)
+
+
+def test_measuring_takes_a_few_milliseconds_and_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    for shape in ((64, 64), (256, 1024), (4096, 16384)):
+        start = time.process_time()
+        seconds = choice._seconds(*shape, {torch.float32})
+        # Of products of at most 2^23 multiplications, where one of the largest shape has 2^38.
+        assert time.process_time() - start < 2
+        assert seconds is not None and all(0 < each < 1 for each in seconds[torch.float32])
+    assert torch.equal(torch.get_rng_state(), before)
+    with FakeTensorMode():
+        assert choice._seconds(48, 48, {torch.float32}) is None
+
+
+def test_counts_of_products_are_those_that_are_made() -> None:
+    g = torch.randn(32, 80)
+    for rows in (JORDAN.rows(), JORDAN.rows(8)):
+        for form, run in (("direct", iterations.direct), ("gram", iterations.through_gram)):
+            for dtype in (torch.float32, torch.bfloat16):
+                with FlopCounterMode(display=False) as counter:
+                    run(g[None].to(dtype), rows)
+                grams, squares, applied = iterations.products_of(form, rows, dtype)
+                made = 2 * 32**2 * (80 * (grams + applied) + 32 * squares)
+                assert counter.get_total_flops() == made, (form, dtype, len(rows))
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (41, 90), (90, 41)], ids=str)
+@pytest.mark.parametrize("method", ["newton-schulz", "gram", FOUR_STEPS], ids=["jordan", "gram", "direct"])
+def test_symmetric_products_leave_out_a_quarter(
+    method: str | PolarCoefficients, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = from_spectrum(*shape, spectrum(min(shape), 0.1)).float().expand(2, *shape)
+    found = []
+    for size in (384, 8):
+        monkeypatch.setattr(iterations, "HALVED_FROM", size)
+        with FlopCounterMode(display=False) as counter:
+            found.append((polar(g, method), counter.get_total_flops()))
+    (whole, all_of_them), (halved, fewer) = found
+    assert_close(halved, whole, 1e-4)
+    assert 0.75 * all_of_them - 1 < fewer < 0.93 * all_of_them
+    a = torch.randn(2, 9, 9)
+    product = iterations._symmetric(a, a.mT)
+    assert not iterations.is_halved(9, torch.bfloat16, a.device)
+    assert_close(product, a @ a.mT, 1e-5)
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("shape", [(96, 96), (64, 192), (192, 64)], ids=str)
+def test_every_candidate_is_as_accurate_as_jordans_in_bfloat16(shape: tuple[int, int], kind: str) -> None:
+    """What torch.optim.Muon computes differs from Jordan's map by bfloat16's rounding; no candidate differs more."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        g = SPECTRA[kind](*shape)
+        exact = polar(g, "newton-schulz")
+        torchs = _zeropower_via_newtonschulz(g.float(), (3.4445, -4.7750, 2.0315), 5, 1e-7)
+        allowed = 1.1 * (torchs.double() - exact).norm()
+        candidates = factor._candidates("newton-schulz", torch.float32, None, "cpu")
+        assert ("gram", torch.float32) in candidates and ("direct", torch.float32) in candidates
+        for form, dtype in {*candidates, Choice("direct", torch.bfloat16)}:
+            found = factor._iterate(g.float(), JORDAN, JORDAN.rows(), form, dtype)
+            assert (found.double() - exact).norm() < allowed, (form, dtype)
+
+
+def test_polar_does_what_is_chosen(rates: dict[Any, Any]) -> None:
     for shape in ((96, 96), (48, 192), (192, 48), (2, 48, 192)):
         g = torch.randn(shape)
-        choice = choose(g.shape, g.dtype, g.device)
-        for dtype in (None, torch.bfloat16):
-            same = polar(g, "gram" if choice.form == "gram" else FOUR_STEPS, dtype=dtype or choice.dtype)
-            assert torch.equal(polar(g, "auto", dtype=dtype), same)
-    monkeypatch.setattr("normopt.polar.choice.BFLOAT16_FROM", 0)
-    monkeypatch.setattr("normopt.polar.choice.has_bfloat16", lambda kind: True)
+        for rate in (0.1, 3.0):
+            rates[torch.bfloat16] = rate
+            choice._measured.clear()
+            chosen = choose(g.shape, g.dtype, g.device)
+            assert chosen.dtype == (torch.bfloat16 if rate < 1 else torch.float32)
+            same = polar(g, "gram" if chosen.form == "gram" else FOUR_STEPS, dtype=chosen.dtype)
+            assert torch.equal(polar(g, "auto"), same) and torch.equal(polar(g, "auto", dtype="auto"), same)
+            form, dtype = choose(g.shape, g.dtype, g.device, "newton-schulz", None, "auto")
+            same = factor._iterate(g, JORDAN, JORDAN.rows(), form, dtype)
+            assert torch.equal(polar(g, "newton-schulz", dtype="auto"), same)
     g = torch.randn(48, 192)
-    assert torch.equal(polar(g, "auto"), polar(g, "gram", dtype=torch.bfloat16))
     assert_close(polar(g[:1], "auto"), g[:1] / g[:1].norm(), 1e-6)
+    with pytest.raises(ValueError, match=r"dtype must be a torch\.dtype, 'auto' or None, got 'fast'"):
+        polar(g, dtype="fast")
 
 
 def test_which_hardware_multiplies_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

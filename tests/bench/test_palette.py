@@ -1,0 +1,26 @@
+"""Colours: every optimizer has its family's, and lines of one family can be told apart."""
+
+from __future__ import annotations
+
+import normopt
+from benchmarks.output.palette import COLORS, NO_NORM, OTHER, color, family, lines
+from normopt.ingredient import choices
+from normopt.norms import Norm
+
+
+def test_every_norm_and_every_optimizer_has_a_colour() -> None:
+    ours = [cls for cls in choices(Norm).values() if cls.__module__.startswith("normopt.")]
+    assert {cls.__name__ for cls in ours} == set(COLORS)
+    assert len({*COLORS.values(), NO_NORM, OTHER}) == len(COLORS) + 2
+    assert {color(name) for name in normopt.list_optimizers()} <= {*COLORS.values(), NO_NORM}
+
+
+def test_variants_are_of_their_optimizers_family() -> None:
+    assert family("muon@angpt alpha_init=0.25") == family("muonplus-soap") == family("shampoo") == "Spectral"
+    assert color("adamw") == color("soap") == COLORS["Max"] and color("sinkgd") == NO_NORM
+    assert color("lion_pytorch:Lion") == OTHER
+
+
+def test_lines_of_one_family_differ() -> None:
+    drawn = lines(["muon", "normuon", "scion", "shampoo", "muonplus", "muonh", "adamw"])
+    assert len({tuple(style.values()) for style in drawn.values()}) == len(drawn)
