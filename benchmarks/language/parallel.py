@@ -87,7 +87,7 @@ class Together(Alone):
     """All processes of a job. Each trains on an equal share of the batch, and gradients are averaged.
 
     Checkpoints are folders, one for each step, that torch.distributed.checkpoint reads on any number of ranks; the
-    newest that is complete counts. All methods save `share` and `exists` are collective.
+    newest that is complete counts. All must call `place`, `mean`, `clip`, `agreed`, `save` and `load` together.
 
     Args:
         kind: "ddp", every process has the whole model; "fsdp2", parameters, gradients and state are sharded over all
@@ -204,7 +204,7 @@ def joined(kind: str) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()
     try:
-        with redirect_stdout(sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")):
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if dist.get_rank() else sys.stdout):
             yield
     finally:
         team.cache_clear()
