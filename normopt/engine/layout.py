@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +74,13 @@ class Home:
         return self.sees_weights or self.is_whole_here
 
     @property
+    def where(self) -> str:
+        """Which ranks move it, in words."""
+        if self.mesh is None:
+            return "all"
+        return "shards" if self.is_local else f"rank {self.mesh.mesh.flatten()[self.owner].item()}"
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of what the owner moves."""
         return self.p.dtype if self.moves_weights else torch.promote_types(self.p.dtype, torch.float32)
@@ -131,15 +139,30 @@ class Layout:
         #: Whether ranks have different tensors to move.
         self.divides = bool(on_meshes)
         self.device = next((meshes.local(home.p).device for home in self.homes), torch.device("cpu"))
-        cover = meshes.covering(on_meshes) if on_meshes else None
-        if cover is not None:
-            self._sums = Ranks(meshes.group_of(cover), self.device)
-            self._assign(cover)
-        self.ranks = self._sums if group is None else Ranks(group, self.device)
-        self._groups = groups
+        self._cover = meshes.covering(on_meshes) if on_meshes else None
+        if self._cover is not None:
+            self._assign(self._cover)
+        self._groups, self._process_group = groups, group
+        self._has_agreed = False
         self._numbered: dict[Home, tuple[int, torch.Size, meshes.Part | None]] = {}
         self._state_shapes: dict[Home, dict[str, tuple[int, ...]]] = {}
-        self._waves = [ShardedWave(self, homes) for homes in self._cut(groups)]
+
+    # What needs process groups is made at the first step, which all ranks take; a layout can be looked at by one.
+
+    @cached_property
+    def _sums(self) -> Ranks:
+        """The ranks over which step sizes add up."""
+        assert self._cover is not None
+        return Ranks(meshes.group_of(self._cover), self.device)
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The ranks that step together."""
+        return self._sums if self._process_group is None else Ranks(self._process_group, self.device)
+
+    @cached_property
+    def _waves(self) -> list[ShardedWave]:
+        return [ShardedWave(self, homes) for homes in self._cut(self._groups)]
 
     def fits(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether parameters, their memory and their rules are still what they were."""
@@ -204,9 +227,10 @@ class Layout:
 
     def agree_on_products(self, by_rule: bool) -> None:
         """Let all ranks multiply matrices as the first has found fastest: replicas must be equal to the bit."""
-        if any(rule_of(group).open_parts for group in self._groups):
+        if not self._has_agreed and any(rule_of(group).open_parts for group in self._groups):
             found = products.choices(self._groups, by_rule) if self.ranks.rank == 0 else {}
             products.adopt(self._groups, self.ranks.every(found)[0])
+        self._has_agreed = True
 
     def check(self, state: State) -> None:
         """Raise a ``ValueError`` for what this rank can find wrong with numbers and state before anything moves."""
@@ -219,6 +243,10 @@ class Layout:
             wave.arrive(self._groups, state, guard)
             yield wave
             wave.leave(state, guard)
+
+    def where(self) -> dict[Tensor, str]:
+        """Which ranks move each parameter, in words."""
+        return {home.p: home.where for home in self.homes}
 
     def group_of(self, home: Home) -> dict[str, Any]:
         """The param group of a parameter."""
