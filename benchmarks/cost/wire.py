@@ -63,8 +63,8 @@ OPTIMIZERS: dict[str, dict[str, object]] = {
     "muon": {},
     "muon + RowBound": {"geometry": {"linear": {"bounds": "RowBound(radius=1.0)"}}},
 }
-#: Ranks that share a copy of the model where there are several copies (HSDP).
-NODE = 8
+#: How many ranks share a copy of the model where there are several copies (HSDP).
+SHARDS = (8, 64)
 
 
 def benchmark_wire(parsed: argparse.Namespace) -> int:
@@ -84,7 +84,7 @@ def count_all(models: list[str], ranks: list[int]) -> list[Row]:
     """Body of the process: a row for each model, optimizer, number of ranks and layout."""
     rows = []
     for size in ranks:
-        copies = [1] + [size // NODE] * (size > NODE and size % NODE == 0)
+        copies = [1, *(size // shards for shards in SHARDS if size > shards and size % shards == 0)]
         with one_of(size):
             for name in models:
                 print(f"counting {name} on {size} ranks", flush=True)
@@ -111,6 +111,11 @@ def mesh_of(ranks: int, copies: int = 1) -> DeviceMesh:
     if copies == 1:
         return init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
     return init_device_mesh("cpu", (copies, ranks // copies), mesh_dim_names=("copy", "shard"))
+
+
+def copies_in(mesh: DeviceMesh) -> int:
+    """How many copies of the model a mesh of `mesh_of` has."""
+    return mesh.size(0) if mesh.ndim == 2 else 1
 
 
 def make(shapes: Shapes) -> nn.Module:
@@ -153,11 +158,13 @@ def count(name: str, optimizer: str, mesh: DeviceMesh) -> Row:
         work[home.owner] += home.cost
     state = state_bytes(layout, mesh)
     return {
-        "key": f"{name}-{optimizer}-{ranks}-{mesh.ndim}",
+        "key": f"{name}-{optimizer}-{ranks}-{copies_in(mesh)}",
         "model": name,
         "optimizer": optimizer,
         "ranks": ranks,
-        "layout": "FSDP2" if mesh.ndim == 1 else f"HSDP {mesh.size(0)} x {mesh.size(1)}",
+        "layout": "FSDP2" if mesh.ndim == 1 else f"HSDP {copies_in(mesh)} x {ranks // copies_in(mesh)}",
+        "copies": copies_in(mesh),
+        "shards": ranks // copies_in(mesh),
         "parameters": sum(p.numel() for p in model.parameters()),
         "owned": sum(home.p.numel() for home in owned),
         "matrices": len(owned),
@@ -183,7 +190,8 @@ def bounds(model: nn.Module, owned: list[Home], mesh: DeviceMesh) -> dict[str, f
     P (N-1) / N, every rank gathers everything and does all the work. `fsdp`: what FSDP2 sends for the forward and the
     backward pass, two all-gathers of the weights and one reduce-scatter, and an all-reduce over copies.
     """
-    n, copies = mesh.size(mesh.ndim - 1), mesh.size() // mesh.size(mesh.ndim - 1)
+    copies = copies_in(mesh)
+    n = mesh.size() // copies
     carried = sum(home.p.numel() * (3 if home.sees_weights else 2) for home in owned)
     entries, total = sum(home.p.numel() for home in owned), sum(p.numel() for p in model.parameters())
     return {

@@ -12,16 +12,16 @@ from benchmarks.output.tables import publish, set_aside, write_table
 
 NOTES = (
     "Counted from placements, nothing ran: the bytes of one step that leave a rank, mean and (largest) over ranks, "
-    "with gradients and weights in float32. Parameters are sharded by rows over all ranks (FSDP2), or over the 8 ranks "
-    "of each copy of the model (HSDP, copies x 8). Muon moves the matrices of the layers (P entries), AdamW the "
-    "rest, which sends nothing. Least, over N shards: 2 P (N-1) / N^2 entries, what it takes to make each matrix in "
+    "with gradients and weights in float32. Parameters are sharded by rows over all ranks (FSDP2), or over those of "
+    "each copy of the model (HSDP, copies x ranks of a copy). Muon moves the matrices of the layers (P entries), AdamW "
+    "the rest, which sends nothing. Least, over N shards: 2 P (N-1) / N^2 entries, what it takes to make each matrix in "
     "one place of each copy, all but the maker's own part in and out again; 3 P (N-1) / N^2 with weights. (Ranks that "
     "do not divide a matrix send less, since owners have more of it than the mean; copies that share the work bring "
-    "each matrix in once.) Gather: P (N-1) / N, every rank gathers all gradients and does all the work. FSDP2: "
-    "3 (N-1) / N times all parameters, what the forward and the backward pass send anyway, and an all-reduce over copies. "
-    "All-to-alls: in a step, beside one all-reduce of 32 bytes; more than 2 where a rank's share is taken in waves, "
-    "which bound temporary memory. Work: the largest over the mean, of the matrices' products (long x short^2); "
-    "promised is at most the larger of 1.2 and the largest matrix. Idle: ranks that own no matrix. State: float32."
+    "each matrix in once.) Gather: P (N-1) / N, every rank gathers all gradients and does all the work. FSDP2: what the "
+    "forward and the backward pass send anyway, 3 (N-1) / N times all parameters, and an all-reduce over copies. "
+    "All-to-alls: in a step, beside one small all-reduce; more than 2 where a rank's share is taken in waves, which "
+    "bound temporary memory. Work: the largest over the mean, of the matrices' products (long x short^2); promised is "
+    "at most the larger of 1.2 and the largest matrix. Idle: ranks that own no matrix. State: float32."
 )
 SECTION = ("model", "optimizer")
 
@@ -67,7 +67,10 @@ def megabytes(count: float) -> str:
 
 
 def plot_wire(rows: list[Row], out: Path) -> None:
-    """Bytes that a rank sends in a step against the number of ranks, a panel for each model (`wire.png`)."""
+    """Bytes that a rank sends in a step against the number of ranks, a panel for each model (`wire.png`).
+
+    Lines are means over ranks, and bands go up to the rank that sends most.
+    """
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4 * len(models), 4.8), layout="constrained")
@@ -76,7 +79,7 @@ def plot_wire(rows: list[Row], out: Path) -> None:
             _draw(axes, [row for row in rows if row["model"] == model])
             axes.set_title(model, loc="left", fontsize=11)
             axes.set_xlabel("ranks")
-        panels[0].set_ylabel("MB a rank sends in a step")
+        panels[0].set_ylabel("MB a rank sends in a step, mean to largest")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
         save(figure, out / "wire.png")
@@ -89,16 +92,19 @@ def _draw(axes: Axes, rows: list[Row]) -> None:
     ranks = [row["ranks"] for row in first]
     for column, label, style in (("fsdp", "FSDP2 itself", "-"), ("gather_all", "gather everything", "-.")):
         axes.plot(ranks, [row[column] / 1e6 for row in first], style, color="C0", label=label)
-    for i, optimizer in enumerate(optimizers, 1):
-        for kind, marker, style in (("FSDP2", "o", "-"), ("HSDP", "s", "--")):
-            some = [row for row in rows if row["optimizer"] == optimizer and row["layout"].startswith(kind)]
-            if some:
-                x, y = [row["ranks"] for row in some], [row["sent_mean"] / 1e6 for row in some]
-                label = f"{optimizer}, {kind}"
-                axes.plot(x, y, style, marker=marker, color=f"C{i}", label=label, linewidth=2, markersize=4)
-        some = [row for row in flat if row["optimizer"] == optimizer]
-        low, high = ([row[name] / 1e6 for row in some] for name in ("sent_mean", "sent_max"))
-        axes.fill_between([row["ranks"] for row in some], low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+    lines = [(optimizer, 0) for optimizer in optimizers]
+    lines += [(optimizers[0], shards) for shards in sorted({row["shards"] for row in rows if row["copies"] > 1})]
+    for i, (optimizer, shards) in enumerate(lines, 1):
+        # Of FSDP2 where `shards` is 0, else of copies with so many ranks.
+        some = [row for row in rows if row["optimizer"] == optimizer]
+        some = [
+            row for row in some if (row["shards"] == shards if shards else True) and (row["copies"] > 1) == bool(shards)
+        ]
+        x = [row["ranks"] for row in some]
+        mean, largest = ([row[name] / 1e6 for row in some] for name in ("sent_mean", "sent_max"))
+        label = f"{optimizer}, {f'copies of {shards} ranks' if shards else 'FSDP2'}"
+        axes.plot(x, mean, "--" if shards else "-", marker="o", color=f"C{i}", label=label, linewidth=2, markersize=4)
+        axes.fill_between(x, mean, largest, color=f"C{i}", alpha=0.15, linewidth=0)
     least = [row["least"] / 1e6 for row in first]
     axes.plot(ranks, least, ":", color="black", label="least for gradients in, updates out", linewidth=1.5, zorder=5)
     axes.set_xscale("log", base=2)

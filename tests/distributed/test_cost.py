@@ -163,4 +163,4 @@ def test_waves_change_nothing_but_memory(ranks_of: RanksOf) -> None:
         assert in_parts[1] >= 3 * whole[1]
         torch.testing.assert_close(in_parts[0], whole[0], rtol=1e-6, atol=1e-6)
         longer = ranks_of(2).run(counted.in_waves, name, 36, 1 << 11)[0]
-        assert longer[1] >= 2.5 * in_parts[1] and longer[2] < 1.5 * in_parts[2] + 4096, (name, longer[2], in_parts[2])
+        assert longer[1] >= 2 * in_parts[1] and longer[2] < 1.5 * in_parts[2] + 4096, (name, longer[2], in_parts[2])
