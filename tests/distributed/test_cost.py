@@ -18,8 +18,8 @@ from tests.support.counted import BOUNDED
 from tests.support.ranks import Ranks
 
 NAMES = normopt.list_optimizers()
-#: One that moves gradients and updates, with weights, none, with sums over all tensors, several at once, and Shampoo's.
-SOME = ("muon", "muonh", "adamw", "prodigy", "lamb", "scion", "soap")
+#: Those that move gradients and updates, with weights, nothing, and with sums over all tensors.
+SOME = ("muon", "muonh", "adamw", "lamb")
 RanksOf = Callable[[int], Ranks]
 
 
@@ -36,9 +36,9 @@ def check(found: dict[str, Any]) -> None:
 
 
 def test_collectives_of_every_optimizer(ranks_of: RanksOf) -> None:
-    """As many for nine layers as for three, and for entry-wise rules no all-to-all."""
+    """As many for six layers as for two, and for entry-wise rules no all-to-all."""
     for few, many in zip(
-        ranks_of(2).run(counted.costs_of_all, NAMES, 3), ranks_of(2).run(counted.costs_of_all, NAMES, 9), strict=True
+        ranks_of(2).run(counted.costs_of_all, NAMES, 2), ranks_of(2).run(counted.costs_of_all, NAMES, 6), strict=True
     ):
         assert {name: each["collectives"] for name, each in few.items()} == {
             name: each["collectives"] for name, each in many.items()
@@ -46,8 +46,9 @@ def test_collectives_of_every_optimizer(ranks_of: RanksOf) -> None:
         for found in (*few.values(), *many.values()):
             check(found)
         silent = {name for name, each in many.items() if not each["all_to_alls"]}
-        assert silent >= {"adamw", "adam", "sgd", "lion", "signum", "prodigy", "columndescent", "rowdescent"}
+        assert silent >= {"adamw", "adam", "sgd", "lion", "signum", "prodigy"}
         assert not silent & {"muon", "muonh", "scion", "shampoo", "soap"}
+        assert many["scion"]["owned"] == 6 * 8 * 8 + 2 * 8, "rows of embedding and head move where they are"
 
 
 def test_collectives_do_not_depend_on_the_number_of_ranks(ranks_of: RanksOf) -> None:
