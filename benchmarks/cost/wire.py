@@ -23,7 +23,7 @@ from benchmarks.output.records import Row, append_row
 from normopt.engine import mesh as meshes
 from normopt.engine.layout import Home, Layout
 from normopt.engine.plan import state_shapes
-from normopt.rule import rule_of
+from normopt.rule import Rule, rule_of
 
 
 @dataclass(frozen=True)
@@ -204,17 +204,21 @@ def bounds(model: nn.Module, owned: list[Home], mesh: DeviceMesh) -> dict[str, f
 def state_bytes(layout: Layout, mesh: DeviceMesh) -> list[int]:
     """Bytes of state on each rank, in float32."""
     sizes, places = tuple(mesh.shape), meshes.coordinates(mesh.shape)
-    found = [0] * len(places)
+    found, known = [0] * len(places), dict[object, list[int]]()
     for home in layout.homes:
-        rule = rule_of({"rule": home.rule}).at(layout.group_of(home))
-        known: dict[tuple[int, ...], int] = {}
-        for rank, place in enumerate(places):
-            if not home.is_local and rank != home.owner:
-                continue
-            part = meshes.part_of(tuple(home.p.shape), home.placements, sizes, place) if home.is_local else ()
-            shape = meshes.shape_of(part) if home.is_local else tuple(home.p.shape)
-            if shape not in known:
-                kept = state_shapes(torch.empty(shape, device="meta"), rule)
-                known[shape] = 4 * sum(map(math.prod, kept.values()))
-            found[rank] += known[shape]
+        rule, shape = rule_of({"rule": home.rule}).at(layout.group_of(home)), tuple(home.p.shape)
+        if not home.is_local:
+            found[home.owner] += _bytes(shape, rule)
+            continue
+        key = home.rule, home.place, shape
+        if key not in known:
+            parts = [meshes.part_of(shape, home.placements, sizes, place) for place in places]
+            each = {part: _bytes(part, rule) for part in {meshes.shape_of(part) for part in parts}}
+            known[key] = [each[meshes.shape_of(part)] for part in parts]
+        found = [a + b for a, b in zip(found, known[key], strict=True)]
     return found
+
+
+def _bytes(shape: tuple[int, ...], rule: Rule) -> int:
+    kept = state_shapes(torch.empty(shape, device="meta"), rule)
+    return 4 * sum(map(math.prod, kept.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,10 @@ class Item(NamedTuple):
     owner: int
 
 
+#: Models have many tensors of few shapes.
+_part_of = functools.lru_cache(maxsize=1 << 14)(part_of)
+
+
 class Routes:
     """What one rank of a mesh has of each tensor, and what it sends to whom: from placements alone.
 
@@ -41,12 +46,12 @@ class Routes:
         places = coordinates(sizes)
         here = places[me]
         #: What the rank has of each tensor.
-        self.parts: list[Part] = [part_of(item.shape, item.placements, sizes, here) for item in self.items]
+        self.parts: list[Part] = [_part_of(item.shape, item.placements, sizes, here) for item in self.items]
         #: The tensors that it owns.
         self.owned = [i for i, item in enumerate(self.items) if item.owner == me]
         # For each rank, and each of these tensors, what that rank has of it.
         self._theirs = [
-            {i: part_of(self.items[i].shape, self.items[i].placements, sizes, place) for i in self.owned}
+            {i: _part_of(self.items[i].shape, self.items[i].placements, sizes, place) for i in self.owned}
             for place in places
         ]
         self._sends = [self._is_replica(item, here, places[item.owner]) for item in self.items]

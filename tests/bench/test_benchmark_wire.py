@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import torch.distributed as dist
 from benchmarks.__main__ import WIRE_MODELS, main
 from benchmarks.cost import wire
 from benchmarks.output.records import read_rows
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -67,3 +71,13 @@ def test_one_rank_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["wire", "--ranks", "1,2", "--out", str(tmp_path)])
     assert "--ranks: one rank sends nothing; give numbers from 2 up" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_table_on_file() -> None:
+    page = (ROOT / "docs" / "many-machines.md").read_text(encoding="utf-8")
+    header, *lines = [
+        line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| ?(model|gpt2|llama)", line)
+    ]
+    with (ROOT / "benchmarks" / "results" / "wire" / "wire.csv").open(encoding="utf-8") as file:
+        known = [[row[name] for name in header] for row in csv.DictReader(file) if row["optimizer"] == "muon"]
+    assert len(lines) >= 12 and all(line in known for line in lines)
