@@ -13,15 +13,16 @@ from benchmarks.output.tables import publish, set_aside, write_table
 NOTES = (
     "Counted from placements, nothing ran: the bytes of one step that leave a rank, mean and (largest) over ranks, "
     "with gradients and weights in float32. Parameters are sharded by rows over all ranks (FSDP2), or over those of "
-    "each copy of the model (HSDP, copies x ranks of a copy). Muon moves the matrices of the layers (P entries), AdamW "
-    "the rest, which sends nothing. Least, over N shards: 2 P (N-1) / N^2 entries, what it takes to make each matrix "
-    "in one place of each copy, all but the maker's own part in and out again; 3 P (N-1) / N^2 with weights. (Ranks "
-    "that do not divide a matrix send less, since owners have more of it than the mean; copies that share the work bring "
-    "each matrix in once.) Gather: P (N-1) / N, every rank gathers all gradients and does all the work. FSDP2: what "
-    "the forward and the backward pass send anyway, 3 (N-1) / N times all parameters, and an all-reduce over copies. "
-    "All-to-alls: in a step, beside one small all-reduce; more than 2 where a rank's share is taken in waves, which "
-    "bound temporary memory. Work: the largest over the mean, of the matrices' products (long x short^2); promised is "
-    "at most the larger of 1.2 and the largest matrix. Idle: ranks that own no matrix. State: float32."
+    "each copy of the model (HSDP, copies x ranks of a copy). Muon moves the matrices of the layers (P entries), "
+    "AdamW the rest, which sends nothing. Least, over N shards: 2 P (N-1) / N^2 entries, what it takes to make each "
+    "matrix in one place of each copy, all but the maker's own part in and out again; 3 P (N-1) / N^2 with weights. "
+    "(Ranks that do not divide a matrix send less, since owners have more of it than the mean; copies that share the "
+    "work bring each matrix in once.) Gather: P (N-1) / N, every rank gathers all gradients and does all the work. "
+    "FSDP2: what the forward and the backward pass send anyway, 3 (N-1) / N times all parameters, and an all-reduce "
+    "over copies. All-to-alls: in a step, beside one small all-reduce; more than 2 where a rank's share is taken in "
+    "waves, which bound temporary memory. Work: the largest over the mean, of the matrices' products (long x "
+    "short^2); promised is at most the larger of 1.2 and the largest matrix. Idle: ranks that own no matrix. State: "
+    "float32."
 )
 SECTION = ("model", "optimizer")
 
