@@ -158,10 +158,9 @@ def test_ingredients_see_plain_tensors(ranks_of: RanksOf, layout: str) -> None:
 
 
 def test_waves_change_nothing_but_memory(ranks_of: RanksOf) -> None:
-    """Weights are those of one wave, and what a step takes beside them does not grow with the model."""
+    """Weights are those of one wave, and what a step takes beside them is a part of what one wave takes."""
     for name in ("muon", "muonh", "shampoo"):
-        whole, in_parts = (ranks_of(2).run(counted.in_waves, name, 12, entries)[0] for entries in (1 << 24, 1 << 11))
-        assert in_parts[1] >= 3 * whole[1]
+        whole, in_parts = (ranks_of(2).run(counted.in_waves, name, 36, entries)[0] for entries in (1 << 24, 1 << 11))
+        assert in_parts[1] >= 8 * whole[1]
         torch.testing.assert_close(in_parts[0], whole[0], rtol=1e-6, atol=1e-6)
-        longer = ranks_of(2).run(counted.in_waves, name, 36, 1 << 11)[0]
-        assert longer[1] >= 2 * in_parts[1] and longer[2] < 1.5 * in_parts[2] + 4096, (name, longer[2], in_parts[2])
+        assert in_parts[2] < whole[2] / 2, name
