@@ -13,6 +13,8 @@ MODEL_NAMES = ("gpt", "angpt", "ngpt")
 PRESET_NAMES = ("quick", "standard", "gpt2")
 PARALLEL = ("ddp", "fsdp2", "fsdp2+tp")
 STEP_SETS = ("quick", "small", "wide", "gpt2")
+WIRE_MODELS = ("gpt2-124m", "gpt2-1.5b", "llama3-8b")
+WIRE_RANKS = (2, 4, 8, 16, 64, 256, 1024)
 OPTIMIZERS = """names, separated by commas, of: all (those of normopt); patterns like '*muon*'; optimizers of torch and
 of other installed libraries, like torch:AdamW, torch:*, lion_pytorch:Lion; own combinations, like
 mine=muon(momentum=0.9,nesterov=False) or new=SteepestDescent(norm="Chain(Row(), Spectral())",momentum=0.95).
@@ -46,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     from benchmarks.cost.polar import benchmark_polar
     from benchmarks.cost.step import benchmark_step
+    from benchmarks.cost.wire import benchmark_wire
     from benchmarks.harness import PlanError
     from benchmarks.language.compare import compare
     from benchmarks.language.data import DataError
@@ -57,6 +60,7 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
 
     trained = {"compare": compare, "grid": grid, "sweep": sweep, "norms": norms}
     run = {**trained, "report": report, "polar": benchmark_polar, "step": benchmark_step, "probes": probe_all}
+    run["wire"] = benchmark_wire
     try:
         return run[parsed.command](parsed)
     except (BusyError, DataError, PlanError) as error:
@@ -88,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_report(commands.add_parser("report", help="tables and plots of runs on file, whatever commands made them"))
     _add_polar(commands.add_parser("polar", help="accuracy and speed of polar factors, without any training"))
     _add_step(commands.add_parser("step", help="what a step costs, beside other libraries, without any training"))
+    _add_wire(commands.add_parser("wire", help="bytes that sharded steps send, counted for any number of ranks"))
     _add_probes(commands.add_parser("probes", help="what users take for granted, asked of ours and of other libraries"))
     return parser
 
@@ -123,6 +128,16 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, help="folder for the results; default: runs/step")
     add("--smoke", action="store_true", help="a tiny set and three rounds: does everything work?")
     parser.set_defaults(preset="step")
+
+
+def _add_wire(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--models", type=among(WIRE_MODELS), default=WIRE_MODELS, help=f"of {', '.join(WIRE_MODELS)}; default: all")
+    counts = ",".join(map(str, WIRE_RANKS))
+    add("--ranks", type=list_of(positive_int, "2,4,8"), default=WIRE_RANKS, help=f"default: {counts}")
+    add("--out", type=Path, help="folder for the results; default: runs/wire")
+    add("--smoke", action="store_true", help="a tiny model on few ranks: does everything work?")
+    parser.set_defaults(preset="wire")
 
 
 def _add_polar(parser: argparse.ArgumentParser) -> None:
