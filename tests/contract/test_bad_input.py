@@ -520,7 +520,7 @@ BUT: dict[tuple[str, str], list[Any]] = {
     ("rmsprop", "alpha"): BELOW_ONE,
     # As in torch: a heavy ball of 1 sums up all gradients.
     **{(name, "momentum"): ABOVE for name in HEAVY},
-    ("olion", "momentum"): [*ABOVE, 1.5],
+    **{("olion", name): [*ABOVE, 1.5] for name in ("momentum", "momentum_2")},
     ("scion", "radius"): [-1.0, NAN, INF],
     **{(name, "scale"): [-1.0, 0.0, NAN, INF, "nonsense"] for name in normopt.list_optimizers("*descent")},
     **{(name, "scale"): [-1.0, 0.0, NAN, INF, "nonsense"] for name in ("normalizedsgd", "numuon")},
