@@ -33,10 +33,10 @@ SAID = {"lr", "lr_ratio", "maximize", "nonfinite", "capturable", "state_dtype", 
 #: What other libraries call options that have another name here, too unlike it to be a near miss.
 OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay"}
 
-#: What is wrong with parameters without their shapes, and what to do.
+#: What is wrong with parts of parameters, and what to do.
 WHOLE = (
-    "which is not supported: its shape says nothing of the matrices in it. Shard the model by "
-    "torch.distributed.fsdp.fully_shard (FSDP2), or train whole parameters, as under DistributedDataParallel"
+    "which is not supported: a norm needs the whole matrix. Shard by fully_shard (FSDP2), or train whole parameters, "
+    "as under DistributedDataParallel"
 )
 
 

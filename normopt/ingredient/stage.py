@@ -36,8 +36,8 @@ class Context:
         is_vector: whether the parameters are vectors or scalars, seen as matrices with one row.
         past: returns the gradient at the previous weights; ``None`` if there is none. See ``previous``.
         dtype: the dtype of the parameters; ``None`` if it is the dtype of ``w``.
-        places: returns an integer for each entry, by its parameter and its place in it, for hashes; ``None`` where
-            nothing is known of either.
+        places: returns an integer for each entry, by its parameter and its place in it, for hashes; ``None`` if the
+            tensors are all there is.
     """
 
     g: Tensor
