@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import normopt
+from normopt.zoo.base import HANDED_ON
 
 yaml = pytest.importorskip("yaml")
 from docs import pages  # noqa: E402  its first import is yaml
@@ -59,6 +60,31 @@ def test_state_on_the_pages() -> None:
     for name, expected in {"SGD": 0, "AdamW": 8, "Muon": 4, "SOAP": 24}.items():
         state = pages.hidden_row(name)["state_bytes"] / pages.SIDE**2
         assert state == pytest.approx(expected, abs=0.01), name
+
+
+def test_which_optimizers_have_not_been_run_on_the_gpt() -> None:
+    text = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    said = text.partition("## Most of them on one GPT")[2].partition("are not in this table")[0]
+    assert {*re.findall(r"`(\w+)`", said)} == {
+        cls.__name__ for name, cls in pages.zoo().items() if name not in pages.runs()
+    }
+
+
+def test_the_budget_of_memory() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    said = {"0 for hidden matrices": (0, 0.1), "4": (3.9, 4.1), "8": (7.9, 8.1), "more than 8": (8.1, 100)}
+    for row, (least, most) in said.items():
+        (names,) = re.findall(rf"^\| {row} \| (.*) \|$", text, flags=re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", names):
+            assert least <= pages.hidden_row(name)["state_bytes"] / pages.SIDE**2 <= most, name
+
+
+def test_what_every_optimizer_can_be_told() -> None:
+    """The table of common arguments has all of them."""
+    text = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    section = text.partition("## What every optimizer can be told")[2].partition("\n## ")[0]
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", section, flags=re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert listed == {*HANDED_ON}
 
 
 def test_every_ingredient_has_a_page() -> None:
