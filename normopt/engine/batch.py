@@ -196,9 +196,10 @@ class Batch:
 
         A float, or a tensor: of the device in ``capturable`` steps, of the host under a compiler.
         """
+        first = self.steps[0] if self._entries is None else self._entries["step"][0]
         if self.captured:
-            return self.steps[0].to(double(self.steps.device))
-        taken = self.steps[0].item() - self.rule.norm.looks_first
+            return first.to(double(first.device))
+        taken = first.item() - self.rule.norm.looks_first
         return torch.tensor(taken, dtype=torch.float64, device="cpu") if self._in_tensors else taken
 
     def count(self) -> None:
@@ -257,7 +258,7 @@ class Batch:
 
         Kernels take gradients as they are; of many numbers it is then the sum of the gradients' norms.
         """
-        if self.kernel is not None and sum(self.plan.sizes) > plans.FLAT_ENTRIES:
+        if self.kernel is not None and self.plan.shape.numel() > plans.FLAT_ENTRIES:
             return sum([norm_on_host(g) for g in self.gradients])
         gathered = self.plan.gather(self.gradients)
         self._gathered = gathered if self.kernel is None else None
