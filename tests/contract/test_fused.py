@@ -189,6 +189,17 @@ def test_tensors_without_a_kernel_take_the_long_way(what: str) -> None:
     assert kernels(optimizer) == [None] and not torch.equal(p, before)
 
 
+def test_state_in_another_order_than_the_parameters_has_no_kernel() -> None:
+    """Of transposed groups state is kept as the rule sees the parameter."""
+    p = nn.Parameter(torch.randn(6, 4, 3))
+    view = {"transpose": True, "groups": 2}
+    optimizer = SteepestDescent([p], 0.1, ADAM.norm, ADAM.momentum, "constant", RowBound(), view=view)
+    for _ in range(2):
+        p.grad = torch.randn(6, 4, 3)
+        optimizer.step()
+    assert kernels(optimizer) == [None] and optimizer.state[p]["momentum"].shape != p.shape
+
+
 def test_muons_other_parameters_move_by_a_kernel() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
     optimizer = zoo.Muon(model, lr=0.1)
