@@ -518,6 +518,8 @@ class SteepestDescent(Optimizer):
                 loop.run_kernel(batch, batch.kernel)
             else:
                 going.append(batch)
+        if not going and everywhere is None:
+            return
         # Where all have kernels nothing is left to compile, and the compiler would skip the function ever after.
         traced = self.compiles and going and not any(batch.rule.decides_on_host for batch in going)
         if traced:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._nn import unflatten_dense_tensors
 
 from normopt.engine import plan as plans
 from normopt.engine.checks import name_of
-from normopt.engine.kernels import AdamKernel
+from normopt.engine.kernels import Kernel
 from normopt.engine.plan import Plan, State, age
 from normopt.ingredient.stage import Context, Rate
 from normopt.ingredient.view import is_small
@@ -167,11 +168,9 @@ class Batch:
         found = self.plan.together([places(*numbered, device=device) for numbered in each])
         return found if chunk is None else found[chunk]
 
-    def _find_kernel(self) -> AdamKernel | None:
+    def _find_kernel(self) -> Kernel | None:
         kernel = self.plan.kernel
-        if kernel is None or self.working != self.params[0].dtype or self.plan.rounded:
-            return None
-        return kernel if kernel.takes(self.params, self.gradients, self.entries("momentum")) else None
+        return kernel if kernel is not None and kernel.takes(self.params, self.gradients) else None
 
     # Numbers ----------------------------------------------------------------------------------------------------------
 
@@ -197,9 +196,10 @@ class Batch:
 
         A float, or a tensor: of the device in ``capturable`` steps, of the host under a compiler.
         """
+        first = self.steps[0] if self._entries is None else self._entries["step"][0]
         if self.captured:
-            return self.steps[0].to(double(self.steps.device))
-        taken = self.steps[0].item() - self.rule.norm.looks_first
+            return first.to(double(first.device))
+        taken = first.item() - self.rule.norm.looks_first
         return torch.tensor(taken, dtype=torch.float64, device="cpu") if self._in_tensors else taken
 
     def count(self) -> None:
@@ -227,6 +227,10 @@ class Batch:
         """The inverse of ``Plan.gather``: views of ``x`` (or of a copy), one like each parameter."""
         if len(self.params) == 1 and x.shape == self.params[0].shape:
             return [x]
+        if self.flat and self.plan.has_no_empty:
+            return [*unflatten_dense_tensors(x, self.params)]
+        if self.plan.is_stack:
+            return [*x.unbind()]
         x = x.contiguous() if self.rule.view.equal_parts > 1 or self.rule.view.groups > 1 else x
         parts = torch.split(x, self.plan.sizes)
         return [self.plan.like(part, p) for part, p in zip(parts, self.params, strict=True)]
@@ -252,12 +256,13 @@ class Batch:
     def norm_of_gradient(self) -> float:
         """The Euclidean norm of the gradients, which are gathered now and kept until the step asks for them.
 
-        Kernels take gradients as they are; then it is the sum of their norms.
+        Kernels take gradients as they are; of many numbers it is then the sum of the gradients' norms.
         """
-        if self.kernel is not None:
-            return sum(norm.item() for norm in torch._foreach_norm(self.gradients))
-        self._gathered = self.plan.gather(self.gradients)
-        return norm_on_host(self._gathered)
+        if self.kernel is not None and self.plan.shape.numel() > plans.FLAT_ENTRIES:
+            return sum([norm_on_host(g) for g in self.gradients])
+        gathered = self.plan.gather(self.gradients)
+        self._gathered = gathered if self.kernel is None else None
+        return norm_on_host(gathered)
 
     def context(self, shared: Shared) -> Context:
         """What ingredients see: the gradient as constraints want it (L2), the weights, the numbers of this step.

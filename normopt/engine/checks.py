@@ -70,6 +70,8 @@ def dtype_name(dtype: Any) -> str | None:
 
 def check_lr(lr: Any, name: str = "lr") -> None:
     """Raise a ``ValueError`` unless ``lr`` is a number, or a tensor with one entry, that is finite and not negative."""
+    if type(lr) is float and 0 <= lr < math.inf:
+        return
     is_number = lr.numel() == 1 if isinstance(lr, Tensor) else isinstance(lr, Real) and not isinstance(lr, bool)
     if not is_number or not 0 <= float(lr) < math.inf:
         raise ValueError(f"{name} must be a finite number that is not negative, got {lr!r}")
@@ -185,7 +187,7 @@ def check_gradients(group: Mapping[str, Any]) -> None:
         if g.shape != p.shape or g.device != p.device:
             here, there = (f"shape {tuple(x.shape)} on {x.device}" for x in (g, p))
             raise ValueError(f"{name_of(group, p)} has a gradient of {here}, but is of {there}; compute it anew")
-        if 0 in p.stride() and any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)):
+        if not p.is_contiguous() and any(n > 1 and step == 0 for n, step in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(
                 f"{name_of(group, p)} is an expanded tensor of shape {tuple(p.shape)}, strides {p.stride()}: several "
                 "of its entries are one number in memory and cannot move apart; copy it, p.data = p.data.contiguous()"

@@ -47,7 +47,7 @@ def sum_of_gathered_norms(batches: Sequence[Batch]) -> float | None:
 
     Nothing is gathered for this sum alone, so that it costs next to nothing.
     """
-    if sum([p.numel() for batch in batches for p in batch.params]) > plan.MAX_ENTRIES:
+    if sum([batch.plan.shape.numel() for batch in batches]) > plan.MAX_ENTRIES:
         return None
     return sum([batch.norm_of_gradient() for batch in batches])
 

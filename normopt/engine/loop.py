@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.engine.batch import Batch
-from normopt.engine.kernels import AdamKernel
+from normopt.engine.kernels import Kernel
 from normopt.engine.totals import Everywhere, Totals
 from normopt.ingredient.stage import Context, Rate
 from normopt.stepsize.base import Shared
@@ -105,7 +105,7 @@ def write_weights(batch: Batch, context: Context, new: Tensor) -> None:
     torch._foreach_copy_(batch.params, batch.scatter(bounded))
 
 
-def run_kernel(batch: Batch, kernel: AdamKernel) -> None:
+def run_kernel(batch: Batch, kernel: Kernel) -> None:
     """The whole step in one pass over memory, and what bounds say of the new weights, at which alone they look."""
     entries = {name: batch.entries(name) for name in batch.plan.layouts}
     kernel(batch.params, batch.gradients, entries, batch.number, batch.rate, batch.group["maximize"])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._nn import flatten_dense_tensors
 
 from normopt.engine import kernels
 from normopt.engine.checks import dtype_name
@@ -18,9 +19,9 @@ from normopt.rule import Rule
 #: matrices. It bounds the temporary memory of a step to a few times this many numbers.
 MAX_ENTRIES = 1 << 22
 
-#: The same for all other rules: few enough for the caches, since they do little more than read and write memory. Where
-#: every entry moves by itself, larger parameters are worked through in chunks.
-FLAT_ENTRIES = 1 << 19
+#: The same for rules that neither multiply matrices nor have a kernel: few enough for the caches, since they do little
+#: more than read and write memory. Where every entry moves by itself, larger parameters are worked through in chunks.
+FLAT_ENTRIES = 1 << 18
 
 #: What ``optimizer.state`` is: each parameter's entries by name.
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -42,6 +43,7 @@ class _Layout(NamedTuple):
     #: In bytes, for the parts that are not empty: their places among the parameters, and where they begin.
     filled: list[int]
     offsets: list[int]
+    is_contiguous: bool
 
     @classmethod
     def of(cls, whole: Tensor, parts: Iterable[Tensor], device: torch.device) -> _Layout:
@@ -51,7 +53,7 @@ class _Layout(NamedTuple):
         offsets = [int(views[i].storage_offset()) * size for i in filled]
         shapes, strides = [view.shape for view in views], [view.stride() for view in views]
         layout = whole.shape, whole.stride(), whole.dtype, device, whole.numel() * size
-        return cls(*layout, shapes, strides, filled, offsets)
+        return cls(*layout, shapes, strides, filled, offsets, all(map(Tensor.is_contiguous, views)))
 
     def are_parts(self, entries: Sequence[Any], places: Sequence[int]) -> bool:
         """Whether ``entries``, one for each parameter, at these addresses, are parts of one tensor as described."""
@@ -98,11 +100,15 @@ class Plan:
         self.working = torch.promote_types(params[0].dtype, torch.float32)
         self.wanted = group["state_dtype"]
         self.kept = kept_dtype(group, params[0].dtype, self.working)
-        self.kernel = kernels.find(rule)
         self.squares = rule.squares
         shapes = [rule.view.shape(tuple(p.shape)) for p in params]
         #: How much of the first dimension of a batch belongs to each parameter.
         self.sizes = [p.numel() for p in params] if self.flat else [shape[0] for shape in shapes]
+        #: Whether each parameter is one matrix of the stack, as it is.
+        self.is_stack = not (self.flat or rule.view.transpose) and all(
+            len(p.shape) == 2 and (1, *p.shape) == shape for p, shape in zip(params, shapes, strict=True)
+        )
+        self.has_no_empty = 0 not in self.sizes
         # As gradients are gathered, but without numbers: strides of state follow theirs.
         x = self.gather([torch.empty_like(g, device="meta") for g in (p.grad for p in params) if g is not None])
         self.shape = x.shape
@@ -116,10 +122,21 @@ class Plan:
         self.layouts = {"step": _Layout.of(steps, steps.unbind(), self.home)}
         for name, whole in state.items():
             self.layouts[name] = _Layout.of(whole, self.parts(whole, params), params[0].device)
+        self.kernel = self._find_kernel()
         # Which tensors the entries were, how they were strided and where, when they were last looked at.
         self._seen: list[int] = []
         self._strides: list[tuple[int, ...]] = []
         self._places: list[int] = []
+
+    def _find_kernel(self) -> kernels.Kernel | None:
+        """The kernel of the rule, if its state lies in memory as contiguous parameters do, in their dtype."""
+        kernel = kernels.find(self.rule)
+        if kernel is None or {dtype for _, dtype, _ in self.kinds} != {self.working}:
+            return None
+        shapes = [shape for shape, *_ in self.kinds]
+        read = [self.layouts[name] for name in kernel.reads]
+        fit = all(x.is_contiguous and x.dtype == self.working and x.shapes == shapes for x in read)
+        return kernel if fit else None
 
     def whole(self, name: str, entries: Sequence[Tensor]) -> Tensor:
         """The tensor that each parameter's entries of this name are parts of."""
@@ -156,7 +173,8 @@ class Plan:
             shapes = {name: y.shape for name, y in rule.init_state(x, x.clone).items()}
             if rule.elementwise != self.flat or shapes != {n: a.shape for n, a in self.layouts.items() if n != "step"}:
                 return False
-            self.rule, self.kernel, self.squares = rule, kernels.find(rule), rule.squares
+            self.rule, self.squares = rule, rule.squares
+            self.kernel = self._find_kernel()
         return True
 
     def joined(self, held: Sequence[Mapping[str, Any]]) -> dict[str, list[Tensor]] | None:
@@ -196,9 +214,10 @@ class Plan:
     def together(self, tensors: Iterable[Tensor]) -> Tensor:
         """``gather`` in the dtype that they have."""
         if self.flat:
-            parts = [tensor.reshape(-1) for tensor in tensors]
-        else:
-            parts = [self.rule.view.apply(tensor) for tensor in tensors]
+            return flatten_dense_tensors([*tensors])
+        if self.is_stack and len(self.members) > 1:
+            return torch.stack([*tensors])
+        parts = [self.rule.view.apply(tensor) for tensor in tensors]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def parts(self, whole: Tensor, params: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -227,8 +246,10 @@ def partition(group: Mapping[str, Any], members: Iterable[int], rule: Rule, stat
         p = params[i]
         shape = () if rule.elementwise else (p.ndim < 2, *rule.view.shape(p.shape)[1:])
         kinds.setdefault((shape, p.dtype, p.device, age(state, p)), []).append(i)
-    limit = MAX_ENTRIES if rule.norm.reduces == "matrix" else FLAT_ENTRIES
-    for alike in kinds.values():
+    has_kernel = kernels.find(rule) is not None
+    for (_, dtype, *_), alike in kinds.items():
+        is_whole = rule.norm.reduces == "matrix" or (has_kernel and dtype in (torch.float32, torch.float64))
+        limit = MAX_ENTRIES if is_whole else FLAT_ENTRIES
         entries, part = 0, list[int]()
         for i in alike:
             size = params[i].numel()

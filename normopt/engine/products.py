@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -14,8 +14,7 @@ from normopt.polar.choice import Choice, from_text, to_text, using
 from normopt.rule import rule_of
 
 
-@contextmanager
-def kept(groups: Sequence[MutableMapping[str, Any]], by_rule: bool) -> Iterator[None]:
+def kept(groups: Sequence[MutableMapping[str, Any]], by_rule: bool) -> AbstractContextManager[None]:
     """Inside, products are as the groups' ``"products"`` say, and to those is added what is chosen meanwhile.
 
     Args:
@@ -23,9 +22,11 @@ def kept(groups: Sequence[MutableMapping[str, Any]], by_rule: bool) -> Iterator[
         by_rule: whether nothing may be measured.
     """
     concerned = [group for group in groups if rule_of(group).open_parts]
-    if not concerned:
-        yield
-        return
+    return _kept(concerned, by_rule) if concerned else nullcontext()
+
+
+@contextmanager
+def _kept(concerned: Sequence[MutableMapping[str, Any]], by_rule: bool) -> Iterator[None]:
     own = _joined(concerned)
     before = dict(own)
     with using(own, by_rule):

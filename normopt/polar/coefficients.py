@@ -48,7 +48,7 @@ class PolarCoefficients(Ingredient):
         steps = self.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"polar: steps must be at least 1, got {steps}")
-        return [self.coefficients[min(i, len(self.coefficients) - 1)] for i in range(steps)]
+        return [*self.coefficients[:steps], *self.coefficients[-1:] * (steps - len(self.coefficients))]
 
     def scalar(self, s: Tensor, steps: int | None = None) -> Tensor:
         """The value after all steps of a singular value ``s`` (already divided by the norm)."""

@@ -143,7 +143,7 @@ def key(
     short, long = sorted(int(size) for size in shape[-2:])
     schedule = _schedule(method)
     name = method if isinstance(method, str) else "coefficients"
-    count = len(schedule.rows(steps))
+    count = schedule.steps if steps is None else steps
     of_steps = f" {count}" if count != schedule.steps or name == "coefficients" else ""
     of_dtype = f" {str(products).removeprefix('torch.')}" if isinstance(products, torch.dtype) else ""
     return f"{short}x{long} {name}{of_steps}{of_dtype}"

@@ -13,6 +13,9 @@ from normopt import (
     EMA,
     L2,
     Constant,
+    Euclidean,
+    HeavyBall,
+    Identity,
     KahanSum,
     Max,
     RowBound,
@@ -23,7 +26,7 @@ from normopt import (
     WeightDecay,
     zoo,
 )
-from normopt.engine.kernels import AdamKernel, find
+from normopt.engine.kernels import Kernel, find
 from tests.support.engine import batches
 
 SHAPES: list[tuple[int, ...]] = [(6, 4), (4, 6), (7,), (), (0, 3), (2, 3, 2, 2)]
@@ -34,6 +37,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("adam", {"weight_decay": 0.1, "decoupled_weight_decay": True, "amsgrad": True}),
     ("adamw", {"maximize": True}),
     ("adamw", {"lr": torch.tensor(0.03, dtype=torch.float64)}),
+    ("sgd", {}),
+    ("sgd", {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
+    ("sgd", {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "maximize": True}),
+    ("sgd", {"momentum": 0.9, "lr": torch.tensor(0.03, dtype=torch.float64)}),
 ]
 
 
@@ -58,7 +65,7 @@ def kernels(optimizer: SteepestDescent) -> list[Any]:
 @pytest.fixture
 def unfused(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Call ``unfused.undo()`` to have kernels again."""
-    monkeypatch.setattr(AdamKernel, "takes", lambda *_: False)
+    monkeypatch.setattr(Kernel, "takes", lambda *_: False)
     return monkeypatch
 
 
@@ -109,20 +116,38 @@ def test_bounds_follow_kernels(bound: str, lr: float | Tensor, unfused: pytest.M
         assert torch.equal(a, start) == (lr == 0 or not a.numel())
 
 
-def test_adamw_is_torchs_fused_one_to_the_bit() -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("AdamW", {"weight_decay": 0.1}),
+        ("SGD", {"weight_decay": 0.1}),
+        ("SGD", {"momentum": 0.9, "dampening": 0.5}),
+        ("SGD", {"momentum": 0.9, "nesterov": True}),
+    ],
+)
+def test_a_step_is_torchs_fused_one_to_the_bit(name: str, options: dict[str, Any]) -> None:
     ours, theirs = params(torch.float32), params(torch.float32)
-    run(zoo.AdamW(ours, lr=0.03, weight_decay=0.1), ours, range(3))  # the step in which one is left out: not yet
-    reference = torch.optim.AdamW(theirs, lr=0.03, weight_decay=0.1, fused=True)
-    run(reference, theirs, range(3))  # type: ignore[arg-type]
+    run(getattr(zoo, name)(ours, lr=0.03, **options), ours, range(3))  # the step in which one is left out: not yet
+    reference = getattr(torch.optim, name)(theirs, lr=0.03, fused=True, **options)
+    run(reference, theirs, range(3))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+BALL = Rule(Identity(), HeavyBall(0.9), Constant(), (L2(0.1),))
 ADAM = Rule(Smoothed(Max(), 0.9, 1e-8), EMA(0.9, bias_correction=True), Constant(), (WeightDecay(0.1),))
 
 
 @pytest.mark.parametrize(
     ("rule", "has"),
     [
+        (BALL, True),
+        (BALL.updated({"constraint": None}), True),
+        (BALL.updated({"momentum": HeavyBall(0.0)}), True),
+        (BALL.updated({"momentum": HeavyBall(0.9, damp_first=True, dampening=0.5)}), True),
+        (BALL.updated({"constraint": WeightDecay(0.1)}), False),
+        (BALL.updated({"norm": Euclidean()}), False),
+        (BALL.updated({"step_size": "sharp"}), False),
+        (BALL.bounded(RowBound()), True),
         (ADAM, True),
         (ADAM.updated({"constraint": None}), True),
         (ADAM.updated({"constraint": L2(0.1)}), True),
@@ -162,6 +187,17 @@ def test_tensors_without_a_kernel_take_the_long_way(what: str) -> None:
     before = p.detach().clone()
     optimizer.step()
     assert kernels(optimizer) == [None] and not torch.equal(p, before)
+
+
+def test_state_in_another_order_than_the_parameters_has_no_kernel() -> None:
+    """Of transposed groups state is kept as the rule sees the parameter."""
+    p = nn.Parameter(torch.randn(6, 4, 3))
+    view = {"transpose": True, "groups": 2}
+    optimizer = SteepestDescent([p], 0.1, ADAM.norm, ADAM.momentum, "constant", RowBound(), view=view)
+    for _ in range(2):
+        p.grad = torch.randn(6, 4, 3)
+        optimizer.step()
+    assert kernels(optimizer) == [None] and optimizer.state[p]["momentum"].shape != p.shape
 
 
 def test_muons_other_parameters_move_by_a_kernel() -> None:
