@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
@@ -44,7 +45,7 @@ class Batch:
         shared: the numbers of the whole optimizer that the group holds.
         in_tensors: for a compiler, which makes a new graph for each number that is no tensor.
         joined: each parameter's entries by name, where they are parts of one tensor, see ``Plan.joined``.
-        offset: how many parameters the groups before this one have.
+        place: of the group among the param groups.
 
     Raises:
         ValueError: a number out of range, or state of another shape; nothing has changed yet.
@@ -60,7 +61,7 @@ class Batch:
         shared: Shared,
         in_tensors: bool = False,
         joined: dict[str, list[Tensor]] | None = None,
-        offset: int = 0,
+        place: int = 0,
     ) -> None:
         self.plan, self.group, self.rule, self.shared = plan, group, rule, shared
         self.params = params
@@ -81,7 +82,7 @@ class Batch:
         self.found_inf: Tensor | None = None
         self._gathered: Tensor | None = None
         self._before: list[Tensor] = []
-        self._offset = offset
+        self._place = place
         self._in_tensors = in_tensors and not rule.decides_on_host
         self._entries = joined
         self._state: dict[str, Tensor] | None = None
@@ -159,7 +160,7 @@ class Batch:
         """An integer for each entry, by its parameter and its place in it, see :func:`numerics.rounding.places`."""
         known = self.group.get("numbered")  # where parameters are parts of others
         given = self.group["params"]
-        each = [(self._offset + i, given[i].shape, None) for i in self.plan.members]
+        each = [(number_of(self.group, self._place, i), given[i].shape, None) for i in self.plan.members]
         each = each if known is None else [known[i] for i in self.plan.members]
         device, chunk = self.params[0].device, self._chunk_of
         if chunk is not None and each[0][2] is None:
@@ -368,6 +369,12 @@ class Batch:
     def _found_inf_on(self, device: torch.device) -> Tensor:
         assert self.found_inf is not None
         return self.found_inf.to(device, non_blocking=True)
+
+
+def number_of(group: Mapping[str, Any], place: int, index: int) -> int:
+    """A parameter's number: by its name, else by where it is, whichever others come and go."""
+    names = group.get("param_names")
+    return zlib.crc32(names[index].encode()) if names else (place << 20) + index
 
 
 def rate_and_shrink(rule: Rule, lr: Rate, step: Any, shared: Numbers) -> tuple[Rate, Rate]:

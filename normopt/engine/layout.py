@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from normopt.engine import mesh as meshes
 from normopt.engine import products
-from normopt.engine.batch import Batch, rate_and_shrink
+from normopt.engine.batch import Batch, number_of, rate_and_shrink
 from normopt.engine.checks import name_of, names_of
 from normopt.engine.exchange import Exchange, Item, Routes, owners
 from normopt.engine.finite import FiniteGuard, Watched
@@ -259,7 +259,8 @@ class Layout:
             if home.mesh is not None and home.is_local:
                 sizes, place = tuple(home.mesh.shape), meshes.place_in(home.mesh)
                 part = meshes.part_of(home.p.shape, home.placements, sizes, place)
-            self._numbered[home] = self.homes.index(home), home.p.shape, part
+            number = number_of(self._groups[home.place], home.place, home.index)
+            self._numbered[home] = number, home.p.shape, part
         return self._numbered[home]
 
     def state_shapes(self, home: Home) -> dict[str, tuple[int, ...]]:

@@ -34,7 +34,7 @@ def prepared(
     Raises:
         ValueError: a parameter that its rule is not for, a number out of range, state of another shape.
     """
-    found, offset = [], 0
+    found = []
     for place, group in enumerate(groups):
         rule = rule_of(group)
         if not isinstance(group["lr"], Tensor):  # a tensor's value may be on a device
@@ -42,15 +42,14 @@ def prepared(
         forward(group, rule, defaults)
         resolved, shared = rule.at(group), shared_by(group, rule)
         present = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-        batches = _from(plans.get(place, []), present, group, resolved, state, shared, in_tensors, offset)
+        batches = _from(plans.get(place, []), present, group, resolved, state, shared, in_tensors, place)
         if batches is None:
             check_keeping(group, resolved)
             check_parameters(group, rule)
             fresh = [*partition(group, present, resolved, state)]
-            batches = _from(fresh, present, group, resolved, state, shared, in_tensors, offset, are_new=True)
+            batches = _from(fresh, present, group, resolved, state, shared, in_tensors, place, are_new=True)
             assert batches is not None
         found.append(batches)
-        offset += len(group["params"])
     return found
 
 
@@ -62,7 +61,7 @@ def _from(
     state: State,
     shared: dict[str, Tensor],
     in_tensors: bool,
-    offset: int,
+    place: int,
     *,
     are_new: bool = False,
 ) -> list[Batch] | None:
@@ -79,7 +78,7 @@ def _from(
         joined = plan.joined([state.get(p, {}) for p in params]) if holds else None
         if joined is None and not are_new:
             return None
-        batches.append(Batch(plan, group, params, rule, state, shared, in_tensors, joined, offset))
+        batches.append(Batch(plan, group, params, rule, state, shared, in_tensors, joined, place))
     return batches
 
 
