@@ -1,6 +1,6 @@
 """Which direction is steepest? Combinations of norms: with memory, in chains, rotated, grafted, in blocks."""
 
-from normopt.directions.algebra import Chain, Clipped, Decayed, Identity
+from normopt.directions.algebra import Chain, Clipped, Decayed, Identity, Tangent
 from normopt.directions.balanced import CoshScaled, SingularPower, Sinkhorn
 from normopt.directions.bases import Basis, Eigenbasis
 from normopt.directions.complement import Complement
@@ -35,4 +35,5 @@ __all__ = [
     "Sinkhorn",
     "Smoothed",
     "Sum",
+    "Tangent",
 ]

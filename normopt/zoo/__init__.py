@@ -12,7 +12,7 @@ from normopt.optimizer import SteepestDescent
 from normopt.zoo.adam import Adafactor, Adagrad, Adam, Adamax, AdamW, AdEMAMix, NAdam, RMSprop
 from normopt.zoo.base import DeclaredOptimizer, FixedStepOptimizer, arg
 from normopt.zoo.blocks import AdamMini, SubsetNorm
-from normopt.zoo.hyperball import AdamH, MuonH, NaP
+from normopt.zoo.hyperball import SPEL, AdamH, MuonH, NaP
 from normopt.zoo.layerwise import LAMB, LARS, NovoGrad
 from normopt.zoo.learning_rate_free import DAdaptAdam, Prodigy
 from normopt.zoo.matrices import FixedStepMatrixOptimizer, MatrixOptimizer
@@ -40,6 +40,7 @@ __all__ = [
     "SGDP",
     "SOAP",
     "SPECTRA",
+    "SPEL",
     "SWAN",
     "AdEMAMix",
     "AdaMuon",
