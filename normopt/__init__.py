@@ -1,6 +1,7 @@
 """normopt: optimizers as steepest descent under a norm chosen for each tensor's role."""
 
 from normopt import constraints, directions, momentum, nn, norms, polar, roles, stepsize, zoo
+from normopt.averaging import Averaged
 from normopt.constraints import (
     L2,
     Ball,
@@ -107,6 +108,7 @@ __all__ = [
     "GEOMETRIES",
     "L2",
     "Aligned",
+    "Averaged",
     "Ball",
     "Basis",
     "Blocked",
