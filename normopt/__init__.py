@@ -78,6 +78,7 @@ from normopt.norms import (
 )
 from normopt.optimizer import SteepestDescent
 from normopt.polar import PolarCoefficients
+from normopt.radius import softmax_limited_step
 from normopt.report import describe, periodic_table, summary
 from normopt.roles.geometries import GEOMETRIES, width_scaled
 from normopt.roles.groups import param_groups
@@ -202,6 +203,7 @@ __all__ = [
     "polar",
     "roles",
     "set_lr",
+    "softmax_limited_step",
     "stepsize",
     "summary",
     "width_scaled",
