@@ -22,6 +22,7 @@ from normopt.constraints import (
     WeightDecay,
 )
 from normopt.directions import (
+    AdaScaled,
     Aligned,
     Basis,
     Blocked,
@@ -108,6 +109,7 @@ __all__ = [
     "EMA",
     "GEOMETRIES",
     "L2",
+    "AdaScaled",
     "Aligned",
     "Averaged",
     "Ball",

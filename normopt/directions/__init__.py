@@ -7,12 +7,14 @@ from normopt.directions.complement import Complement
 from normopt.directions.coordinates import Blocked, Rotated
 from normopt.directions.factored import Factored
 from normopt.directions.pairs import Conjugated, Grafted, Normalized, Sum
+from normopt.directions.scaled import AdaScaled
 from normopt.directions.smoothed import Smoothed
 from normopt.directions.subspace import Aligned, LowRank
 from normopt.directions.whitening import KLWhitened
 from normopt.ingredient.stage import Direction
 
 __all__ = [
+    "AdaScaled",
     "Aligned",
     "Basis",
     "Blocked",

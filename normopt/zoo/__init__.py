@@ -17,7 +17,7 @@ from normopt.zoo.layerwise import LAMB, LARS, NovoGrad
 from normopt.zoo.learning_rate_free import DAdaptAdam, Prodigy
 from normopt.zoo.matrices import FixedStepMatrixOptimizer, MatrixOptimizer
 from normopt.zoo.muon import Muon, MuonPlusPlus
-from normopt.zoo.muon_chains import RMNP, Muon2, MuonEq, OLion
+from normopt.zoo.muon_chains import RMNP, AdaGO, Muon2, MuonEq, OLion
 from normopt.zoo.muon_variants import AdaMuon, AuON, Dion, HybridAuON, MuonPlus, NorMuon, PolarGrad
 from normopt.zoo.norm_descent import ColumnDescent, NormalizedSGD, NuclearDescent, RowDescent, SpectralDescent
 from normopt.zoo.scale_invariant import SGDP, AdamP
@@ -43,6 +43,7 @@ __all__ = [
     "SPEL",
     "SWAN",
     "AdEMAMix",
+    "AdaGO",
     "AdaMuon",
     "Adafactor",
     "Adagrad",
