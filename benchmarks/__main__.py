@@ -11,7 +11,10 @@ from benchmarks.output.records import BusyError, WriteError
 DEFAULT_OPTIMIZERS = "adamw,muon,scion,signum"
 MODEL_NAMES = ("gpt", "angpt", "ngpt")
 PRESET_NAMES = ("quick", "standard", "gpt2")
+PARALLEL = ("ddp", "fsdp2", "fsdp2+tp")
 STEP_SETS = ("quick", "small", "wide", "gpt2")
+WIRE_MODELS = ("gpt2-124m", "gpt2-1.5b", "llama3-8b")
+WIRE_RANKS = (2, 4, 8, 16, 64, 256, 1024)
 OPTIMIZERS = """names, separated by commas, of: all (those of normopt); patterns like '*muon*'; optimizers of torch and
 of other installed libraries, like torch:AdamW, torch:*, lion_pytorch:Lion; own combinations, like
 mine=muon(momentum=0.9,nesterov=False) or new=SteepestDescent(norm="Chain(Row(), Spectral())",momentum=0.95).
@@ -45,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     from benchmarks.cost.polar import benchmark_polar
     from benchmarks.cost.step import benchmark_step
+    from benchmarks.cost.wire import benchmark_wire
     from benchmarks.harness import PlanError
     from benchmarks.language.compare import compare
     from benchmarks.language.data import DataError
@@ -56,6 +60,7 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
 
     trained = {"compare": compare, "grid": grid, "sweep": sweep, "norms": norms}
     run = {**trained, "report": report, "polar": benchmark_polar, "step": benchmark_step, "probes": probe_all}
+    run["wire"] = benchmark_wire
     try:
         return run[parsed.command](parsed)
     except (BusyError, DataError, PlanError) as error:
@@ -72,6 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("--lr", type=rates_by_name, default={}, help="learning rates, like muon=0.01,adamw=3e-3")
     lengths = "other lengths to run too, for the steps to a target, like 150,300"
     compare.add_argument("--horizons", type=list_of(positive_int, "150,300"), default=[], help=lengths)
+    jobs = "how processes train one model: torchrun --nproc-per-node 4 -m benchmarks compare --parallel fsdp2"
+    compare.add_argument("--parallel", choices=PARALLEL, default="", help=jobs)
     grid = commands.add_parser("grid", help="a fixed grid of learning rates for each optimizer")
     _add_shared(grid, seeds=2)
     grid.add_argument("--rates", type=list_of(positive_float, "1e-3,1e-2"), help="default: tuned x 1/4, 1/2, 1, 2")
@@ -85,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_report(commands.add_parser("report", help="tables and plots of runs on file, whatever commands made them"))
     _add_polar(commands.add_parser("polar", help="accuracy and speed of polar factors, without any training"))
     _add_step(commands.add_parser("step", help="what a step costs, beside other libraries, without any training"))
+    _add_wire(commands.add_parser("wire", help="bytes that sharded steps send, counted for any number of ranks"))
     _add_probes(commands.add_parser("probes", help="what users take for granted, asked of ours and of other libraries"))
     return parser
 
@@ -120,6 +128,16 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, help="folder for the results; default: runs/step")
     add("--smoke", action="store_true", help="a tiny set and three rounds: does everything work?")
     parser.set_defaults(preset="step")
+
+
+def _add_wire(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--models", type=among(WIRE_MODELS), default=WIRE_MODELS, help=f"of {', '.join(WIRE_MODELS)}; default: all")
+    counts = ",".join(map(str, WIRE_RANKS))
+    add("--ranks", type=list_of(positive_int, "2,4,8"), default=WIRE_RANKS, help=f"default: {counts}")
+    add("--out", type=Path, help="folder for the results; default: runs/wire")
+    add("--smoke", action="store_true", help="a tiny model on few ranks: does everything work?")
+    parser.set_defaults(preset="wire")
 
 
 def _add_polar(parser: argparse.ArgumentParser) -> None:
@@ -161,6 +179,7 @@ def _add_shared(
     add("--device", default="auto", help="auto (default: CUDA when there is one), cpu, cuda")
     add("--workers", type=positive_int, help="runs at a time; default: one per core, one on a GPU")
     add("--smoke", action="store_true", help="a tiny model and few steps: does everything work?")
+    parser.set_defaults(parallel="")
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ def imported(package: str, name: str) -> Any:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state."""
-    return sum(value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+    """Bytes of all tensors in the optimizer's state, of sharded ones those of this process."""
+    values = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+    return sum(getattr(value, "to_local", lambda value=value: value)().nbytes for value in values)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -226,8 +226,8 @@ def examples_page() -> str:
         text = path.read_text(encoding="utf-8")
         about = ast.get_docstring(ast.parse(text)) or ""
         body = text.split('"""', 2)[2].strip("\n")
-        parts += [f"## {path.stem.replace('_', ' ').capitalize()}", about, f"```sh\npython examples/{path.name}\n```"]
-        parts += [f"```python\n{body}\n```"]
+        started = [] if "torchrun" in about else [f"```sh\npython examples/{path.name}\n```"]
+        parts += [f"## {path.stem.replace('_', ' ').capitalize()}", about, *started, f"```python\n{body}\n```"]
     return "\n\n".join(parts)
 
 

@@ -56,7 +56,8 @@ class Metrics:
 
     On the CPU norms are exact. On accelerators nothing waits for the device before ``rows`` is called, unless the
     norm is one that the step itself waits for (nuclear, Schatten, Ky Fan): the spectral norm is at most 0.1% too large,
-    and dual norms are those that step sizes go by (``steepness``).
+    and dual norms are those that step sizes go by (``steepness``). Sharded tensors are brought together one by one, on
+    every rank: all must measure together.
 
     Args:
         optimizer: whose steps are measured.
@@ -135,7 +136,7 @@ class Metrics:
 def _measured(rule: Rule, norm: Norm, before: Tensor, p: Tensor, gradient: Tensor) -> list[Tensor]:
     """The numbers of one tensor after ``effective_lr``, in the order of ``MEASURES``."""
     working = torch.promote_types(p.dtype, torch.float32)
-    old, w, g = (rule.view.apply(x.detach().to(working)) for x in (before, p, gradient))
+    old, w, g = (rule.view.apply(_whole(x.detach()).to(working)) for x in (before, p, gradient))
     u = w - old
     duals = [norm.dual_norm(x) if x.is_cpu else norm.steepness(x, {}) for x in rule.view.cut(_finite(g))]
     sizes = [torch.stack([_size(norm, part).amax() for part in rule.view.cut(_finite(x))]).amax() for x in (w, u)]
@@ -146,6 +147,11 @@ def _measured(rule: Rule, norm: Norm, before: Tensor, p: Tensor, gradient: Tenso
         ranks = [(euclidean(x, (-2, -1)) / largest_singular_value(x)).square() for x in rule.view.cut(_finite(w))]
         rank = torch.where(w.isfinite().all(), torch.stack(ranks).mean(), math.nan)
     return [_rms(u), *sizes, _rms(u) / _rms(old), rank]
+
+
+def _whole(x: Tensor) -> Tensor:
+    """All of a sharded tensor."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def _size(norm: Norm, x: Tensor) -> Tensor:

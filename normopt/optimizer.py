@@ -371,7 +371,7 @@ class SteepestDescent(Optimizer):
         self._guard.settle(self.param_groups)
         for group in self.param_groups:
             follow_names(self._names, group)
-        layout = self._find_layout()
+        layout = self.layout()
         if layout is None:
             return super().state_dict()
         from normopt.engine import sharded_state
@@ -419,7 +419,7 @@ class SteepestDescent(Optimizer):
             for p, key in zip(mine["params"], saved["params"], strict=True):
                 for name, value in given["state"].get(key, {}).items():
                     self.state[p][name] = restored(value, self.state[p][name])
-        layout = self._find_layout()
+        layout = self.layout()
         if layout is not None:
             from normopt.engine import sharded_state
 
@@ -450,11 +450,12 @@ class SteepestDescent(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        layout = self._find_layout()
+        layout = self.layout()
         if layout is None:
             self._check(None)
             self._take(Wave(self.param_groups, self.state, self._plans), closure)
             return loss
+        layout.agree_on_products(self.is_deterministic)
         refusal: ValueError | None = None
         try:
             self._check(layout)
@@ -466,7 +467,7 @@ class SteepestDescent(Optimizer):
                     break
         return loss
 
-    def _find_layout(self) -> Layout | None:
+    def layout(self) -> Layout | None:
         """Where parameters are moved, if several processes step together; ``None`` if all of everything is here."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
@@ -476,8 +477,6 @@ class SteepestDescent(Optimizer):
             forward(group, rule_of(group), self.defaults)
         if self._layout is None or not self._layout.fits(self.param_groups):
             self._layout = layout.found(self.param_groups, self._mesh, self._process_group)
-            if self._layout is not None:
-                self._layout.agree_on_products(self.is_deterministic)
         return self._layout
 
     def _check(self, layout: Layout | None) -> None:

@@ -30,6 +30,9 @@ WIDTH = 100
 #: The columns of a description; the first holds names.
 HEADERS = ("", "shape", "matrices", "effective lr", "parameters", "state")
 
+#: One more, where several processes step together.
+WHERE = "moved by"
+
 #: What tensors that are moved alike have in common, and what it is called.
 ALIKE = {"norm": "norm", "momentum": "momentum", "step_size": "step size", "constraint": "constraint", "lr": "lr"}
 
@@ -45,7 +48,9 @@ def summary(optimizer: SteepestDescent) -> list[Row]:
     and ``lr_ratio``, its ratio to the optimizer's. ``effective_lr``: the root mean square of the next update's entries
     for a full-rank gradient of the usual size, before constraints; NaN where the direction does not say. ``times``:
     what that is to be multiplied by, ``"dual norm"`` or ``"trust ratio"``, or empty. ``parameters``: how many numbers
-    it has. ``state_bytes``: of its state; 0 before the first step.
+    it has. ``state_bytes``: of its state, on this rank; 0 before the first step. ``where``: which ranks move it, if
+    several step together: ``"all"`` of them, each the whole of it, ``"shards"``, each what it has of it, or all of it
+    ``"rank 3"``.
 
     ``pandas.DataFrame(normopt.summary(optimizer))`` is a table; :func:`normopt.metrics.write_jsonl` writes it.
     """
@@ -76,7 +81,9 @@ def describe(optimizer: SteepestDescent, full: bool = False) -> str:
     several = _grouped(rows if full else _folded(rows), *ALIKE, "lr_ratio")
     sections = [_grouped(section, "role", "reason") for section in several]
     cells = [_cells(row) for section in sections for alike in section for row in alike]
-    header, *lines = _aligned([HEADERS, *cells], right=range(3, len(HEADERS)))
+    headers = (*HEADERS, WHERE) if any(row["where"] for row in rows) else HEADERS
+    cells = [row[: len(headers)] for row in cells]
+    header, *lines = _aligned([headers, *cells], right=range(3, len(HEADERS)))
     following = iter(lines)
     for section in sections:
         text = [*_what_moves(section[0][0]), *_how_multiplied(section), header]
@@ -115,7 +122,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     size = f"{row['effective_lr']:.3g}" + (f" x {row['times']}" if row["times"] else "")
     count = f" x{row['tensors']}" if row.get("tensors", 1) > 1 else ""
     numbers = f"{row['parameters']:,}", f"{row['state_bytes']:,}"
-    return f"    {row['parameter']}{count}", _shape(row["shape"]), _shape(row["view"]), size, *numbers
+    return f"    {row['parameter']}{count}", _shape(row["shape"]), _shape(row["view"]), size, *numbers, row["where"]
 
 
 def _grouped(rows: Iterable[Row], *keys: str) -> list[list[Row]]:
@@ -187,6 +194,8 @@ def _rows(optimizer: SteepestDescent, group: Mapping[str, Any], names: Sequence[
     ingredients = {key: _text(getattr(written, key), getattr(rule, key)) for key in ("norm", "momentum", "step_size")}
     constraint = [_text(*pair) for pair in zip(written.constraint, rule.constraint, strict=True)]
     reasons = group.get("reasons") or []
+    layout = optimizer.layout()
+    places = {} if layout is None else layout.where()
     for i, (name, p) in enumerate(zip(names, group["params"], strict=True)):
         shape, state = tuple(p.shape), optimizer.state.get(p, {})
         frozen = [] if p.requires_grad else ["frozen, moves once it gets gradients"]
@@ -205,6 +214,7 @@ def _rows(optimizer: SteepestDescent, group: Mapping[str, Any], names: Sequence[
             "times": rule.step_size.times,
             "parameters": p.numel(),
             "state_bytes": state_bytes(state),
+            "where": places.get(p, ""),
         }
 
 

@@ -3,7 +3,9 @@
 from argparse import Namespace
 from dataclasses import replace
 
+from benchmarks.language.job import Job
 from benchmarks.language.ngram import counting
+from benchmarks.language.parallel import Together, first_goes_first, joined, team
 from benchmarks.language.plan import Plan
 from benchmarks.language.workers import Pool
 from benchmarks.output.comparison import write_comparison
@@ -11,7 +13,13 @@ from benchmarks.output.comparison import write_comparison
 
 def compare(arguments: Namespace) -> int:
     """Run the comparison and report it; returns the exit code, 1 when a run failed."""
-    plan = Plan(arguments)
+    with joined(arguments.parallel):
+        return _compare(arguments)
+
+
+def _compare(arguments: Namespace) -> int:
+    with first_goes_first():
+        plan = Plan(arguments)
     rates = plan.rates(arguments.lr)
     untuned = [cell for cell in plan.untuned() if cell not in rates]
     if untuned and not arguments.smoke:
@@ -20,7 +28,13 @@ def compare(arguments: Namespace) -> int:
     full = [plan.config(cell, seed, rates.get(cell)) for seed in range(arguments.seeds) for cell in plan.cells]
     lengths = sorted({plan.preset.steps, *(arguments.horizons or [])}, reverse=True)
     configs = [replace(config, preset=replace(config.preset, steps=steps)) for steps in lengths for config in full]
-    pool = Pool(arguments.out, plan.workers)
+    ours = team(arguments.parallel, plan.device)
+    if isinstance(ours, Together):
+        ours.check(arguments.model, plan.preset.batch)
+        pool: Pool | Job = Job(arguments.out, ours)
+    else:
+        pool = Pool(arguments.out, plan.workers)
     rows = pool.run(configs)
-    write_comparison(rows, arguments.out, counting(plan.corpus) if arguments.horizons else [])
+    if ours.is_first:
+        write_comparison(rows, arguments.out, counting(plan.corpus) if arguments.horizons else [])
     return 1 if pool.failures else 0

@@ -100,6 +100,7 @@ class Plan:
             model_options={**entry.get("model_options", {}), **self.arguments.model_options},
             diagnose=diagnose,
             plugins=self.plugins,
+            parallel=self.arguments.parallel,
         )
 
     def _schedule(self, model: str, tuned: dict[str, Any]) -> Preset:

@@ -140,7 +140,8 @@ class RunConfig:
     """Everything that determines a run; `key` identifies it in the results.
 
     `diagnose`: measure the norms inside the model whenever the loss curve gets a point. `plugins`: Python files that
-    are imported before the run, each with the hash of its content.
+    are imported before the run, each with the hash of its content. `parallel`: how several processes train the model,
+    see `benchmarks.language.parallel.Together`; their number is no part of it.
     """
 
     optimizer: str
@@ -155,13 +156,14 @@ class RunConfig:
     model_options: dict[str, Any] = field(default_factory=dict)
     diagnose: bool = False
     plugins: dict[str, str] = field(default_factory=dict)
+    parallel: str = ""
 
     @property
     def key(self) -> str:
         """Hash of the configuration; of files their content counts, not their paths, and unset options do not count."""
         content = {name: value for name, value in asdict(self).items() if name != "source"}
         content["plugins"] = list(self.plugins.values())
-        for name in ("model_options", "diagnose", "plugins"):
+        for name in ("model_options", "diagnose", "plugins", "parallel"):
             if not content[name]:
                 del content[name]
         content["preset"] = {name: value for name, value in content["preset"].items() if value is not None}

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,10 @@ from benchmarks.contenders import BARE
 from benchmarks.harness import state_bytes
 from benchmarks.language.data import Corpus, load
 from benchmarks.language.diagnose import measure
+from benchmarks.language.parallel import team
 from benchmarks.language.presets import RunConfig
 from benchmarks.language.progress import Progress, clock
-from benchmarks.output.records import Row, WriteError, git_commit, replacing, source_hash
+from benchmarks.output.records import Row, git_commit, source_hash
 from normopt.nn import GPT, anGPT, nGPT
 from normopt.roles.options import entry
 
@@ -37,17 +39,20 @@ class Run:
 
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
         self.config, self.preset, self.corpus = config, config.preset, corpus
+        self.team = team(config.parallel, config.device)
         torch.manual_seed(config.seed)
         self.model = make_model(config, corpus.vocab_size).to(config.device)
         self.init_hash = tensor_hash(self.model.state_dict())
-        self.optimizer = make_optimizer(config, self.model)
+        self.placed = self.team.place(self.model)
+        self.optimizer = make_optimizer(config, self.model, **self.team.options)
         self.scheduler = LambdaLR(self.optimizer, self.preset.rate)
         self.order = corpus.order(config.seed, self.preset.steps, self.preset.batch, self.preset.context)
         self.progress = Progress()
 
     def train_step(self) -> float:
         """One update; returns the training loss. The run has diverged if the loss or the gradient is not finite."""
-        tokens = self.corpus.batch(self.order[self.progress.step], self.preset.context).to(self.config.device)
+        windows = self.team.share(self.order[self.progress.step])
+        tokens = self.corpus.batch(windows, self.preset.context).to(self.config.device)
         self._mode("train")
         start = clock(self.config.device)
         loss, norm = self._gradient(tokens)
@@ -65,11 +70,11 @@ class Run:
 
     def _gradient(self, tokens: Tensor) -> tuple[float, float]:
         """Set the clipped gradient; returns the loss and the gradient's norm before clipping."""
-        loss = self._backward(tokens)
-        return loss, nn.utils.clip_grad_norm_(self.model.parameters(), self.preset.clip).item()
+        loss = self.team.mean(self._backward(tokens))
+        return loss, self.team.clip(self.model.parameters(), self.preset.clip)
 
     def _backward(self, tokens: Tensor) -> float:
-        """Accumulate the gradient of the mean loss over all sequences, a micro batch at a time."""
+        """Accumulate the gradient of the mean loss over these sequences, a micro batch at a time."""
         total = 0.0
         for chunk in torch.split(tokens, self.preset.micro_batch):
             loss = self._loss(chunk) * (len(chunk) / len(tokens))
@@ -80,12 +85,15 @@ class Run:
     def _loss(self, tokens: Tensor) -> Tensor:
         device = torch.device(self.config.device).type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.preset.bf16 and device == "cuda"):
-            logits = self.model(tokens[:, :-1])
+            logits = self.placed(tokens[:, :-1])
             return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     @torch.no_grad()
     def evaluate(self, tokens: int) -> float:
-        """Mean validation loss in nats per token over about `tokens` tokens, the same tokens every time."""
+        """Mean validation loss in nats per token over about `tokens` tokens, the same every time.
+
+        Every process of a job evaluates all of them.
+        """
         self._mode("eval")
         windows = self.corpus.validation_windows(tokens, self.preset.context)
         chunks = torch.split(windows, self.preset.micro_batch)
@@ -107,22 +115,17 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint atomically; raises `WriteError` when that fails, and keeps the previous checkpoint."""
-        states = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
         random = (torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-        try:
-            with replacing(path) as partial, partial.open("wb") as file:
-                torch.save({**states, "random": random, "progress": asdict(self.progress)}, file)
-        except RuntimeError as error:  # torch's message for a failed write does not give the cause
-            raise WriteError(f"cannot write {path}: {error.__context__ or error}") from error
+        rest = {"scheduler": self.scheduler.state_dict(), "random": random, "progress": asdict(self.progress)}
+        self.team.save(path, self.model, self.optimizer, rest)
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint that `save` wrote."""
-        state = torch.load(path, map_location="cpu", weights_only=False)
-        for name in ("model", "optimizer", "scheduler"):
-            getattr(self, name).load_state_dict(state[name])
-        torch.set_rng_state(state["random"][0])
-        torch.cuda.set_rng_state_all(state["random"][1])
-        self.progress = Progress(**state["progress"])
+        rest = self.team.load(path, self.model, self.optimizer)
+        self.scheduler.load_state_dict(rest["scheduler"])
+        torch.set_rng_state(rest["random"][0])
+        torch.cuda.set_rng_state_all(rest["random"][1])
+        self.progress = Progress(**rest["progress"])
 
     @property
     def tokens_per_second(self) -> float:
@@ -136,19 +139,19 @@ def make_model(config: RunConfig, vocab_size: int) -> nn.Module:
     return MODELS[config.model](vocab_size, *sizes, **{"d_ff": config.preset.d_ff, **config.model_options})
 
 
-def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a run; weight decay applies to the hidden matrices only."""
+def make_optimizer(config: RunConfig, model: nn.Module, **own: Any) -> torch.optim.Optimizer:
+    """The optimizer of a run; weight decay applies to the hidden matrices only. `own`: arguments of normopt's alone."""
     options = peers.tuples(config.options)
     name = options.pop("optimizer", config.optimizer)
     if peers.is_peer(name):
         return peers.make(name, model, config.lr, options.pop("rest", None), **options)
     if name == BARE:
-        return normopt.SteepestDescent(model, lr=config.lr, **options)
+        return normopt.SteepestDescent(model, lr=config.lr, **options, **own)
     geometry = options.get("geometry", {})
     table = normopt.GEOMETRIES.get(geometry) if isinstance(geometry, str) else geometry
     if "weight_decay" in options and table is not None:
         options["geometry"] = {**table, **{role: {"weight_decay": 0.0, **entry(table, role)} for role in UNDECAYED}}
-    return normopt.create(name, model, lr=config.lr, **options)
+    return normopt.create(name, model, lr=config.lr, **options, **own)
 
 
 def train(config: RunConfig, checkpoint: Path, report: Report) -> Row:
@@ -160,7 +163,7 @@ def train(config: RunConfig, checkpoint: Path, report: Report) -> Row:
     if corpus.digest != config.corpus:
         raise ValueError(f"{config.source} has changed since this run was planned")
     run = Run(config, corpus)
-    if checkpoint.exists():
+    if run.team.exists(checkpoint):
         _restore(run, checkpoint)
     else:
         run.record_curve()
@@ -199,6 +202,7 @@ def result_row(run: Run, final: float) -> Row:
         **({"norms": progress.norms} if progress.norms else {}),
         "steps_done": progress.step,
         "parameters": parameters,
+        **({"processes": run.team.ranks} if run.config.parallel else {}),
         "tokens_per_second": run.tokens_per_second,
         "gradient_ms": 1000 * progress.gradient_seconds / progress.step,
         "optimizer_ms": 1000 * progress.optimizer_seconds / progress.step,

@@ -67,7 +67,7 @@ class Pool:
         done = read_rows(self.results)
         if lost := unreadable(self.results):
             print(lost, file=sys.stderr)
-        _announce([done[config.key] for config in configs if config.key in done], len(configs), self.results)
+        announce([done[config.key] for config in configs if config.key in done], len(configs), self.results)
         waiting = [config for config in configs if config.key not in done]
         for config in configs:
             if config.key in done:
@@ -170,7 +170,7 @@ def _death(exitcode: int | None) -> str:
     return f"the worker process {how}; the same command runs it again"
 
 
-def _announce(reused: list[Row], total: int, path: Path) -> None:
+def announce(reused: list[Row], total: int, path: Path) -> None:
     """Say how many runs are on file, and whether the code has changed since."""
     if not reused:
         return

@@ -83,6 +83,8 @@ def setting(rows: list[Row]) -> str:
         for model, members in group(rows, lambda row: str(row["config"]["model"])).items()
     )
     hardware = "one CPU thread per run" if config["device"] == "cpu" else config["device"]
+    if config.get("parallel"):
+        hardware = f"{config['parallel']} on {row['processes']} processes, {config['device']}"
     return (
         f"{models}, {preset['steps']} steps of "
         f"{preset['batch']} x {preset['context']} tokens of {config['source']}, seeds {seeds}, {hardware}, "

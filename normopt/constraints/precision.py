@@ -30,7 +30,8 @@ class StochasticRounding(Constraint):
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         if context.dtype != torch.bfloat16:
             return w
-        return stochastically(w, context.dtype, context.step, -1, context.places()).to(w.dtype)
+        where = None if context.places is None else context.places()
+        return stochastically(w, context.dtype, context.step, -1, where).to(w.dtype)
 
 
 @dataclass(frozen=True)

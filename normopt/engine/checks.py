@@ -35,8 +35,8 @@ OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay"}
 
 #: What is wrong with parts of parameters, and what to do.
 WHOLE = (
-    "which is not supported: a norm needs the whole matrix. Train whole parameters, as under DistributedDataParallel; "
-    "pass whole tensors"
+    "which is not supported: a norm needs the whole matrix. Shard by fully_shard (FSDP2), or train whole parameters, as "
+    "under DistributedDataParallel"
 )
 
 

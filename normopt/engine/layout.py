@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from normopt.engine import mesh as meshes
 from normopt.engine import products
 from normopt.engine.batch import Batch, rate_and_shrink
 from normopt.engine.checks import name_of, names_of
-from normopt.engine.exchange import Exchange, Item, owners
+from normopt.engine.exchange import Exchange, Item, Routes, owners
 from normopt.engine.finite import FiniteGuard, Watched
 from normopt.engine.plan import State, age, state_shapes
 from normopt.engine.ranks import Present, Ranks
@@ -71,6 +72,13 @@ class Home:
     def moves_weights(self) -> bool:
         """Whether the owner has the weights; else it makes the update alone, which starts from 0."""
         return self.sees_weights or self.is_whole_here
+
+    @property
+    def where(self) -> str:
+        """Which ranks move it, in words."""
+        if self.mesh is None:
+            return "all"
+        return "shards" if self.is_local else f"rank {self.mesh.mesh.flatten()[self.owner].item()}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,15 +139,30 @@ class Layout:
         #: Whether ranks have different tensors to move.
         self.divides = bool(on_meshes)
         self.device = next((meshes.local(home.p).device for home in self.homes), torch.device("cpu"))
-        cover = meshes.covering(on_meshes) if on_meshes else None
-        if cover is not None:
-            self._sums = Ranks(meshes.group_of(cover), self.device)
-            self._assign(cover)
-        self.ranks = self._sums if group is None else Ranks(group, self.device)
-        self._groups = groups
+        self._cover = meshes.covering(on_meshes) if on_meshes else None
+        if self._cover is not None:
+            self._assign(self._cover)
+        self._groups, self._process_group = groups, group
+        self._has_agreed = False
         self._numbered: dict[Home, tuple[int, torch.Size, meshes.Part | None]] = {}
         self._state_shapes: dict[Home, dict[str, tuple[int, ...]]] = {}
-        self._waves = [ShardedWave(self, homes) for homes in self._cut(groups)]
+
+    # What needs process groups is made at the first step, which all ranks take; a layout can be looked at by one.
+
+    @cached_property
+    def _sums(self) -> Ranks:
+        """The ranks over which step sizes add up."""
+        assert self._cover is not None
+        return Ranks(meshes.group_of(self._cover), self.device)
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The ranks that step together."""
+        return self._sums if self._process_group is None else Ranks(self._process_group, self.device)
+
+    @cached_property
+    def _waves(self) -> list[ShardedWave]:
+        return [ShardedWave(self, homes) for homes in self._cut(self._groups)]
 
     def fits(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether parameters, their memory and their rules are still what they were."""
@@ -160,7 +183,7 @@ class Layout:
                 home.counts &= all(at == 0 for at, placement in place if isinstance(placement, Replicate))
         for mesh, homes in by_mesh.items():
             owned = [home for home in homes if not home.is_local]
-            me = meshes.coordinates(mesh).index(meshes.place_in(mesh))
+            me = meshes.coordinates(mesh.shape).index(meshes.place_in(mesh))
             given = owners([home.cost for home in owned], [home.p.numel() for home in owned], mesh.size())
             for home, owner in zip(owned, given, strict=True):
                 home.owner, home.is_mine = owner, owner == me
@@ -204,9 +227,10 @@ class Layout:
 
     def agree_on_products(self, by_rule: bool) -> None:
         """Let all ranks multiply matrices as the first has found fastest: replicas must be equal to the bit."""
-        if any(rule_of(group).open_parts for group in self._groups):
+        if not self._has_agreed and any(rule_of(group).open_parts for group in self._groups):
             found = products.choices(self._groups, by_rule) if self.ranks.rank == 0 else {}
             products.adopt(self._groups, self.ranks.every(found)[0])
+        self._has_agreed = True
 
     def check(self, state: State) -> None:
         """Raise a ``ValueError`` for what this rank can find wrong with numbers and state before anything moves."""
@@ -219,6 +243,10 @@ class Layout:
             wave.arrive(self._groups, state, guard)
             yield wave
             wave.leave(state, guard)
+
+    def where(self) -> dict[Tensor, str]:
+        """Which ranks move each parameter, in words."""
+        return {home.p: home.where for home in self.homes}
 
     def group_of(self, home: Home) -> dict[str, Any]:
         """The param group of a parameter."""
@@ -273,6 +301,19 @@ class Layout:
         """How many bytes this rank has sent to others since the layout was made."""
         return sum(wave.bytes_sent for wave in self._waves)
 
+    @property
+    def all_to_alls(self) -> int:
+        """How many there are in a step, beside one small all-reduce first and one whenever a step size sums."""
+        return sum(wave.all_to_alls for wave in self._waves)
+
+    def bytes_in_step(self, number: int | None = None) -> int:
+        """How many bytes the all-to-alls of one step take from a rank to others: from placements alone.
+
+        Args:
+            number: the rank's, in the mesh that all parameters must then be on; by default this rank.
+        """
+        return sum(wave.bytes_in_step(number) for wave in self._waves)
+
 
 def found(groups: Sequence[dict[str, Any]], mesh: DeviceMesh | None, group: Any) -> Layout | None:
     """The layout of these param groups; ``None`` if every process has plain tensors and steps by itself."""
@@ -297,12 +338,18 @@ def fingerprint(groups: Sequence[dict[str, Any]]) -> list[Any]:
 class _Bucket:
     """Tensors of one mesh and dtype that are exchanged together."""
 
-    def __init__(self, homes: list[Home], kinds: Iterable[str] = ()) -> None:
+    def __init__(self, dtype: torch.dtype, homes: Sequence[Home], kinds: Sequence[str] = ()) -> None:
         mesh = homes[0].mesh
         assert mesh is not None
+        self.dtype = dtype
         #: Of each that comes to its owner, whether it is ``"gradient"`` or ``"weights"``.
-        self.homes, self.kinds = homes, [*kinds]
+        self.homes, self.kinds = homes, kinds
         self.exchange = Exchange(mesh, [Item(tuple(home.p.shape), home.placements, home.owner) for home in homes])
+
+    def routes(self, number: int | None = None) -> Routes:
+        """Of the rank with this number in the mesh; by default of this one."""
+        here = self.exchange
+        return here if number is None else Routes(here.sizes, here.items, number)
 
 
 class ShardedWave(Wave):
@@ -321,8 +368,8 @@ class ShardedWave(Wave):
                 if home.sees_weights:
                     coming[home.mesh, home.p.dtype].append((home, "weights"))
             going[home.mesh, home.dtype, home.moves_weights].append(home)
-        self._coming = [_Bucket([home for home, _ in each], [what for _, what in each]) for each in coming.values()]
-        self._going = [_Bucket(each) for each in going.values()]
+        self._coming = [_Bucket(dtype, *zip(*each, strict=True)) for (_, dtype), each in coming.items()]
+        self._going = [_Bucket(dtype, each) for (_, dtype, _), each in going.items()]
         self._stand_ins: dict[Home, Tensor] = {}
         self._shrinks: dict[Home, Rate] = {}
         self._guard: FiniteGuard | None = None
@@ -332,6 +379,15 @@ class ShardedWave(Wave):
     def bytes_sent(self) -> int:
         """How many bytes this rank has sent to others."""
         return sum(bucket.exchange.bytes_sent for bucket in (*self._coming, *self._going))
+
+    @property
+    def all_to_alls(self) -> int:
+        return len(self._coming) + len(self._going)
+
+    def bytes_in_step(self, number: int | None = None) -> int:
+        """See :meth:`Layout.bytes_in_step`."""
+        coming = sum(bucket.routes(number).leaving_in * bucket.dtype.itemsize for bucket in self._coming)
+        return coming + sum(bucket.routes(number).leaving_out * bucket.dtype.itemsize for bucket in self._going)
 
     def may_go(self, guard: FiniteGuard, batches: Sequence[Batch], *, again: bool = False) -> bool:
         return not again or self._goes_again  # all ranks have agreed before

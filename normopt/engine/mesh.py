@@ -63,9 +63,9 @@ def sharded_dimensions(placements: Sequence[Placement]) -> set[int]:
     return {placement.dim for placement in placements if not isinstance(placement, Replicate)}  # type: ignore[attr-defined]
 
 
-def coordinates(mesh: DeviceMesh) -> list[tuple[int, ...]]:
-    """The place in the mesh of each rank of :func:`group_of`, in their order."""
-    return [*itertools.product(*map(range, mesh.shape))]
+def coordinates(mesh: Sequence[int]) -> list[tuple[int, ...]]:
+    """The place in a mesh of this shape of each rank of :func:`group_of`, in their order."""
+    return [*itertools.product(*map(range, mesh))]
 
 
 def place_in(mesh: DeviceMesh) -> tuple[int, ...]:
@@ -134,15 +134,15 @@ def part_of(shape: Sequence[int], placements: Sequence[Placement], mesh: Sequenc
         dim: int = placement.dim  # type: ignore[attr-defined]
         # Where FSDP2 stands over tensor parallelism, each of the pieces that the latter will make is cut by itself.
         pieces = getattr(placement, "split_factor", 1)
-        part[dim] = _joined(_cut(piece, mesh[i])[place[i]] for piece in _cut(part[dim], pieces))
+        part[dim] = _joined(_cut(_cut(part[dim], pieces, j), mesh[i], place[i]) for j in range(pieces))
     return tuple(part)
 
 
-def _cut(runs: Sequence[tuple[int, int]], n: int) -> list[tuple[tuple[int, int], ...]]:
-    """``n`` parts of these indices, as ``torch.chunk`` cuts, with empty ones at the end where it gives fewer."""
+def _cut(runs: Sequence[tuple[int, int]], n: int, i: int) -> tuple[tuple[int, int], ...]:
+    """Part ``i`` of ``n`` of these indices, as ``torch.chunk`` cuts; where it gives fewer, the last are empty."""
     size = sum(end - begin for begin, end in runs)
     each = -(-size // n)
-    return [_between(runs, min(i * each, size), min((i + 1) * each, size)) for i in range(n)]
+    return _between(runs, min(i * each, size), min((i + 1) * each, size))
 
 
 def _between(runs: Sequence[tuple[int, int]], first: int, last: int) -> tuple[tuple[int, int], ...]:

@@ -36,7 +36,8 @@ class Context:
         is_vector: whether the parameters are vectors or scalars, seen as matrices with one row.
         past: returns the gradient at the previous weights; ``None`` if there is none. See ``previous``.
         dtype: the dtype of the parameters; ``None`` if it is the dtype of ``w``.
-        places: returns an integer for each entry, by its parameter and its place in it, for hashes.
+        places: returns an integer for each entry, by its parameter and its place in it, for hashes; ``None`` if the
+            tensors are all there is.
     """
 
     g: Tensor
@@ -51,7 +52,7 @@ class Context:
     is_vector: bool = False
     past: Callable[[], Tensor] | None = None
     dtype: torch.dtype | None = None
-    places: Callable[[], Tensor | None] = lambda: None
+    places: Callable[[], Tensor] | None = None
     _held: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

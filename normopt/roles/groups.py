@@ -17,7 +17,7 @@ from normopt.ingredient.registry import nearest
 from normopt.ingredient.view import View, is_small
 from normopt.roles.geometries import GEOMETRIES, adam_options
 from normopt.roles.infer import infer_roles
-from normopt.roles.modules import Role
+from normopt.roles.modules import Role, kind_of
 from normopt.roles.options import ROLES, Geometry, entry, merged, relative
 from normopt.stepsize.base import StepSize
 from normopt.stepsize.fixed import Constant
@@ -61,7 +61,7 @@ def groups_of_module(module: nn.Module, table: Geometry) -> list[dict[str, Any]]
     """
     found = infer_roles(module)
     if not found:
-        raise ValueError(f"param group: no parameter of the module {type(module).__name__} requires a gradient")
+        raise ValueError(f"param group: no parameter of the module {kind_of(module)} requires a gradient")
     for name, role in found.items():
         if role.name == "unembedding" and not role.reason.startswith("declared"):
             reason = "a hidden layer: the module was added, and is not taken to hold the output layer"

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from normopt.ingredient.registry import nearest
 from normopt.ingredient.view import View, view_of
-from normopt.roles.modules import CONV, EMBEDDING, Role, gains, is_unknown, role_of
+from normopt.roles.modules import CONV, EMBEDDING, Role, gains, is_unknown, kind_of, role_of
 from normopt.roles.options import ROLES, _options, merged
 
 
@@ -125,7 +125,7 @@ def _inferred(model: nn.Module) -> dict[str, Role]:
         role = gains(parameter) if is_gain else role
         if of in declared_roles:
             kind = declared_roles[of]
-            role = replace(role, name=kind, view=_view_as(kind, role), reason=f"declared by {type(module).__name__}")
+            role = replace(role, name=kind, view=_view_as(kind, role), reason=f"declared by {kind_of(module)}")
         if of in declared_views:
             role = replace(role, view=_declared_view(module, of, declared_views[of], role.view))
         if name in declared_bounds:
@@ -154,7 +154,7 @@ def _as_computed(model: nn.Module, name: str, module: nn.Module, key: str) -> tu
         return (name, module, key, True) if kind == "_g" else (name.removesuffix("_v"), module, weight, False)
     if isinstance(module, ParametrizationList):
         path, _, weight = name.removesuffix(f".{key}").rpartition("parametrizations.")
-        is_normed = type(module[0]).__name__ == "_WeightNorm"
+        is_normed = kind_of(module[0]) == "_WeightNorm"
         if key == "original" or (is_normed and key == "original1"):
             return path + weight, model.get_submodule(path.removesuffix(".")), weight, False
         return name, module, key, is_normed and key == "original0"
@@ -165,7 +165,7 @@ def _declared_view(module: nn.Module, name: str, given: Any, inferred: View) -> 
     try:
         return view_of(given, inferred)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"normopt_views of {type(module).__name__} for {name}: {error}") from None
+        raise type(error)(f"normopt_views of {kind_of(module)} for {name}: {error}") from None
 
 
 def _declared(model: nn.Module, attribute: str) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def _declared(model: nn.Module, attribute: str) -> dict[str, Any]:
         has_own = attribute in vars(module) or hasattr(type(module), attribute)
         for path, value in getattr(module, attribute).items() if has_own else ():
             if not _is_parameter(module, path):
-                where = f"{attribute} of {type(module).__name__}" + (f" ({prefix})" if prefix else "")
+                where = f"{attribute} of {kind_of(module)}" + (f" ({prefix})" if prefix else "")
                 known = [name for name, _ in module.named_parameters()]
                 raise ValueError(f"{where}: {path!r} is not one of its parameters; {nearest(path, known)}")
             found[f"{prefix}.{path}" if prefix else path] = value

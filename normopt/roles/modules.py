@@ -51,6 +51,17 @@ def is_unknown(role: Role) -> bool:
     return role.name == "other" and role.reason.endswith(UNKNOWN)
 
 
+def kind_of(module: nn.Module) -> str:
+    """The name of the class that a module was made of, which ``fully_shard`` has derived another one from."""
+    classes = type(module).__mro__
+    return next(each for each in classes if not each.__module__.startswith("torch.distributed.")).__name__
+
+
+def kinds_of(module: nn.Module) -> set[str]:
+    """The names of the class that a module was made of and of all classes that it is derived from."""
+    return {each.__name__ for each in type(module).__mro__}
+
+
 def role_of(module: nn.Module, key: str, parameter: Tensor, *, path: str, owner: nn.Module, is_head: bool) -> Role:
     """The role of one parameter.
 
@@ -62,7 +73,7 @@ def role_of(module: nn.Module, key: str, parameter: Tensor, *, path: str, owner:
         owner: the module that holds ``module``, such as the attention of a fused projection.
         is_head: whether ``module`` is the model's output layer.
     """
-    kind, leaf = type(module).__name__, path.rpartition(".")[2]
+    kind, leaf = kind_of(module), path.rpartition(".")[2]
     if parameter.ndim < 2:
         name, dimensions = ("vector", "one dimension") if parameter.ndim else ("scalar", "no dimension")
         return Role(name, View(), f"{kind}.{key}: {dimensions}")
@@ -91,17 +102,19 @@ def gains(parameter: Tensor) -> Role:
 
 def _known(module: nn.Module, key: str, parameter: Tensor, leaf: str, owner: nn.Module) -> Role | None:
     """The role of matrices that torch and transformers keep in other modules than nn.Linear; ``None`` for others."""
-    kind = type(module).__name__
+    kind, kinds = kind_of(module), kinds_of(module)
     if isinstance(module, nn.MultiheadAttention) and key.endswith("proj_weight"):
         return Role("linear", View(split=3 if key == "in_proj_weight" else 1), f"{kind}: query, key and value")
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and key.startswith("weight"):
-        gates = 4 if "LSTM" in kind else 3 if "GRU" in kind else 1
+        gates = (
+            4 if isinstance(module, (nn.LSTM, nn.LSTMCell)) else 3 if isinstance(module, (nn.GRU, nn.GRUCell)) else 1
+        )
         return Role("linear", View(split=1 if "_hr" in key else gates), f"{kind}: {gates} stacked gates")
-    if kind == "Conv1D" and hasattr(module, "nf") and key == "weight":
+    if "Conv1D" in kinds and hasattr(module, "nf") and key == "weight":
         split, parts = _fused(leaf, owner, *reversed(parameter.shape))
         also = f", {parts}" if parts else ""
         return Role("linear", View(transpose=True, split=split), f"{kind}: a linear layer that stores (in, out){also}")
-    if kind.endswith("Router") and key == "weight" and parameter.ndim == 2:
+    if any(each.endswith("Router") for each in kinds) and key == "weight" and parameter.ndim == 2:
         return Role("linear", View(), f"{kind}: one row an expert")
     return None
 
@@ -110,7 +123,7 @@ def _fused(leaf: str, owner: nn.Module, rows: int, columns: int) -> tuple[int | 
     """How a projection of that name is split into what it stacks, and what that is; (1, "") for others."""
     if leaf == "gate_up_proj" and rows % 2 == 0:
         return 2, "gate and up, split into 2 matrices"
-    by_head = type(owner).__name__ in INTERLEAVED and not getattr(owner, "multi_query", False)
+    by_head = not kinds_of(owner).isdisjoint(INTERLEAVED) and not getattr(owner, "multi_query", False)
     if leaf == "query_key_value" or (leaf in QKV and by_head):
         return 1, "query, key and value in an order of the model's own, kept as one matrix"
     if leaf not in QKV:
@@ -149,8 +162,8 @@ def _inputs(layer: nn.Module) -> int:
 
 def _of_experts(module: nn.Module, key: str, parameter: Tensor, leaf: str) -> Role | None:
     """The role of what the experts of a mixture hold: stacks with one matrix, or one bias, for each expert."""
-    kind = type(module).__name__
-    if "expert" not in f"{kind} {leaf}".lower():
+    kind = kind_of(module)
+    if not any("expert" in each.lower() for each in {leaf, *kinds_of(module)}):
         return None
     number = parameter.shape[0]
     if parameter.ndim == 2 and key.endswith("bias"):

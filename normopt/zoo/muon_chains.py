@@ -12,7 +12,7 @@ from normopt.norms import Column, Direction, Max, Row, Spectral
 from normopt.polar import PolarCoefficients
 from normopt.rule import Rule
 from normopt.stepsize import Constant
-from normopt.zoo.base import arg
+from normopt.zoo.base import arg, check_beta1
 from normopt.zoo.matrices import HALF_LR, FixedStepMatrixOptimizer, MatrixOptimizer
 
 #: What MuonEq does before the polar factor. ``Factored`` without memory divides by rows and columns at once.
@@ -41,6 +41,7 @@ class Muon2(MatrixOptimizer):
     aux_lr: float | None = arg(default=None, doc=HALF_LR, kw_only=True)
 
     def rule(self) -> Rule:
+        check_beta1(self, self.betas)
         adam = Smoothed(Max(), option("betas", 1), option("eps"), bias_correction=False, eps_at="moment")
         polar = Spectral("rms", self.orthogonalize, self.ns_steps, self.orthogonalize_dtype)
         return Rule(Chain(adam, polar), EMA(option("betas", 0)))

@@ -143,6 +143,7 @@ class SPlus(DeclaredOptimizer):
         return {"vector": sign, "scalar": sign}
 
     def rule(self) -> Rule:
+        check_beta1(self, self.betas)
         basis = Eigenbasis(option("betas", 1), option("inverse_steps"), self.max_dim, exact=True)
         decay = WeightDecay(option("weight_decay"), after=True)
         return Rule(Rotated(Max("mean_side"), basis), EMA(option("betas", 0)), constraint=(decay,))

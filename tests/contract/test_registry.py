@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 from torch import nn
 
 import normopt
 from normopt import SteepestDescent, zoo
+from normopt.constraints.base import Constraint
+from normopt.ingredient import Ingredient
+from normopt.ingredient.stage import Stage
+from normopt.stepsize.base import StepSize
 
 
 def test_the_bases_of_the_zoo_are_no_optimizers() -> None:
@@ -16,3 +23,32 @@ def test_every_optimizer_with_memory_is_registered() -> None:
     for name in ("nadam", "adamax", "ademamix", "adafactor", "lars", "lamb", "novograd"):
         optimizer = normopt.create(name, nn.Linear(4, 3))
         assert isinstance(optimizer, SteepestDescent) and type(optimizer).__name__ in zoo.__all__
+
+
+#: Ingredients that ask for the weights, or change them other than by a factor; with some of their arguments at least.
+SEE_WEIGHTS = {"Complement", "Decayed", "Recursive", "WeightDecay", "L2", "TangentProjection", "Transposed"}
+SEE_WEIGHTS |= {"Prodigy", "DAdaptation", "GradientTrust", "TrustRatio", "Relative"}
+SEE_WEIGHTS |= {"RowBound", "Sphere", "FrobeniusSphere", "Ball", "StochasticRounding", "KahanSum"}
+SEE_WEIGHTS |= {"SpectralCap", "SoftSpectralCap", "SpectralNormalize"}
+
+OURS = [
+    each
+    for each in Ingredient._classes.values()
+    if each.__module__.startswith("normopt.") and issubclass(each, (Stage, StepSize, Constraint))
+]
+CONCRETE = [each for each in OURS if dataclasses.is_dataclass(each) and not vars(each).get("_abstract")]
+
+
+@pytest.mark.parametrize("ingredient", CONCRETE, ids=lambda each: each.__name__)
+def test_ingredients_say_whether_they_see_weights(ingredient: type) -> None:
+    """Those that do not, and do not say so, cost a transfer for nothing; that those who say so do not is checked."""
+    assert (getattr(ingredient, "sees_weights", False) is not False) == (ingredient.__name__ in SEE_WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "step_size", [each for each in CONCRETE if issubclass(each, StepSize)], ids=lambda x: x.__name__
+)
+def test_step_sizes_say_which_sums_they_make(step_size: type[StepSize]) -> None:
+    for method in ("survey", "measure"):
+        is_overridden = getattr(step_size, method) is not getattr(StepSize, method)
+        assert bool(getattr(step_size, f"{method}_sums")) == is_overridden

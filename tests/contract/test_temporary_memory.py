@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
-from torch.profiler import ProfilerActivity, profile
 
 from normopt.engine import plan
+from tests.support.memory import peak_bytes
 from tests.support.optimizers import EVERY, Make
 from tests.support.steps import give_gradients, tensors
 
 #: Step sizes that must see all directions before they say how long a step is.
 HOLDS_ALL = {"dual"}
-
-
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes in use at one time, of those that a call has asked for."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    now, peak = 0, 0
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def peak_of_step(make: Make, matrices: int) -> int:

@@ -59,12 +59,10 @@ class Ranks:
         self._tasks[rank].put((function, args))
 
     def close(self) -> None:
-        for tasks in self._tasks:
-            tasks.put(None)
+        for process in self.processes:  # which have nothing to lose
+            process.kill()
         for process in self.processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
+            process.join()
 
 
 def _serve(rank: int, size: int, folder: Path, timeout: float, tasks: Any, answers: Any) -> None:
@@ -76,8 +74,6 @@ def _serve(rank: int, size: int, folder: Path, timeout: float, tasks: Any, answe
         try:
             task = tasks.get(timeout=600)
         except queue.Empty:
-            break
-        if task is None:
             break
         function, args = task
         try:

@@ -6,20 +6,70 @@ like amplify.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import copy
+import io
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import normopt
-from normopt import SteepestDescent
+from normopt import (
+    EMA,
+    L2,
+    Ball,
+    Blocked,
+    Column,
+    Constant,
+    DAdaptation,
+    FrankWolfe,
+    FrobeniusSphere,
+    Grafted,
+    KahanSum,
+    KyFan,
+    LowRank,
+    Max,
+    PerBlock,
+    Prodigy,
+    Relative,
+    Row,
+    RowBound,
+    Schatten,
+    Sinkhorn,
+    Smoothed,
+    Spectral,
+    SpectralCap,
+    SpectralNormalize,
+    Sphere,
+    SteepestDescent,
+    StochasticRounding,
+    TangentProjection,
+    WeightDecay,
+)
 from normopt.engine import mesh as meshes
+from normopt.ingredient.stage import Context, Direction
+from normopt.numerics import host
+from normopt.stepsize.base import StepSize
 
 #: How a model is laid out -> on how many ranks.
 LAYOUTS = {
@@ -188,13 +238,34 @@ class Pair:
                 p.copy_(meshes.whole(q))
         return self._gradients(self._probe, self.model, step)
 
+    def step_many(self, step: int) -> None:
+        """The laid out one alone."""
+        self.one.zero_grad()
+        self._gradients(self.plain, self.model, step)
+        self.many.step()
+
+    @torch.no_grad()
+    def copy_over(self) -> None:
+        """The plain model's weights to the laid out one."""
+        for p, q in zip(self.plain.parameters(), self.model.parameters(), strict=True):
+            meshes.local(q).copy_(meshes.local(like(p, q)))
+
     def distance(self) -> float:
         """How far apart both are, over the distance that the plain one has travelled."""
         mine, other = whole(self.model.parameters()), whole(self.plain.parameters())
         return float((mine - other).norm() / (other - self._start).norm())
 
+    def flipped(self) -> int:
+        """How many entries differ; an ``AssertionError`` if one does by more than a unit in its last place."""
+        mine, other = whole(self.model.parameters()), whole(self.plain.parameters())
+        assert ((mine - other).abs() <= other.abs() * 2.0**-7).all()
+        return int((mine != other).sum())
+
     def spread(self) -> float:
-        """How far apart replicas are: the largest difference between ranks in what should be equal."""
+        """How far apart replicas are: the largest difference between ranks in what should be equal.
+
+        Where shards are gathered, ranks get those of their own replicas.
+        """
         mine = whole(self.model.parameters())
         least, most = mine.clone(), mine.clone()
         dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -202,24 +273,414 @@ class Pair:
         return float((most - least).abs().max())
 
 
-def distances(names: list[str], layout: str, steps: int) -> dict[str, tuple[float, float] | str]:
-    """For each optimizer of the registry the distance after some steps, and the largest spread after any."""
-    found: dict[str, Any] = {}
-    for name in names:
-        try:
-            pair = Pair(
-                lambda model, name=name, **more: normopt.create(name, model, **learning_rate(name), **more), layout
-            )
-            spread = 0.0
-            for step in range(steps):
-                pair.step(step)
-                spread = max(spread, pair.spread())
-            found[name] = pair.distance(), spread
-        except Exception as error:
-            import traceback
+def outcome(make: Make, layout: str, steps: int, dtype: torch.dtype = torch.float32) -> Outcome:
+    """What some steps of both come to."""
+    pair, spread = Pair(make, layout, dtype), 0.0
+    for step in range(steps):
+        pair.step(step)
+        if step in (0, 1, steps - 1) or step % 5 == 0:
+            spread = max(spread, pair.spread())
+    return Outcome(pair.distance(), spread, pair.flipped() if dtype == torch.bfloat16 else 0)
 
-            found[name] = "".join(traceback.format_exception(error))[-1500:]
+
+class Outcome(NamedTuple):
+    """How far apart both are, replicas from each other after any step, and how many bfloat16 entries differ."""
+
+    distance: float
+    spread: float
+    flipped: int
+
+
+def of_optimizers(names: Sequence[str], layout: str, steps: int) -> dict[str, Outcome | str]:
+    """For each optimizer of the registry what comes out, or the error."""
+    return _each({name: partial(outcome, _named(name), layout, steps) for name in names})
+
+
+def of_rules(names: Sequence[str], layout: str, steps: int) -> dict[str, Outcome | str]:
+    """The same for ``RULES``."""
+    return _each({name: partial(outcome, RULES[name][0], layout, steps, RULES[name][1]) for name in names})
+
+
+def _each(runs: dict[str, Callable[[], Outcome]]) -> dict[str, Outcome | str]:
+    found: dict[str, Outcome | str] = {}
+    for name, run in runs.items():
+        try:
+            found[name] = run()
+        except Exception:
+            found[name] = traceback.format_exc()[-2000:]
+            break  # ranks may be out of step now
     return found
 
 
-__all__ = ["LAYOUTS", "Net", "Pair", "Replicate"]
+def _named(name: str) -> Make:
+    return partial(_create, name)
+
+
+def _create(name: str, model: nn.Module, **more: Any) -> SteepestDescent:
+    return normopt.create(name, model, **learning_rate(name), **more)
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def states(optimizer: SteepestDescent) -> dict[tuple[str, str], Tensor]:
+    """Each piece of state, whole, by the names of the parameter and of the piece."""
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    each = optimizer.state_dict()["state"].items()
+    return {(names[i], key): meshes.whole(x).detach().clone() for i, held in each for key, x in held.items()}
+
+
+def saved_by(name: str, layout: str, folder: str, **options: Any) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
+    """Three steps, saved to a folder, and two more: the state when it was saved, and the weights at the end."""
+    pair = Pair(_named(name), layout)
+    for step in range(3):
+        pair.step(step)
+    checkpoint.save(_state_dicts(pair, **options), checkpoint_id=folder)
+    found = states(pair.many)
+    gradients = []
+    for step in range(3, 5):
+        pair.step(step)
+        gradients.append([p.grad for p in pair.plain.parameters()])
+    torch.save(gradients, f"{folder}/gradients{dist.get_rank()}.pt")  # for those who load it: the same to the last bit
+    return found, whole(pair.model.parameters())
+
+
+def loaded_by(name: str, layout: str, folder: str, **options: Any) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
+    """The state after loading that, and the weights after the same two steps."""
+    pair = Pair(_named(name), layout)
+    found = _state_dicts(pair, **options)
+    checkpoint.load(found, checkpoint_id=folder)
+    set_model_state_dict(pair.model, found["model"])
+    set_optimizer_state_dict(pair.model, pair.many, found["optimizer"], options=StateDictOptions(**options))
+    state = states(pair.many)
+    for gradients in torch.load(f"{folder}/gradients0.pt", weights_only=True):
+        for p, g in zip(pair.model.parameters(), gradients, strict=True):
+            p.grad = like(g, p)
+        pair.many.step()
+    return state, whole(pair.model.parameters())
+
+
+def _state_dicts(pair: Pair, **options: Any) -> dict[str, Any]:
+    model, optimizer = pair.model, pair.many
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**options))
+    return {"model": get_model_state_dict(model), "optimizer": state}
+
+
+def loads_whole_state(name: str, layout: str, saved: bytes) -> float:
+    """How far from one process the run is after the state dict of one process has been loaded, and two steps."""
+    pair = Pair(_named(name), layout)
+    found = torch.load(io.BytesIO(saved), weights_only=True)
+    pair.plain.load_state_dict(found["model"])
+    pair.one.load_state_dict(found["optimizer"])
+    pair.copy_over()
+    pair.many.load_state_dict(found["optimizer"])
+    for step in range(3, 5):
+        pair.step(step)
+    return pair.distance()
+
+
+def one_process(name: str) -> bytes:
+    """Model and optimizer of one process after three steps, as ``torch.save`` writes them."""
+    model = net()
+    optimizer = _create(name, model)
+    for step in range(3):
+        Pair._gradients(model, model, step)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    return file.getvalue()
+
+
+def goes_through_rank_0(name: str, layout: str) -> bool:
+    """Whether a whole state dict, broadcast from rank 0 to a new run, is the state that it was."""
+    pair, other = Pair(_named(name), layout), Pair(_named(name), layout)
+    for step in range(3):
+        pair.step(step)
+    whole_state = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found = get_optimizer_state_dict(pair.model, pair.many, options=whole_state)
+    spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(other.model, other.many, found, options=spread)
+    return equal(states(pair.many), states(other.many))
+
+
+def before_the_first_step(layout: str) -> tuple[int, int]:
+    """How many parameters have state in a new optimizer, and in one of whose parameters one never gets a gradient."""
+    pair = Pair(_named("muon"), layout)
+    none = len(pair.many.state_dict()["state"])
+    pair._gradients(pair.plain, pair.model, 0)
+    pair.model.get_parameter("gain").grad = None
+    pair.model.get_parameter("up.weight").grad = None
+    pair.many.step()
+    return none, len(pair.many.state_dict()["state"])
+
+
+def equal(a: dict[tuple[str, str], Tensor], b: dict[tuple[str, str], Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------------
+
+
+class Fault(NamedTuple):
+    """What a faulty step came to."""
+
+    error: str
+    late: str
+    has_moved: bool
+    has_counted: bool
+    distance: float
+
+
+def fault(name: str, layout: str, kind: str, policy: str, deferred: bool) -> Fault:
+    """Two steps, one at which rank 1 has a fault, and the same step without it."""
+    group = {"process_group": dist.group.WORLD} if layout == "plain" else {}
+    host.DEFERRED = deferred
+    try:
+        pair = Pair(lambda model, **more: _create(name, model, nonfinite=policy, **more), layout)
+        if group:
+            pair.many = _create(name, pair.model, nonfinite=policy, **group)
+        for step in range(2):
+            pair.step(step)
+        weights, state = whole(pair.model.parameters()), states(pair.many)
+        pair.one.zero_grad()
+        pair._gradients(pair.plain, pair.model, 2)
+        p = pair.model.get_parameter("up.weight")
+        if dist.get_rank() == 1:
+            _spoil(p, kind, pair.many)
+        error = _error(pair.many.step)
+        late = _error(pair.many.state_dict)
+        if kind == "state" and dist.get_rank() == 1:
+            pair.many.state[p]["step"] = torch.tensor(2.0)
+        if deferred and policy == "raise":
+            pair._gradients(pair.plain, pair.model, 2)
+            late = _error(pair.many.step)
+        has_moved = not torch.equal(weights, whole(pair.model.parameters()))
+        has_counted = not equal(state, states(pair.many))
+        pair.step(2)
+        return Fault(error, late, has_moved, has_counted, pair.distance())
+    finally:
+        host.DEFERRED = False
+
+
+def _spoil(p: Tensor, kind: str, optimizer: SteepestDescent) -> None:
+    if kind == "nan":
+        assert p.grad is not None
+        meshes.local(p.grad)[-1:, -1:].fill_(float("nan"))
+    elif kind == "missing":
+        p.grad = None
+    else:
+        optimizer.state[p]["step"] = torch.tensor(-1.0)
+
+
+def _error(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def until_killed(layout: str, folder: str, victim: int, how: str) -> str:
+    """Steps with a checkpoint after the second; then one rank dies or hangs, and the others say what they see."""
+    pair = Pair(_named("muon"), layout)
+    for step in range(2):
+        pair.step(step)
+    checkpoint.save(_state_dicts(pair), checkpoint_id=folder)
+    pair._gradients(pair.plain, pair.model, 2)
+    if dist.get_rank() == victim:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    try:
+        pair.many.step()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def after_the_death(layout: str, folder: str) -> bool:
+    """Whether the last checkpoint loads, and the run goes on."""
+    pair = Pair(_named("muon"), layout)
+    found = _state_dicts(pair)
+    checkpoint.load(found, checkpoint_id=folder)
+    set_optimizer_state_dict(pair.model, pair.many, found["optimizer"])
+    pair.step(2)
+    return all(float(held["step"]) == 3 for held in pair.many.state.values())
+
+
+def reported(name: str, layout: str) -> tuple[str, list[float], list[float]]:
+    """What ``describe`` says, without the other ranks, and what is measured of a step here and in one process."""
+    pair = Pair(_named(name), layout)
+    text = normopt.describe(pair.many) if dist.get_rank() == 0 else ""
+    with pair.one.metrics() as plain, pair.many.metrics() as sharded:
+        pair.step(0)
+    key = "update_rms"
+    order = {row["parameter"]: row[key] for row in plain.rows()}
+    return text, [row[key] for row in sharded.rows()], [order[row["parameter"]] for row in sharded.rows()]
+
+
+def squares(name: str, deterministic: bool) -> tuple[float, list[str], float]:
+    """Four matrices of 128 x 128 on their owners: the distance, what was chosen for products, and the spread."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(4)))
+    model = laid_out(copy.deepcopy(plain), f"fsdp {dist.get_world_size()}")
+    options = {"lr": 1e-2, "deterministic": deterministic}
+    one, many = (normopt.create(name, each, **options) for each in (plain, model))
+    start = whole(plain.parameters())
+    for step in range(3):
+        for p in plain.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        hand_over(plain, model)
+        one.step()
+        many.step()
+    mine, other = whole(model.parameters()), whole(plain.parameters())
+    chosen = [group["products"] for group in many.param_groups]
+    apart = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(apart, mine)
+    spread = max(float((x - mine).abs().max()) for x in apart)
+    return float((mine - other).norm() / (other - start).norm()), chosen, spread
+
+
+# Declarations ---------------------------------------------------------------------------------------------------------
+
+
+def of_own_ingredients(layout: str) -> dict[str, float | str]:
+    """Ingredients of a user: without a word on sharding, and with a word that is wrong."""
+
+    @dataclass(frozen=True)
+    class Undeclared(Direction):
+        """Looks at rows, columns and weights, and says nothing of it."""
+
+        def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+            assert type(x) is Tensor, "an ingredient has seen a DTensor"
+            return x / (x.abs().amax() + 1e-12) + 0.1 * context.w / (context.w.abs().sum(-1, keepdim=True) + 1.0)
+
+    @dataclass(frozen=True)
+    class Wrong(Direction):
+        """Looks at weights, and says that it does not."""
+
+        sees_weights = False
+
+        def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+            return x + context.w
+
+    @dataclass(frozen=True)
+    class Silent(StepSize):
+        """Sums over all tensors, and does not say what."""
+
+        sees_weights = False
+
+        def survey(self, state: dict[str, Tensor], context: Context, shared: Any) -> dict[str, Tensor]:
+            return {"square": context.g.double().square().sum()}
+
+        def conclude(self, sums: dict[str, Tensor], shared: Any) -> Any:
+            return {"size": sums["square"].sqrt() + 1}
+
+        def length(self, x: Tensor, d: Tensor, context: Context, shared: Any) -> Any:
+            return context.rate / shared["size"]
+
+    @dataclass(frozen=True)
+    class Said(Silent):
+        """Says it."""
+
+        survey_sums = ("square",)
+
+    found: dict[str, float | str] = {
+        "undeclared": outcome(descent(norm=Undeclared()), layout, 3).distance,
+        "sums": outcome(descent(norm="spectral", step_size=Said()), layout, 3).distance,
+    }
+    found["wrong"] = _error(lambda: Pair(descent(norm=Wrong()), layout).step(0))
+    found["silent"] = _error(lambda: Pair(descent(norm="spectral", step_size=Silent()), layout).step_many(0))
+    return found
+
+
+# Rules ----------------------------------------------------------------------------------------------------------------
+
+VECTORS = {
+    "vector": {"norm": Smoothed(Max()), "momentum": EMA(0.9, bias_correction=True)},
+    "scalar": {"norm": Smoothed(Max())},
+    "*": {},
+}
+
+
+def descent(**ingredients: Any) -> Make:
+    """Matrices by these ingredients, vectors by Adam."""
+    return lambda model, **more: SteepestDescent(model, lr=1e-2, geometry=VECTORS, **ingredients, **more)
+
+
+def create(name: str, **options: Any) -> Make:
+    return lambda model, **more: normopt.create(name, model, **{"lr": 1e-2, **options}, **more)
+
+
+def viewed(view: dict[str, Any], **other: Any) -> dict[str, Any]:
+    return {"overrides": {"qkv.weight": {"view": view}, **other}}
+
+
+FLOAT32: dict[str, Make] = {
+    "row bound": descent(norm="spectral", momentum="nesterov", constraint=RowBound(0.3)),
+    "column bound": descent(norm="spectral", constraint=RowBound(0.3, axis=-2)),
+    "sphere": descent(norm="spectral", momentum=0.9, constraint=Sphere(0.5)),
+    "Frobenius sphere": descent(norm="spectral", constraint=FrobeniusSphere()),
+    "spectral ball": descent(norm="spectral", constraint=Ball(Spectral(), 0.5)),
+    "ball of entries": descent(norm=Smoothed(Max()), constraint=Ball(Max("unit"), 0.1)),
+    "ball of rows": descent(norm="row", constraint=Ball(Row(), 0.1)),
+    "spectral cap": descent(norm="spectral", constraint=SpectralCap(0.5)),
+    "spectral normalize": descent(norm="spectral", constraint=SpectralNormalize(0.5)),
+    "Frank-Wolfe": descent(norm="spectral", constraint=FrankWolfe(), step_size=Constant(3.0)),
+    "tangent": descent(norm=Smoothed(Max()), constraint=TangentProjection(weight_decay=0.1)),
+    "cautious decay": descent(norm="spectral", constraint=WeightDecay(0.1, cautious=True)),
+    "decay after": descent(norm="spectral", constraint=WeightDecay(0.1, after=True)),
+    "L2": descent(norm="spectral", constraint=L2(0.1)),
+    "Adam, row bound": descent(
+        norm=Smoothed(Max()), momentum=EMA(0.9, bias_correction=True), constraint=(WeightDecay(0.1), RowBound(0.2))
+    ),
+    "dual": descent(norm="spectral", step_size="dual"),
+    "sharp": descent(norm="spectral", step_size="sharp"),
+    "relative": descent(norm=Smoothed(Max()), step_size=Relative()),
+    "gradient trust": descent(norm="identity", momentum="heavy-ball", step_size="gradient-trust"),
+    "Prodigy": descent(norm="spectral", momentum=0.9, step_size=Prodigy(d0=1e-3)),
+    "D-Adaptation": descent(norm="spectral", step_size=DAdaptation(d0=1e-3)),
+    "blocked Shampoo": descent(norm=Blocked(Smoothed(Spectral()), 4)),
+    "per block": descent(norm=PerBlock(Spectral(), rows=5)),
+    "grafted": descent(norm=Grafted(Spectral(), Smoothed(Max()))),
+    "column": descent(norm="column"),
+    "row": descent(norm="row"),
+    "smoothed column": descent(norm=Smoothed(Column())),
+    "smoothed row": descent(norm=Smoothed(Row()), momentum=0.9),
+    "row, row bound": descent(norm="row", constraint=RowBound(0.3)),
+    "max, fan in": descent(norm=Max(scale="fan_in")),
+    "Ky Fan": descent(norm=KyFan(2)),
+    "Schatten": descent(norm=Schatten(3.0)),
+    "nuclear": descent(norm="nuclear"),
+    "low rank": descent(norm=LowRank(0.5)),
+    "Sinkhorn": descent(norm=Sinkhorn()),
+    "split": create("muon", **viewed({"split": 3})),
+    "unequal split": create("muon", **viewed({"split": (15, 10, 5)})),
+    "rows, split": lambda model, **more: SteepestDescent(
+        model,
+        lr=1e-2,
+        norm="row",
+        geometry=VECTORS,
+        **viewed({"split": 3}, **{"emb.weight": {"view": {"split": 2}}}),
+        **more,
+    ),
+    "heads": create("soap", **viewed({"split": 6})),
+    "maximize": create("muon", maximize=True),
+    "rate in a tensor": lambda model, **more: create("muon", lr=torch.tensor(1e-2), weight_decay=0.1)(model, **more),
+    "capturable": lambda model, **more: create("muon", lr=torch.tensor(1e-2), capturable=True)(model, **more),
+    "decay": create("muon", weight_decay=0.3),
+    **{f"bfloat16 state, {name}": create(name, state_dtype="bfloat16") for name in ("muon", "adamw", "scale", "soap")},
+}
+BFLOAT16: dict[str, Make] = {
+    "bfloat16, Muon": create("muon", weight_decay=0.1),
+    "bfloat16, AdamW": create("adamw", weight_decay=0.1),
+    "bfloat16, SOAP": create("soap"),
+    "bfloat16, Kahan": descent(norm="spectral", constraint=KahanSum()),
+    "bfloat16, Kahan, Adam": descent(norm=Smoothed(Max()), constraint=KahanSum()),
+    "bfloat16, stochastic": descent(norm="spectral", constraint=StochasticRounding()),
+    "bfloat16, stochastic, Adam": descent(norm=Smoothed(Max()), constraint=StochasticRounding()),
+    "bfloat16, its own state": create("muon", state_dtype="parameter"),
+}
+#: Rules that use what the registry leaves at its default, and the dtype of the model.
+RULES = {name: (make, torch.float32) for name, make in FLOAT32.items()}
+RULES |= {name: (make, torch.bfloat16) for name, make in BFLOAT16.items()}
