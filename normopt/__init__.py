@@ -24,6 +24,7 @@ from normopt.constraints import (
 from normopt.directions import (
     AdaScaled,
     Aligned,
+    Aurora,
     Basis,
     Blocked,
     Chain,
@@ -111,6 +112,7 @@ __all__ = [
     "L2",
     "AdaScaled",
     "Aligned",
+    "Aurora",
     "Averaged",
     "Ball",
     "Basis",

@@ -1,6 +1,7 @@
 """Which direction is steepest? Combinations of norms: with memory, in chains, rotated, grafted, in blocks."""
 
 from normopt.directions.algebra import Chain, Clipped, Decayed, Identity, Tangent
+from normopt.directions.aurora import Aurora
 from normopt.directions.balanced import CoshScaled, SingularPower, Sinkhorn
 from normopt.directions.bases import Basis, Eigenbasis
 from normopt.directions.complement import Complement
@@ -16,6 +17,7 @@ from normopt.ingredient.stage import Direction
 __all__ = [
     "AdaScaled",
     "Aligned",
+    "Aurora",
     "Basis",
     "Blocked",
     "Chain",

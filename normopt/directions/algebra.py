@@ -164,8 +164,10 @@ class Chain(Direction):
 
     @property
     def cell(self) -> tuple[str, str]:
-        """The cell of the first direction."""
-        return next((stage.cell for stage in self.stages if isinstance(stage, Direction)), super().cell)
+        """The cell of the first direction that has a length of its own, or else of the first."""
+        found = [stage for stage in self.stages if isinstance(stage, Direction)]
+        own = [stage for stage in found if stage.sets_length] or found
+        return own[0].cell if own else super().cell
 
     @trait
     def degree(self) -> int | None:
