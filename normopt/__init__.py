@@ -1,6 +1,7 @@
 """normopt: optimizers as steepest descent under a norm chosen for each tensor's role."""
 
 from normopt import constraints, directions, momentum, nn, norms, polar, roles, stepsize, zoo
+from normopt.averaging import Averaged
 from normopt.constraints import (
     L2,
     Ball,
@@ -8,17 +9,22 @@ from normopt.constraints import (
     FrankWolfe,
     FrobeniusSphere,
     KahanSum,
+    RadialBrake,
     RowBound,
+    RowFloor,
     SoftSpectralCap,
     SpectralCap,
     SpectralNormalize,
     Sphere,
+    Stiefel,
     StochasticRounding,
     TangentProjection,
     WeightDecay,
 )
 from normopt.directions import (
+    AdaScaled,
     Aligned,
+    Aurora,
     Basis,
     Blocked,
     Chain,
@@ -39,6 +45,7 @@ from normopt.directions import (
     Sinkhorn,
     Smoothed,
     Sum,
+    Tangent,
 )
 from normopt.engine.schedulers import set_lr
 from normopt.ingredient import Option
@@ -73,6 +80,7 @@ from normopt.norms import (
 )
 from normopt.optimizer import SteepestDescent
 from normopt.polar import PolarCoefficients
+from normopt.radius import softmax_limited_step
 from normopt.report import describe, periodic_table, summary
 from normopt.roles.geometries import GEOMETRIES, width_scaled
 from normopt.roles.groups import param_groups
@@ -102,7 +110,10 @@ __all__ = [
     "EMA",
     "GEOMETRIES",
     "L2",
+    "AdaScaled",
     "Aligned",
+    "Aurora",
+    "Averaged",
     "Ball",
     "Basis",
     "Blocked",
@@ -149,12 +160,14 @@ __all__ = [
     "PerBlock",
     "PolarCoefficients",
     "Prodigy",
+    "RadialBrake",
     "Recursive",
     "Relative",
     "Role",
     "Rotated",
     "Row",
     "RowBound",
+    "RowFloor",
     "Rule",
     "Schatten",
     "Sharp",
@@ -168,9 +181,11 @@ __all__ = [
     "Sphere",
     "SteepestDescent",
     "StepSize",
+    "Stiefel",
     "StochasticRounding",
     "Storm",
     "Sum",
+    "Tangent",
     "TangentProjection",
     "TrustRatio",
     "TwoSpeed",
@@ -192,6 +207,7 @@ __all__ = [
     "polar",
     "roles",
     "set_lr",
+    "softmax_limited_step",
     "stepsize",
     "summary",
     "width_scaled",

@@ -3,8 +3,9 @@
 from normopt.constraints.base import Constraint
 from normopt.constraints.bounds import Ball, FrobeniusSphere, RowBound, Sphere, Transposed
 from normopt.constraints.decay import L2, FrankWolfe, WeightDecay
+from normopt.constraints.motion import RadialBrake, RowFloor
 from normopt.constraints.precision import KahanSum, StochasticRounding
-from normopt.constraints.spectrum import SoftSpectralCap, SpectralCap, SpectralNormalize
+from normopt.constraints.spectrum import SoftSpectralCap, SpectralCap, SpectralNormalize, Stiefel
 from normopt.constraints.tangent import TangentProjection
 
 __all__ = [
@@ -14,11 +15,14 @@ __all__ = [
     "FrankWolfe",
     "FrobeniusSphere",
     "KahanSum",
+    "RadialBrake",
     "RowBound",
+    "RowFloor",
     "SoftSpectralCap",
     "SpectralCap",
     "SpectralNormalize",
     "Sphere",
+    "Stiefel",
     "StochasticRounding",
     "TangentProjection",
     "Transposed",

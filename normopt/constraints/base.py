@@ -28,6 +28,8 @@ class Constraint(Ingredient):
     sees_weights: ClassVar[bool] = True
     #: Whether the constraint holds only if the length of a step is the rate times a constant.
     needs_bounded_step: ClassVar[bool] = False
+    #: Whether ``weight`` compares with the weights before the step, ``context.w``, which cost a copy.
+    compares: ClassVar[bool] = False
     #: The order of bounds (those that a model or a geometry adds to an optimizer's constraints): the smallest first.
     place: ClassVar[int] = 0
 
@@ -59,7 +61,10 @@ class Constraint(Ingredient):
         return {}
 
     def weight(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        """The weights after the update, ``w`` in float32 or better, projected to where they may live."""
+        """The weights after the update, ``w`` in float32 or better, projected to where they may live.
+
+        ``context.w`` are those before the step where the constraint ``compares`` with them.
+        """
         return w
 
     def seen_through(self, view: View) -> Constraint:

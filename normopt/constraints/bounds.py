@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from normopt.constraints.along import AlongAxis
 from normopt.constraints.base import Constraint
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import Context
-from normopt.ingredient.traits import like, trait
+from normopt.ingredient.traits import like
 from normopt.ingredient.validate import check_positive
 from normopt.ingredient.view import View
 from normopt.norms.base import Norm
@@ -20,37 +21,24 @@ from normopt.numerics.lengths import euclidean
 
 
 @dataclass(frozen=True)
-class _AlongAxis(Constraint):
-    """A bound of each row (``axis=-1``) or column (``axis=-2``) by itself."""
+class _OfLengths(AlongAxis):
+    """A bound of the lengths of rows (``axis=-1``) or columns (``axis=-2``)."""
 
     _abstract = True
     place = 1
     radius: float = 1.0
     axis: int = -1
 
-    @trait
-    def reduces(self) -> str:
-        """``"row"`` or ``"column"``."""
-        return "row" if self.axis == -1 else "column"
-
     def __post_init__(self) -> None:
         check_positive(self, "radius", self.radius)
-        if self.axis not in (-1, -2):
-            raise ValueError(f"{type(self).__name__}: axis must be -1 (rows) or -2 (columns), got {self.axis!r}")
-
-    def seen_through(self, view: View) -> Constraint:
-        seen = replace(self, axis=-3 - self.axis) if view.transpose else self
-        if (view.equal_parts > 1 and seen.axis == -2) or (view.groups > 1 and self.axis == -2):
-            several = view.equal_parts * view.groups
-            raise ValueError(f"{self}: its vectors run across the {several} matrices of {view}; see them as one")
-        return seen
+        super().__post_init__()
 
     def _factor(self, w: Tensor, context: Context) -> Tensor:
         return _factor(w, -1 if context.is_vector else self.axis, self.radius)
 
 
 @dataclass(frozen=True)
-class RowBound(_AlongAxis):
+class RowBound(_OfLengths):
     """No row longer than ``radius``: ``w_i <- w_i / max(1, ||w_i|| / radius)`` after every step.
 
     anGPT's bound, whose weights also start with rows of length ``radius`` (Franke et al., arXiv 2505.22014, section
@@ -66,7 +54,7 @@ class RowBound(_AlongAxis):
 
 
 @dataclass(frozen=True)
-class Sphere(_AlongAxis):
+class Sphere(_OfLengths):
     """All rows exactly of length ``radius``: ``w_i <- radius w_i / ||w_i||`` after every step; rows of 0 stay 0.
 
     nGPT's bound (Loshchilov et al., arXiv 2410.01131, section 2.6).

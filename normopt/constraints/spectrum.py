@@ -11,7 +11,7 @@ from torch import Tensor
 from normopt.constraints.base import Constraint
 from normopt.constraints.bounds import Transposed
 from normopt.ingredient.stage import Context, Direction, Rate
-from normopt.ingredient.validate import check_count, check_positive
+from normopt.ingredient.validate import check_choice, check_count, check_positive
 from normopt.ingredient.view import View
 from normopt.norms.base import Scale
 from normopt.norms.spectral import Spectral
@@ -164,6 +164,36 @@ def _with_cube(w: Tensor, a: Rate) -> Tensor:
     """``w + a w w^T w``."""
     cube = w @ (w.mT @ w) if w.shape[-2] > w.shape[-1] else (w @ w.mT) @ w
     return w + cube * a
+
+
+@dataclass(frozen=True)
+class Stiefel(_OfSpectrum):
+    """All singular values exactly ``radius``: ``w <- radius polar(w)`` after every step, the polar retraction.
+
+    With ``scale="unit"`` and radius 1 the shorter side's vectors are orthonormal, a point of the Stiefel manifold, to
+    which the polar factor is nearest. SPEL's constraint (see ``normopt.zoo.SPEL``). Matrices far from it are brought
+    there by their first step; zeros stay zeros, and vectors and scalars are left alone.
+
+    Args:
+        radius: the singular values, in units of ``Spectral(scale)``; positive.
+        scale: see :class:`~normopt.norms.Norm`; ``"unit"`` by default.
+        orthogonalize: ``"polar-express"``, ten steps of it, which reach the last bits of float32 for singular values
+            above 1e-3 of the Frobenius norm; or ``"exact"``, see :func:`normopt.polar.polar`.
+    """
+
+    scale: Scale = "unit"
+    orthogonalize: str = "polar-express"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "orthogonalize", self.orthogonalize, ("polar-express", "exact"))
+
+    @property
+    def decides_on_host(self) -> bool:
+        return self.orthogonalize == "exact"
+
+    def into_unit_ball(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return polar(w, self.orthogonalize, POLAR_STEPS if self.orthogonalize == "polar-express" else None)
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,23 @@
 """Which direction is steepest? Combinations of norms: with memory, in chains, rotated, grafted, in blocks."""
 
-from normopt.directions.algebra import Chain, Clipped, Decayed, Identity
+from normopt.directions.algebra import Chain, Clipped, Decayed, Identity, Tangent
+from normopt.directions.aurora import Aurora
 from normopt.directions.balanced import CoshScaled, SingularPower, Sinkhorn
 from normopt.directions.bases import Basis, Eigenbasis
 from normopt.directions.complement import Complement
 from normopt.directions.coordinates import Blocked, Rotated
 from normopt.directions.factored import Factored
 from normopt.directions.pairs import Conjugated, Grafted, Normalized, Sum
+from normopt.directions.scaled import AdaScaled
 from normopt.directions.smoothed import Smoothed
 from normopt.directions.subspace import Aligned, LowRank
 from normopt.directions.whitening import KLWhitened
 from normopt.ingredient.stage import Direction
 
 __all__ = [
+    "AdaScaled",
     "Aligned",
+    "Aurora",
     "Basis",
     "Blocked",
     "Chain",
@@ -35,4 +39,5 @@ __all__ = [
     "Sinkhorn",
     "Smoothed",
     "Sum",
+    "Tangent",
 ]

@@ -14,6 +14,7 @@ from normopt.ingredient.traits import like, trait
 from normopt.ingredient.validate import check_positive, check_range
 from normopt.norms.base import Norm
 from normopt.norms.entrywise import Euclidean
+from normopt.numerics.lengths import normalize
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,27 @@ class Decayed(Direction):
         return x.add(context.w, alpha=self.weight_decay) if self.weight_decay else x
 
 
+@dataclass(frozen=True)
+class Tangent(Direction):
+    """The part of ``x`` along the Stiefel manifold at the weights: ``x - w sym(w^T x) / r^2``, a stage of a ``Chain``.
+
+    ``sym(a) = (a + a^T) / 2``, and ``r`` is the root mean square of the singular values of ``w``, all of which are
+    ``r`` on the manifold of radius ``r``; wide matrices are transposed, and at ``w = 0`` all of ``x`` is left. It is
+    the gradient on the manifold to which :class:`~normopt.Stiefel` takes the weights (arXiv 2601.21487). Of a square
+    matrix of odd size one singular value of the result is 0 but for rounding.
+    """
+
+    sets_length = False
+    needs_matrix = True
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        wide = x.shape[-2] < x.shape[-1]
+        x, w = (x.mT, context.w.mT) if wide else (x, context.w)
+        products = normalize(w, (-2, -1)).mT @ x
+        inside = x - normalize(w, (-2, -1)) @ (products + products.mT) * (w.shape[-1] / 2)
+        return inside.mT if wide else inside
+
+
 @dataclass(frozen=True, init=False, repr=False)
 class Chain(Direction):
     """Stages applied one after the other: ``Chain(Row(), Spectral())`` normalizes rows, then takes the polar factor.
@@ -142,8 +164,10 @@ class Chain(Direction):
 
     @property
     def cell(self) -> tuple[str, str]:
-        """The cell of the first direction."""
-        return next((stage.cell for stage in self.stages if isinstance(stage, Direction)), super().cell)
+        """The cell of the first direction that has a length of its own, or else of the first."""
+        found = [stage for stage in self.stages if isinstance(stage, Direction)]
+        own = [stage for stage in found if stage.sets_length] or found
+        return own[0].cell if own else super().cell
 
     @trait
     def degree(self) -> int | None:

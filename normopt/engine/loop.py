@@ -63,6 +63,9 @@ def update_weights(pending: Pending) -> None:
     batch, context, state, averaged, d = pending
     rule = batch.rule
     if batch.moves:
+        if any(constraint.compares for constraint in rule.acting("weight")):
+            before = batch.weights().clone()
+            context = replace(context, weights=lambda: before)
         for constraint in rule.acting("update"):
             d, factor = constraint.update(d, context)  # constraint, of the update
             context = replace(context, shrink=context.shrink * factor)

@@ -38,7 +38,8 @@ class GPT(nn.Module):
         d_ff: width of the MLP, by default 4 * d_model.
         rope_fraction: fraction of each head's dimensions that carries rotary positions.
         qk_norm: normalize queries and keys; without it there are no gains per head.
-        norm: the normalization layers, a name of `normopt.nn.norms.NORMS`: "rmsnorm", "layernorm", "dyt" or "seednorm".
+        norm: the normalization layers, a name of `normopt.nn.norms.NORMS`: "rmsnorm", "layernorm", "dyt", "seednorm",
+            "power", "unified" or "gated".
 
     Raises:
         ValueError: if a size is not positive, n_heads does not divide d_model, rope_fraction does not fit the head or

@@ -12,12 +12,12 @@ from normopt.optimizer import SteepestDescent
 from normopt.zoo.adam import Adafactor, Adagrad, Adam, Adamax, AdamW, AdEMAMix, NAdam, RMSprop
 from normopt.zoo.base import DeclaredOptimizer, FixedStepOptimizer, arg
 from normopt.zoo.blocks import AdamMini, SubsetNorm
-from normopt.zoo.hyperball import AdamH, MuonH, NaP
+from normopt.zoo.hyperball import SPEL, AdamH, MuonH, NaP
 from normopt.zoo.layerwise import LAMB, LARS, NovoGrad
 from normopt.zoo.learning_rate_free import DAdaptAdam, Prodigy
 from normopt.zoo.matrices import FixedStepMatrixOptimizer, MatrixOptimizer
 from normopt.zoo.muon import Muon, MuonPlusPlus
-from normopt.zoo.muon_chains import RMNP, Muon2, MuonEq, OLion
+from normopt.zoo.muon_chains import RMNP, AdaGO, Muon2, MuonEq, OLion
 from normopt.zoo.muon_variants import AdaMuon, AuON, Dion, HybridAuON, MuonPlus, NorMuon, PolarGrad
 from normopt.zoo.norm_descent import ColumnDescent, NormalizedSGD, NuclearDescent, RowDescent, SpectralDescent
 from normopt.zoo.scale_invariant import SGDP, AdamP
@@ -40,8 +40,10 @@ __all__ = [
     "SGDP",
     "SOAP",
     "SPECTRA",
+    "SPEL",
     "SWAN",
     "AdEMAMix",
+    "AdaGO",
     "AdaMuon",
     "Adafactor",
     "Adagrad",

@@ -1,4 +1,4 @@
-"""Optimizers of weights that keep their norm: AdamH and MuonH, and NaP on top of any other."""
+"""Optimizers of weights that keep their norm or spectrum: AdamH, MuonH, SPEL, and NaP on top of any other."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from normopt.constraints import FrobeniusSphere
-from normopt.directions import Smoothed
+from normopt.constraints import FrobeniusSphere, Stiefel, WeightDecay
+from normopt.directions import Chain, Smoothed, Tangent
 from normopt.ingredient import nearest, option
 from normopt.momentum import EMA
 from normopt.norms import Max, Spectral
+from normopt.norms.base import Scale
 from normopt.optimizer import SteepestDescent
 from normopt.polar import PolarCoefficients
 from normopt.roles.geometries import adam_options
@@ -21,6 +22,7 @@ from normopt.roles.options import ROLES, Geometry, entry, merged
 from normopt.rule import Rule
 from normopt.stepsize import Constant, TrustRatio
 from normopt.zoo.base import Declared, FixedStepOptimizer, arg, is_declared
+from normopt.zoo.matrices import HALF_LR, MatrixOptimizer
 
 #: What moves off the spheres.
 FREE: Mapping[str, Any] = {"step_size": Constant(), "constraint": None}
@@ -83,6 +85,35 @@ class MuonH(FixedStepOptimizer):
     def rule(self) -> Rule:
         polar = Spectral("unit", self.orthogonalize, None, self.orthogonalize_dtype)
         return Rule(polar, EMA(option("momentum"), option("nesterov")), TrustRatio(), (FrobeniusSphere(),))
+
+
+class SPEL(MatrixOptimizer):
+    """Muon on the Stiefel manifold: matrices whose singular values are all 1 (arXiv 2601.21487).
+
+    ``m <- momentum m + (1 - momentum) g``; ``w <- s polar((1 - lr weight_decay) w - lr s polar(t))``, where ``t`` is
+    the part of ``m`` along the manifold, see :class:`~normopt.Tangent`, and ``s`` the scale. Arguments and defaults but
+    ``lr``, which is :class:`~normopt.zoo.Muon`'s, are those of Emerging-Optimizers. Matrices should start on the
+    manifold (``torch.nn.init.orthogonal_``); others are brought there by their first step. Gains must scale what the
+    matrices no longer can.
+    """
+
+    aux_ratio = 0.5
+    lr: float | Tensor = 0.02
+    weight_decay: float = arg(default=0.1, doc="how much shorter the weights are before the outer polar factor.")
+    momentum: float = 0.95
+    nesterov: bool = False
+    scale: Scale = arg(
+        default="unit", doc='``"unit"``: singular values of 1; ``"max1"``: of sqrt(max(1, out/in)).', kw_only=True
+    )
+    orthogonalize: str | PolarCoefficients = arg(default="newton-schulz", kw_only=True)
+    orthogonalize_dtype: torch.dtype | str | None = arg(default="auto", kw_only=True)
+    aux_lr: float | None = arg(default=None, doc=HALF_LR, kw_only=True)
+
+    def rule(self) -> Rule:
+        polar = Spectral(self.scale, self.orthogonalize, None, self.orthogonalize_dtype)
+        outer = "exact" if self.orthogonalize == "exact" else "polar-express"
+        bounds = (WeightDecay(option("weight_decay")), Stiefel(1.0, self.scale, outer))
+        return Rule(Chain(Tangent(), polar), EMA(option("momentum"), option("nesterov")), constraint=bounds)
 
 
 class NaP(Declared):

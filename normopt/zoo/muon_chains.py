@@ -1,11 +1,11 @@
-"""The polar factor in a chain: after Adam's denominator, after rows and columns of one size, before a sign."""
+"""The polar factor in a chain: after Adam's denominator or rows and columns of one size; before a sign or a length."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from normopt.directions import Chain, Factored, Identity, Smoothed
+from normopt.directions import AdaScaled, Chain, Factored, Identity, Smoothed
 from normopt.ingredient import check_choice, option
 from normopt.momentum import EMA
 from normopt.norms import Column, Direction, Max, Row, Spectral
@@ -108,3 +108,29 @@ class RMNP(MatrixOptimizer):
 
     def rule(self) -> Rule:
         return Rule(Row("unit"), EMA(option("momentum"), option("nesterov")))
+
+
+class AdaGO(MatrixOptimizer):
+    """The polar factor at AdaGrad's length, one number for each matrix (arXiv 2509.02981).
+
+    ``m <- momentum m + (1 - momentum) g``; ``v^2 <- v^2 + min(||g||_F, gamma)^2``; ``w <- (1 - lr weight_decay) w -
+    max(eps, lr min(||g||_F, gamma) / v) polar(m)``. Arguments and defaults but ``v`` are those of pytorch-optimizer,
+    which divides by ``v^2``.
+    """
+
+    aux_ratio = 0.5
+    lr: float | Tensor = 0.05
+    weight_decay: float = 0.0
+    momentum: float = 0.95
+    nesterov: bool = False
+    gamma: float = arg(default=10.0, doc="the largest length of a gradient.")
+    eps: float = arg(default=5e-4, doc="the smallest length of a step, in the spectral norm.")
+    v: float = arg(default=1e-3, doc="``v`` before the first step.")
+    orthogonalize: str | PolarCoefficients = arg(default="newton-schulz", kw_only=True)
+    orthogonalize_dtype: torch.dtype | str | None = arg(default="auto", kw_only=True)
+    aux_lr: float | None = arg(default=None, doc=HALF_LR, kw_only=True)
+
+    def rule(self) -> Rule:
+        polar = Spectral("unit", self.orthogonalize, None, self.orthogonalize_dtype)
+        length = AdaScaled(self.gamma, self.eps, self.v)
+        return Rule(Chain(polar, length), EMA(option("momentum"), option("nesterov")))

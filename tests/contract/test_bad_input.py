@@ -507,7 +507,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "momentum": [*ABOVE, 1.5],  # as in torch.optim.Muon, an average of 1 stays 0
     **dict.fromkeys(["momentum_2", "beta2", "mu", "beta3", "graft_beta2"], BELOW_ONE),
     "dampening": [-1.0, 1.5, NAN, "much"],
-    **dict.fromkeys(["a0", "b0", "d", "d0", "d_coef", "radius", "clip", "nonstandard_constant"], POSITIVE),
+    **dict.fromkeys(["a0", "b0", "d", "d0", "d_coef", "radius", "clip", "nonstandard_constant", "v"], POSITIVE),
     "power": [1.5, *POSITIVE],
     "growth_rate": [0.5, NAN, "much"],
     "max_grad_norm": [-1.0, 0.0, NAN, "much"],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from normopt import (
     EMA,
+    AdaScaled,
     Blocked,
     Chain,
     Clipped,
@@ -50,6 +51,7 @@ from normopt import (
     SteepestDescent,
     StepSize,
     Sum,
+    Tangent,
 )
 from normopt.constraints.bounds import Transposed
 from normopt.ingredient import choices
@@ -196,12 +198,12 @@ def sensible(direction: Direction, momentum: Momentum, step_size: StepSize, cons
         with pytest.raises(ValueError, match="would weigh only one"):
             Rule(direction, momentum, step_size)
         return False
-    if isinstance(step_size, DAdaptation) and direction.degree is None:
-        with pytest.raises(ValueError, match="neither linear nor independent of length"):
-            Run([Rule(direction, momentum, step_size)])
-        return False
     if isinstance(step_size, LearningRateFree) and not bounded(direction):
         with pytest.raises(ValueError, match="bounds its result in no norm"):
+            Run([Rule(direction, momentum, step_size)])
+        return False
+    if isinstance(step_size, DAdaptation) and direction.degree is None:
+        with pytest.raises(ValueError, match="neither linear nor independent of length"):
             Run([Rule(direction, momentum, step_size)])
         return False
     return True
@@ -209,7 +211,7 @@ def sensible(direction: Direction, momentum: Momentum, step_size: StepSize, cons
 
 def bounded(direction: Direction) -> bool:
     """Whether the result has at most norm 1 in some norm: not if it is as long as the gradient."""
-    return not isinstance(direction, (CoshScaled, Identity))
+    return not isinstance(direction, (AdaScaled, CoshScaled, Identity, Tangent))
 
 
 def check_sensible(combinations: Iterable[tuple[Direction, Momentum, StepSize, Constraint | None]]) -> None:

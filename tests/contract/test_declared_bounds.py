@@ -32,7 +32,7 @@ from tests.support.bounded import BOUNDS, closure, net, noise
 KINDS = [
     kind
     for kind in choices(Constraint).values()
-    if kind.__module__.removeprefix("normopt.constraints.") in ("bounds", "spectrum", "precision")
+    if kind.__module__.removeprefix("normopt.constraints.") in ("bounds", "spectrum", "precision", "motion")
 ]
 NAMES = normopt.list_optimizers()
 every = pytest.mark.parametrize("name", NAMES)

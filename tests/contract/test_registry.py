@@ -29,7 +29,7 @@ def test_every_optimizer_with_memory_is_registered() -> None:
 SEE_WEIGHTS = {"Complement", "Decayed", "Recursive", "WeightDecay", "L2", "TangentProjection", "Transposed"}
 SEE_WEIGHTS |= {"Prodigy", "DAdaptation", "GradientTrust", "TrustRatio", "Relative"}
 SEE_WEIGHTS |= {"RowBound", "Sphere", "FrobeniusSphere", "Ball", "StochasticRounding", "KahanSum"}
-SEE_WEIGHTS |= {"SpectralCap", "SoftSpectralCap", "SpectralNormalize"}
+SEE_WEIGHTS |= {"SpectralCap", "SoftSpectralCap", "SpectralNormalize", "Stiefel", "Tangent", "RadialBrake", "RowFloor"}
 
 OURS = [
     each

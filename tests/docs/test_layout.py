@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "normopt"
 FLOORS: list[set[str]] = [
     {"__main__"},
     {"__init__"},
-    {"report", "torch_state", "integrations"},
+    {"report", "torch_state", "integrations", "averaging", "radius"},
     {"zoo"},
     {"optimizer"},
     {"metrics"},

@@ -1,4 +1,4 @@
-"""AdamH, MuonH and NaP: matrices that keep their length."""
+"""AdamH, MuonH, SPEL and NaP: matrices that keep their length or their singular values."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import normopt
 from normopt import zoo
 from tests.support.bounded import closure, net, noise
+from tests.support.written import polar
 
 
 def hyperball(start: Tensor, updates: Iterable[Tensor], lr: float) -> Tensor:
@@ -57,6 +58,26 @@ def test_hyperballs_are_their_recurrences(shape: tuple[int, ...]) -> None:
             w.grad = g
             optimizer.step()
         torch.testing.assert_close(w.detach(), expected[name], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (6, 6)])
+@pytest.mark.parametrize("options", [{}, {"nesterov": True, "scale": "max1", "weight_decay": 0.0}], ids=str)
+def test_spel_is_its_recurrence(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    w, tall = nn.Parameter(nn.init.orthogonal_(noise(shape, 99))), shape[0] >= shape[1]
+    scale = max(1.0, shape[0] / shape[1]) ** 0.5 if options.get("scale") == "max1" else 1.0
+    w.data.mul_(scale)
+    expected, m = w.detach().clone(), torch.zeros_like(w)
+    optimizer = zoo.SPEL([w], 0.05, momentum=0.9, orthogonalize="exact", orthogonalize_dtype=None, **options)
+    for i in range(20):
+        w.grad = noise(shape, i)
+        optimizer.step()
+        m = 0.9 * m + 0.1 * w.grad
+        t, x = (0.9 * m + 0.1 * w.grad if options.get("nesterov") else m), expected
+        t, x = (t, x) if tall else (t.mT, x.mT)
+        t = t - x @ (x.mT @ t + t.mT @ x) / (2 * scale**2)
+        moved = (1 - 0.05 * options.get("weight_decay", 0.1)) * x - 0.05 * scale * polar(t)
+        expected = scale * (polar(moved) if tall else polar(moved).mT)
+        torch.testing.assert_close(w.detach(), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("base", ["adam", "adamw", "sgd"])

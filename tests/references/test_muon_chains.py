@@ -1,4 +1,4 @@
-"""Muon2, OLion, MuonEq and RMNP by their recurrences."""
+"""Muon2, OLion, MuonEq, RMNP and AdaGO by their recurrences."""
 
 from __future__ import annotations
 
@@ -90,3 +90,32 @@ def test_rmnp_by_its_recurrence(options: dict[str, Any]) -> None:
         MATRICES,
         1e-5,
     )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gamma": 3.0, "eps": 0.01, "v": 0.5, "weight_decay": 0.1, "nesterov": True}], ids=str
+)
+def test_adago_by_its_recurrence(options: dict[str, Any]) -> None:
+    """With the published ``v``; the gradients are longer than 3, and the steps reach 0.01."""
+    lr, cap, least = 0.05, options.get("gamma", 10.0), options.get("eps", 5e-4)
+
+    def update(g: Tensor, state: State, step: int) -> Tensor:
+        m = average(g, state, 0.95, options.get("nesterov", False))
+        square = state.setdefault("v", torch.tensor(options.get("v", 1e-3) ** 2))
+        square += min(g.norm().item(), cap) ** 2
+        return max(least, lr * min(g.norm().item(), cap) / square.sqrt().item()) * newton_schulz(m)
+
+    assert_same_path(
+        lambda p: zoo.AdaGO(p, lr, **FLOAT32, **options),
+        lambda p: Written(p, update, lr * options.get("weight_decay", 0.0)),
+        MATRICES,
+        2e-5,
+    )
+
+
+def test_adago_moves_nothing_at_rate_0() -> None:
+    w = nn.Parameter(gaussian(4, 3))
+    before, optimizer = w.detach().clone(), zoo.AdaGO([w], torch.tensor(0.0), **EXACT)
+    w.grad = gaussian(4, 3)
+    optimizer.step()
+    assert torch.equal(w, before)

@@ -18,14 +18,18 @@ from normopt import (
     Column,
     Constraint,
     FrobeniusSphere,
+    RadialBrake,
     Row,
     RowBound,
+    RowFloor,
     SoftSpectralCap,
     Spectral,
     SpectralCap,
     SpectralNormalize,
     Sphere,
     SteepestDescent,
+    Stiefel,
+    View,
 )
 from normopt.constraints.spectrum import soft_coefficient
 from normopt.ingredient import Context
@@ -84,10 +88,19 @@ def test_frobenius_sphere_keeps_the_length_of_the_start(size: tuple[int, ...], s
 
 def test_bounds_of_zeros_and_vectors() -> None:
     zero, w = torch.zeros(2, 3, 4), torch.randn(2, 3, 4)
-    for constraint in (RowBound(), Sphere(), FrobeniusSphere(1.0), FrobeniusSphere(), SpectralCap(), SoftSpectralCap()):
+    for constraint in (
+        RowBound(),
+        Sphere(),
+        FrobeniusSphere(1.0),
+        FrobeniusSphere(),
+        SpectralCap(),
+        SoftSpectralCap(),
+        Stiefel(),
+        RadialBrake(),
+    ):
         assert torch.equal(put(constraint, zero), zero)
     assert torch.equal(put(FrobeniusSphere(), w, zero), w), "there is no length to keep"
-    for constraint in (FrobeniusSphere(1.0), SpectralCap(), SpectralNormalize()):
+    for constraint in (FrobeniusSphere(1.0), SpectralCap(), SpectralNormalize(), Stiefel(), RadialBrake()):
         vector = torch.randn(1, 1, 5)
         assert torch.equal(put(constraint, vector, is_vector=True), vector)
 
@@ -159,6 +172,61 @@ def test_soft_spectral_cap_coefficient(k: float) -> None:
     torch.testing.assert_close(soft_coefficient(torch.tensor(k, dtype=torch.float64)), torch.tensor(a).double())
 
 
+@given(sizes, seeds, st.sampled_from([0.3, 1.0, 4.0]), st.sampled_from(["unit", "rms"]))
+def test_stiefel_is_the_polar_factor_at_its_radius(size: tuple[int, ...], seed: int, radius: float, scale: Any) -> None:
+    w = noise(size, seed)
+    new, unit = put(Stiefel(radius, scale, "exact"), w), radius * Spectral(scale).factor(w.shape)
+    torch.testing.assert_close(singular_values(new), torch.full_like(singular_values(new), unit))
+    torch.testing.assert_close((new * w).sum(), unit * singular_values(w).sum())
+    torch.testing.assert_close(put(Stiefel(radius, scale, "exact"), new), new)
+
+
+def test_stiefel_by_the_polar_express_is_exact_in_float32() -> None:
+    w = (torch.eye(9, 7) + 0.1 * noise((9, 7), 0)).float()[None]
+    torch.testing.assert_close(put(Stiefel(), w), put(Stiefel(orthogonalize="exact"), w), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_radial_brake_leaves_a_part_of_growth(factor: float, dtype: torch.dtype) -> None:
+    """Of three matrices: one grows, one shrinks, one is 0; twice, with decay and momentum before it."""
+    start = [noise((4, 6), 0).to(dtype), noise((4, 6), 1).to(dtype), torch.zeros(4, 6, dtype=dtype)]
+    w = [nn.Parameter(x.clone()) for x in start]
+    optimizer = SteepestDescent(w, 0.05, "euclidean", 0.5, constraint=["WeightDecay(0.1)", RadialBrake(factor)])
+    plain = [nn.Parameter(x.clone()) for x in start]
+    free = SteepestDescent(plain, 0.05, "euclidean", 0.5, constraint="WeightDecay(0.1)")
+    for i in range(2):
+        before = [p.detach().clone() for p in w]
+        for p, q, sign in zip(w, plain, (-1.0, 1.0, 1.0), strict=True):
+            q.detach().copy_(p)
+            p.grad = q.grad = (sign * start[0] if sign < 0 else start[1]).clone() + 0.3 * noise((4, 6), i + 2).to(dtype)
+        optimizer.step()
+        free.step()
+        for old, new, moved in zip(before[:2], w, plain, strict=False):
+            radial = ((moved - old).double() * old.double()).sum() / old.double().norm()
+            wanted = old.double().norm() + radial * (factor if radial > 0 else 1.0)
+            tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+            torch.testing.assert_close(new.detach().double().norm(), wanted, rtol=tolerance, atol=0)
+            along = new.detach().double() / new.detach().double().norm()
+            torch.testing.assert_close(
+                along, moved.detach().double() / moved.detach().double().norm(), rtol=0, atol=tolerance
+            )
+    assert all(p.any() for p in w)
+
+
+def test_row_floor_lengthens_short_rows_of_updates() -> None:
+    w = nn.Parameter(noise((5, 7), 0))
+    g = noise((5, 7), 1) * torch.tensor([1e-3, 0.0, 1.0, 30.0, 1e-12])[:, None].double()
+    w.grad, before = g.clone(), w.detach().clone()
+    SteepestDescent([w], 0.1, "identity", constraint=RowFloor(0.5)).step()
+    d, sizes = (before - w.detach()) / 0.1, before.norm(dim=1)
+    lengths = torch.maximum(g.norm(dim=1), 0.5 * sizes) * (g.norm(dim=1) > 0)
+    torch.testing.assert_close(d.norm(dim=1), lengths, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(d[2:4], g[2:4] * (lengths / g.norm(dim=1))[2:4, None])
+    seen = RowFloor(0.5).seen_through(View(transpose=True))
+    assert seen == RowFloor(0.5, axis=-2) and RowFloor().reduces == "row" and seen.reduces == "column"
+
+
 def check_spectral_normalization(m: int, n: int, seed: int) -> None:
     """Of a batch of two; the power iteration has 2,000 steps to tell close singular values apart."""
     start = noise((2, m, n), seed)
@@ -195,6 +263,10 @@ def test_spectral_normalization_of_any_shape(m: int, n: int, seed: int) -> None:
         (lambda: Ball(radius="one"), "Ball: radius must be a number"),
         (lambda: SpectralCap(scale="big"), "unknown scale 'big'"),
         (lambda: SoftSpectralCap(max_update=0), "max_update must be positive"),
+        (lambda: Stiefel(orthogonalize="qr"), "Stiefel: unknown orthogonalize 'qr'"),
+        (lambda: RadialBrake(1.5), "RadialBrake: factor must lie in"),
+        (lambda: RowFloor(0.0), "RowFloor: ratio must be positive"),
+        (lambda: RowFloor(axis=1), "axis must be -1"),
         (lambda: SpectralNormalize(iterations=0), "iterations must be a whole number"),
     ],
 )
