@@ -27,6 +27,19 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In tests/contract, what is asked of every optimizer is slow for those whose ingredients others have, too,
+    and what is slow for all is exhaustive for them.
+    """
+    from tests.support.optimizers import KIN  # after its asserts have been rewritten
+
+    for item in items:
+        words = {*item.nodeid.partition("[")[2].rstrip("]").split("-")}
+        if "contract" in item.path.parts and KIN & words:
+            item.add_marker(pytest.mark.exhaustive if item.get_closest_marker("slow") else pytest.mark.slow)
+
+
 @pytest.fixture
 def registry() -> Iterator[None]:
     """Forget the ingredients and optimizers that a test defines."""

