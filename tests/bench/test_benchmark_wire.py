@@ -54,6 +54,7 @@ def test_shapes_are_those_of_the_models(name: str, parameters: int, matrices: in
     assert {*WIRE_MODELS} == {*wire.MODELS} - {"smoke"}
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["wire", "--smoke", "--out", str(tmp_path)]) == 0
     rows = read_rows(tmp_path / "wire.jsonl")

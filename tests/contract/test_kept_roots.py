@@ -74,6 +74,7 @@ def classified(name: str, dtype: torch.dtype, lr: float, seed: int, **options: o
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", KEEPING)
 def test_kept_roots_of_classifiers_are_safe(name: str, dtype: torch.dtype) -> None:

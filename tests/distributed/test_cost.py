@@ -21,6 +21,8 @@ NAMES = normopt.list_optimizers()
 #: Those that move gradients and updates, with weights, nothing, and with sums over all tensors.
 SOME = ("muon", "muonh", "adamw", "lamb")
 RanksOf = Callable[[int], Ranks]
+#: All layouts, most of them in the slow tests.
+EACH = ["fsdp 2", *(pytest.param(x, marks=pytest.mark.slow) for x in sharded.LAYOUTS if x != "fsdp 2")]
 
 
 def check(found: dict[str, Any]) -> None:
@@ -35,6 +37,7 @@ def check(found: dict[str, Any]) -> None:
         assert not found["all_to_alls"] and not found["sent"], found
 
 
+@pytest.mark.slow
 def test_collectives_of_every_optimizer(ranks_of: RanksOf) -> None:
     """As many for six layers as for two, and for entry-wise rules no all-to-all."""
     for few, many in zip(
@@ -74,7 +77,7 @@ def _costs(name: str, layers: int, dim: int, options: dict[str, Any]) -> dict[st
     return counted.costs(name, layers, dim, **options)
 
 
-@pytest.mark.parametrize("layout", sharded.LAYOUTS)
+@pytest.mark.parametrize("layout", EACH)
 def test_placements_foretell_bytes(ranks_of: RanksOf, layout: str) -> None:
     for found in ranks_of(sharded.LAYOUTS[layout]).run(counted.foretold, layout, ["muon", "muonh", "scion", "soap"]):
         for name, (sent, expected) in found.items():
@@ -144,13 +147,15 @@ def test_what_ranks_send_is_what_others_get(one_of: Callable[[int], None]) -> No
             assert sum(other.entries_out[rank] for other in every) == 3 * held
 
 
-@pytest.mark.parametrize("layout", ["fsdp 2", "replicate 2", "hsdp 2x2"])
+@pytest.mark.parametrize(
+    "layout", ["fsdp 2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("replicate 2", "hsdp 2x2"))]
+)
 def test_layouts_and_plans_are_made_once(ranks_of: RanksOf, layout: str) -> None:
     for name in ("muon", "adamw", "muonh"):
         assert ranks_of(sharded.LAYOUTS[layout]).run(counted.remade, layout, name, 20)[0] == (0, 0), name
 
 
-@pytest.mark.parametrize("layout", sharded.LAYOUTS)
+@pytest.mark.parametrize("layout", EACH)
 def test_ingredients_see_plain_tensors(ranks_of: RanksOf, layout: str) -> None:
     for name in ("muon", "adamw", "muonh", "scion", "prodigy"):
         for seen in ranks_of(sharded.LAYOUTS[layout]).run(counted.types_seen, layout, name):
