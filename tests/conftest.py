@@ -29,15 +29,19 @@ def seeded() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In tests/contract, what is asked of every optimizer is slow for those whose ingredients others have, too,
-    and what is slow for all is exhaustive for them.
+    """What takes the gate more time than it has is exhaustive.
+
+    In tests/contract that is what is asked of every optimizer, for those whose ingredients others have, too; and the slow
+    tests of many processes, which two cores run one after the other.
     """
     from tests.support.optimizers import KIN  # after its asserts have been rewritten
 
     for item in items:
         words = {*item.nodeid.partition("[")[2].rstrip("]").split("-")}
-        if "contract" in item.path.parts and KIN & words:
-            item.add_marker(pytest.mark.exhaustive if item.get_closest_marker("slow") else pytest.mark.slow)
+        of_kin = "contract" in item.path.parts and KIN & words
+        of_many = "distributed" in item.path.parts and item.get_closest_marker("slow")
+        if of_kin or of_many:
+            item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ LEFT_OUT = {"stormplus": "needs a closure in every step, which GradScaler never 
 #: What ours fail today, and why.
 MISSING = {
     "bf16_small_updates": "weights are rounded to nearest, unless a KahanSum keeps what that takes",
-    "sharded_step": "sharded parameters are refused by name",
     "compile_fullgraph": "the host reads whether gradients are finite, and the step counter",
 }
 #: Optimizers of a heavy ball, which takes any momentum from 0 up, as torch.optim.SGD's does.

@@ -46,7 +46,7 @@ LOOK_BACK = {"stormplus"}
 NAMES = [name for name in normopt.list_optimizers() if name not in LOOK_BACK]
 ZOO: dict[str, Make] = {name: partial(normopt.create, name) for name in NAMES}
 ZOO |= {f"{name}+": partial(ZOO[name], **options) for name, options in MORE.items()}
-#: Made of ingredients that others of the zoo have too: what the contract asks, it asks of them in the slow tests.
+#: Made of ingredients that others of the zoo have too: what the contract asks of all, exhaustive tests ask of them.
 KIN = {"adammini", "subsetnorm", "htmuon", "numuon", "muon2", "olion", "splus", "rmnp", "muoneq", "spectra", "spel"}
 KIN |= {"adago", "hybridauon", "adamuon", "dasgo", "asgo", "muonplus"}
 #: Those that look at all tensors before they move one.
