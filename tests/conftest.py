@@ -31,8 +31,8 @@ def seeded() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes the gate more time than it has is exhaustive.
 
-    In tests/contract that is what is asked of every optimizer, for those whose ingredients others have, too; and the slow
-    tests of many processes, which two cores run one after the other.
+    In tests/contract that is what is asked of every optimizer, for those whose ingredients others have, too; and the
+    slow tests of many processes, which two cores run one after the other.
     """
     from tests.support.optimizers import KIN  # after its asserts have been rewritten
 
