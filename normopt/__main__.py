@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -52,7 +53,10 @@ def show(text: str) -> None:
         else:
             Console(soft_wrap=True).print(text, markup=False, emoji=False)
             return
-    print(text)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def model_of(place: str) -> nn.Module:

@@ -464,9 +464,10 @@ class ShardedWave(Wave):
         for home in self._owned:
             found[home] = 1.0
             if not home.moves_weights and home.p.grad is not None:
-                number = self._counter(home, groups[home.place], state)
-                taken = float(number) if number.is_cpu else number
-                key = home.place, age(state, home.p) if number.is_cpu else id(home)
+                step = state.get(home.p, {}).get("step", 0.0)  # nothing is made before all ranks have agreed
+                on_device = isinstance(step, Tensor) and not step.is_cpu
+                taken = step if on_device else age(state, home.p)
+                key = home.place, id(home) if on_device else taken
                 if key not in known:
                     known[key] = _shrink(groups[home.place], taken)
                 found[home] = known[key]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import Ranks
-from tests.support.sharded import after_the_death, fault, of_own_ingredients, until_killed
+from tests.support.sharded import after_the_death, fault, nan_at_the_first_step, of_own_ingredients, until_killed
 
 Of = Callable[[int], Ranks]
 
@@ -31,6 +31,14 @@ def test_nan_on_one_rank(ranks_of: Of, name: str, layout: str, deferred: bool) -
         for found in every:
             assert not found.has_moved and not found.has_counted
             assert found.distance <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw", "soap", "prodigy"])
+@pytest.mark.parametrize("layout", ["fsdp 2", "mesh 2"])
+def test_a_first_step_that_is_not_taken_leaves_no_state(ranks_of: Of, name: str, layout: str) -> None:
+    for error, parameters in ranks_of(2).run(nan_at_the_first_step, name, layout):
+        assert "rank 1: NaN or Inf" in error
+        assert parameters == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -371,3 +371,18 @@ def test_it_runs_as_a_module() -> None:
         text=True,
     )
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("what", ["list", "table"])
+def test_a_reader_that_has_seen_enough_is_no_error(what: str) -> None:
+    """As ``head`` is."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "normopt", what],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""

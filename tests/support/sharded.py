@@ -469,6 +469,15 @@ def fault(name: str, layout: str, kind: str, policy: str, deferred: bool) -> Fau
         host.DEFERRED = False
 
 
+def nan_at_the_first_step(name: str, layout: str) -> tuple[str, int]:
+    """The error of a first step with NaN on rank 1, and how many parameters have state after it."""
+    pair = Pair(_named(name), layout)
+    pair._gradients(pair.plain, pair.model, 0)
+    if dist.get_rank() == 1:
+        _spoil(pair.model.get_parameter("up.weight"), "nan", pair.many)
+    return _error(pair.many.step), len(pair.many.state)
+
+
 def _spoil(p: Tensor, kind: str, optimizer: SteepestDescent) -> None:
     if kind == "nan":
         assert p.grad is not None
