@@ -36,11 +36,6 @@ def local_gradient(p: Tensor) -> Tensor:
     return local(g)
 
 
-def whole(x: Tensor) -> Tensor:
-    """All of a DTensor, on every rank: they must call together. A plain tensor itself."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def dtensor(part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
     """A DTensor of ``shape`` from this rank's part."""
     stride = torch.empty(tuple(shape), device="meta").stride()

@@ -188,9 +188,14 @@ def like(full: Tensor, p: Tensor) -> Tensor:
     return meshes.dtensor(meshes.take(full, part).contiguous().clone(), p.device_mesh, p.placements, full.shape)
 
 
+def full(x: Tensor) -> Tensor:
+    """All of a tensor, sharded or not; all ranks must call together."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 @torch.no_grad()
 def whole(params: Iterable[Tensor]) -> Tensor:
-    return torch.cat([meshes.whole(p.detach()).flatten().double() for p in params])
+    return torch.cat([full(p.detach()).flatten().double() for p in params])
 
 
 def hand_over(source: nn.Module, model: nn.Module) -> None:
@@ -242,7 +247,7 @@ class Pair:
         """Gradients of a plain model at the laid out one's weights."""
         with torch.no_grad():
             for p, q in zip(self._probe.parameters(), self.model.parameters(), strict=True):
-                p.copy_(meshes.whole(q))
+                p.copy_(full(q))
         return self._gradients(self._probe, self.model, step)
 
     def step_many(self, step: int) -> None:
@@ -334,7 +339,7 @@ def states(optimizer: SteepestDescent) -> dict[tuple[str, str], Tensor]:
     """Each piece of state, whole, by the names of the parameter and of the piece."""
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     each = optimizer.state_dict()["state"].items()
-    return {(names[i], key): meshes.whole(x).detach().clone() for i, held in each for key, x in held.items()}
+    return {(names[i], key): full(x).detach().clone() for i, held in each for key, x in held.items()}
 
 
 def saved_by(name: str, layout: str, folder: str, **options: Any) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
