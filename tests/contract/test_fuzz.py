@@ -28,7 +28,7 @@ WHOLE = {**ZOO, "stormplus": partial(normopt.create, "stormplus")}
 MATRICES = {name: partial(SteepestDescent, **options) for name, options in {**BARE, **JOINT}.items()}
 GROUPS: list[dict[str, Any]] = [{}, {"lr": 0.02}, {"norm": "max"}, {"nonfinite": "skip"}, {"maximize": True}]
 BAD_GROUPS: list[dict[str, Any]] = [{"lr": -1.0}, {"lr": float("inf")}, {"norm": "maxx"}, {"nrom": "max"}]
-BAD_GROUPS += [{"nonfinite": "sometimes"}, {"momentum": 1.5}, {"constraint": "L2(-1.0)"}, {"view": "View(split=0)"}]
+BAD_GROUPS += [{"nonfinite": "sometimes"}, {"momentum": -0.5}, {"constraint": "L2(-1.0)"}, {"view": "View(split=0)"}]
 SPOILED: list[dict[str, Any]] = [{"state_version": 99}, {"lr": -1.0}, {"rule": "Rule(norm=Nuclear(2.5))"}]
 SPOILED += [{"nonfinite": "sometimes"}, {"rule": "Rule("}, {"params": []}]
 SEEDS = st.integers(0, 50)
