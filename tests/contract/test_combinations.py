@@ -187,9 +187,12 @@ def check(rules: list[Rule]) -> None:
 
 
 def may_rise(rule: Rule) -> bool:
-    """Whether a small step need not go down: only a part of it is left, or parts of a tangent that alone do not descend."""
-    parted = isinstance(rule.norm, Tangent) and any(constraint.overrides("update") for constraint in rule.constraint)
-    return parted or any(isinstance(constraint, (Sphere, FrobeniusSphere, Stiefel)) for constraint in rule.constraint)
+    """Whether small steps need not go down: a part of them alone is left, or they are tangents off their manifold.
+
+    The part of a gradient along the Stiefel manifold is a direction of descent at points of the manifold alone.
+    """
+    keeps_length = any(isinstance(constraint, (Sphere, FrobeniusSphere, Stiefel)) for constraint in rule.constraint)
+    return keeps_length or isinstance(rule.norm, Tangent)
 
 
 def sensible(direction: Direction, momentum: Momentum, step_size: StepSize, constraint: Constraint | None) -> bool:
