@@ -29,18 +29,21 @@ def seeded() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes the gate more time than it has is exhaustive.
+    """Fast is what is asked of one optimizer of each family; slow, of all that have ingredients of their own.
 
-    In tests/contract that is what is asked of every optimizer, for those whose ingredients others have, too; and the
-    slow tests of many processes, which two cores run one after the other.
+    What takes the gate more time than it has is exhaustive: what is asked of the kin of other optimizers, and the slow
+    tests of many processes, which two cores run one after the other.
     """
-    from tests.support.optimizers import KIN  # after its asserts have been rewritten
+    from tests.support.optimizers import FAMILIES, KIN, ZOO  # after its asserts have been rewritten
 
     for item in items:
-        words = {*item.nodeid.partition("[")[2].rstrip("]").split("-")}
-        of_kin = "contract" in item.path.parts and KIN & words
-        of_many = "distributed" in item.path.parts and item.get_closest_marker("slow")
-        if of_kin or of_many:
+        named = ZOO.keys() & {*item.nodeid.partition("[")[2].rstrip("]").split("-")}
+        of_all = {"contract", "models"} & {*item.path.parts}
+        if of_all and named - {*FAMILIES}:
+            item.add_marker(pytest.mark.slow)
+        if (of_all and named & KIN - {*FAMILIES}) or (
+            "distributed" in item.path.parts and item.get_closest_marker("slow")
+        ):
             item.add_marker(pytest.mark.exhaustive)
 
 

@@ -153,6 +153,7 @@ def quadratic(
     return losses, float(optimizer.param_groups[0]["d"])
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("norm", RMS, ids=label)
 def test_d_finds_the_scale_of_the_distance(norm: Norm, kind: type[LearningRateFree]) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 
@@ -57,13 +56,6 @@ EVERY = ZOO | LOCAL | {name: partial(SteepestDescent, **options) for name, optio
 #: One optimizer of each file of the zoo.
 FAMILIES = ("sgd", "lion", "adamw", "lars", "muon", "normuon", "scion", "soap", "scale")
 FAMILIES += ("normalizedsgd", "adamh", "adamp", "prodigy", "adammini", "muon2", "numuon")
-
-
-def by_family(names: Iterable[str]) -> list[Any]:
-    """These optimizers as parameters of a test that is fast for one of each family, and slow for the others."""
-    return [pytest.param(name, marks=[] if name in FAMILIES else [pytest.mark.slow]) for name in names]
-
-
 #: Every optimizer of the registry, in every setting: what trains a whole model.
 WHOLE = ZOO | {name: partial(normopt.create, name) for name in LOOK_BACK}
 #: Those and every bare combination.
