@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     for item in items:
         named = ZOO.keys() & {*item.nodeid.partition("[")[2].rstrip("]").split("-")}
-        of_all = {"contract", "models"} & {*item.path.parts}
+        of_all = {"bench", "contract", "docs", "models"} & {*item.path.parts}
         if of_all and named - {*FAMILIES}:
             item.add_marker(pytest.mark.slow)
         if (of_all and named & KIN - {*FAMILIES}) or (

@@ -164,6 +164,7 @@ def test_all_is_planned(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None
     assert [run.lr for run in runs] == [QUICK.get(name, {"lr": 1e-3})["lr"] for name in normopt.list_optimizers()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHS)
 def test_every_optimizer_of_torch_trains_and_resumes(
     name: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -71,6 +71,7 @@ def test_the_share_of_the_limit() -> None:
     assert line(row, 8.0)["GEMM limit"] == "25%" and line(row, 8.0)["ms"] == "2e+03"
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["polar", "--smoke", "--sizes", "6", "--out", str(tmp_path)]) == 0
     rows = list(read_rows(tmp_path / "polar.jsonl").values())

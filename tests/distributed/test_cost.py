@@ -54,6 +54,7 @@ def test_collectives_of_every_optimizer(ranks_of: RanksOf) -> None:
         assert many["scion"]["owned"] == 6 * 8 * 8 + 2 * 8, "rows of embedding and head move where they are"
 
 
+@pytest.mark.slow
 def test_collectives_do_not_depend_on_the_number_of_ranks(ranks_of: RanksOf) -> None:
     two, four = (ranks_of(n).run(counted.costs_of_all, SOME, 3)[0] for n in (2, 4))
     for name in SOME:
@@ -162,6 +163,7 @@ def test_ingredients_see_plain_tensors(ranks_of: RanksOf, layout: str) -> None:
             assert seen <= {"Tensor", "Parameter"}, name
 
 
+@pytest.mark.slow
 def test_waves_change_nothing_but_memory(ranks_of: RanksOf) -> None:
     """Weights are those of one wave, and what a step takes beside them is a part of what one wave takes."""
     for name in ("muon", "muonh", "shampoo"):

@@ -373,6 +373,7 @@ def test_it_runs_as_a_module() -> None:
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["list", "table"])
 def test_a_reader_that_has_seen_enough_is_no_error(what: str) -> None:
     """As ``head`` is."""

@@ -157,7 +157,7 @@ def test_amuse_and_generalized_primal_averaging_by_their_recurrences(rise: tuple
 
 
 @pytest.mark.parametrize("name", [n for n in normopt.list_optimizers() if n != "stormplus"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_every_optimizer_resumes_to_the_bit_in_either_mode(name: str, dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3)).to(dtype)
     params = [*model.parameters()]

@@ -164,6 +164,7 @@ def test_d_finds_the_scale_of_the_distance(norm: Norm, kind: type[LearningRateFr
         assert losses[-1] < 0.05 * losses[0]
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("norm", [norm for norm in RMS if norm.has_memory], ids=label)
 def test_d_finds_the_scale_with_memory(norm: Norm, kind: type[LearningRateFree]) -> None:
