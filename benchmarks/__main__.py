@@ -79,6 +79,8 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("--horizons", type=list_of(positive_int, "150,300"), default=[], help=lengths)
     jobs = "how processes train one model: torchrun --nproc-per-node 4 -m benchmarks compare --parallel fsdp2"
     compare.add_argument("--parallel", choices=PARALLEL, default="", help=jobs)
+    which = "the held-out text that losses are taken on; test (default) is for reports, validation for choices"
+    compare.add_argument("--split", choices=("test", "validation"), default="test", help=which)
     grid = commands.add_parser("grid", help="a fixed grid of learning rates for each optimizer")
     _add_shared(grid, seeds=2)
     grid.add_argument("--rates", type=list_of(positive_float, "1e-3,1e-2"), help="default: tuned x 1/4, 1/2, 1, 2")
@@ -168,7 +170,8 @@ def _add_shared(
     add("--model-options", type=options, default={}, help="arguments of the model, like gate_scale=1.0,lerp=False")
     add("--width", type=positive_int, help="d_model, with heads of the preset's size; default: the preset's")
     add("--batch", type=positive_int, help="sequences a step; default: the preset's")
-    add("--data", default="shakespeare", help="shakespeare (default), stdlib, a text file, or a pattern of .bin shards")
+    known = "shakespeare (default), sympy, stdlib, a text file, or a pattern of .bin shards"
+    add("--data", default="shakespeare", help=known)
     add("--steps", type=positive_int, help="length of the runs; default: the preset's")
     add("--warmup", type=whole, help="steps of warm-up; default: the preset's, none for angpt and ngpt")
     add("--decay", type=share, help="the part of a run over which the rate falls to 0; default: the preset's")
@@ -179,7 +182,7 @@ def _add_shared(
     add("--device", default="auto", help="auto (default: CUDA when there is one), cpu, cuda")
     add("--workers", type=positive_int, help="runs at a time; default: one per core, one on a GPU")
     add("--smoke", action="store_true", help="a tiny model and few steps: does everything work?")
-    parser.set_defaults(parallel="")
+    parser.set_defaults(parallel="", split="validation")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ class Plan:
             diagnose=diagnose,
             plugins=self.plugins,
             parallel=self.arguments.parallel,
+            split=self.arguments.split,
         )
 
     def _schedule(self, model: str, tuned: dict[str, Any]) -> Preset:

@@ -21,7 +21,7 @@ class Preset:
 
     The learning rate warms up linearly over `warmup` steps, stays constant, and falls linearly to zero over the last
     `decay` of the run; gradients are clipped to global norm `clip`. `micro_batch` sequences pass through the model at
-    a time. `bf16` turns on autocast on CUDA. The validation loss is taken `evaluations` times on `curve_tokens`
+    a time. `bf16` turns on autocast on CUDA. The held-out loss is taken `evaluations` times on `curve_tokens`
     tokens for the curve, and once at the end on `final_tokens` tokens.
     """
 
@@ -141,7 +141,8 @@ class RunConfig:
 
     `diagnose`: measure the norms inside the model whenever the loss curve gets a point. `plugins`: Python files that
     are imported before the run, each with the hash of its content. `parallel`: how several processes train the model,
-    see `benchmarks.language.parallel.Together`; their number is no part of it.
+    see `benchmarks.language.parallel.Together`; their number is no part of it. `split`: the text that losses are taken
+    on, one of `benchmarks.language.data.SPLITS`; rows from before there were two do not name it, and have "validation".
     """
 
     optimizer: str
@@ -157,13 +158,15 @@ class RunConfig:
     diagnose: bool = False
     plugins: dict[str, str] = field(default_factory=dict)
     parallel: str = ""
+    split: str = "validation"
 
     @property
     def key(self) -> str:
         """Hash of the configuration; of files their content counts, not their paths, and unset options do not count."""
         content = {name: value for name, value in asdict(self).items() if name != "source"}
         content["plugins"] = list(self.plugins.values())
-        for name in ("model_options", "diagnose", "plugins", "parallel"):
+        content["split"] = "" if self.split == "validation" else self.split
+        for name in ("model_options", "diagnose", "plugins", "parallel", "split"):
             if not content[name]:
                 del content[name]
         content["preset"] = {name: value for name, value in content["preset"].items() if value is not None}

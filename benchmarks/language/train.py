@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR
 import normopt
 from benchmarks import peers
 from benchmarks.contenders import BARE
-from benchmarks.harness import state_bytes
+from benchmarks.harness import origin, state_bytes
 from benchmarks.language.data import Corpus, load
 from benchmarks.language.diagnose import measure
 from benchmarks.language.parallel import team
 from benchmarks.language.presets import RunConfig
 from benchmarks.language.progress import Progress, clock
-from benchmarks.output.records import Row, git_commit, source_hash
+from benchmarks.output.records import Row
 from normopt.nn import GPT, anGPT, nGPT
 from normopt.roles.options import entry
 
@@ -90,12 +89,12 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, tokens: int) -> float:
-        """Mean validation loss in nats per token over about `tokens` tokens, the same every time.
+        """Mean loss on the held-out text, in nats per token, over about `tokens` tokens, the same every time.
 
         Every process of a job evaluates all of them.
         """
         self._mode("eval")
-        windows = self.corpus.validation_windows(tokens, self.preset.context)
+        windows = self.corpus.windows(self.config.split, tokens, self.preset.context)
         chunks = torch.split(windows, self.preset.micro_batch)
         return sum(self._loss(chunk.to(self.config.device)).item() * len(chunk) for chunk in chunks) / len(windows)
 
@@ -109,7 +108,7 @@ class Run:
         if step % every == 0 or step == self.preset.steps:
             self.progress.curve.append((step, self.progress.seconds, self.evaluate(self.preset.curve_tokens)))
             if self.config.diagnose:
-                windows = self.corpus.validation_windows(self.preset.curve_tokens, self.preset.context)
+                windows = self.corpus.windows(self.config.split, self.preset.curve_tokens, self.preset.context)
                 inputs = windows[: self.preset.micro_batch, :-1].to(self.config.device)
                 self.progress.norms.append((step, measure(self.model, inputs)))
 
@@ -212,11 +211,8 @@ def result_row(run: Run, final: float) -> Row:
         "state_bytes_per_parameter": state_bytes(run.optimizer) / parameters,
         "init_hash": run.init_hash,
         "order_hash": hashlib.sha256(run.order.tobytes()).hexdigest()[:16],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "commit": git_commit(),
-        "source": source_hash(),
+        **origin(run.config.device),
     }
 
 

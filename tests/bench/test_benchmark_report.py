@@ -106,12 +106,14 @@ def test_targets_of_lengths_that_diverge() -> None:
 def test_counting_models() -> None:
     """By hand: after "a" come b, b and c of 256; after "b" only a."""
     text = np.frombuffer(b"abacab", dtype=np.uint8)
-    corpus = Corpus("text", (text, text[:2]), np.frombuffer(b"abx", dtype=np.uint8), 256, 1.0, "")
+    corpus = Corpus("text", (text, text[:2]), np.frombuffer(b"abx", dtype=np.uint8), text, 256, 1.0, "")
     a_then_b, b_then_x = (3 + 0.1) / (4 + 25.6), 0.1 / (1 + 25.6)
-    assert ngram_loss(corpus, 2, 0.1) == pytest.approx(-(math.log(a_then_b) + math.log(b_then_x)) / 2)
-    assert ngram_loss(corpus, 1, 0.1) == pytest.approx(-sum(math.log((n + 0.1) / (8 + 25.6)) for n in (4, 3, 0)) / 3)
+    assert ngram_loss(corpus, "validation", 2, 0.1) == pytest.approx(-(math.log(a_then_b) + math.log(b_then_x)) / 2)
+    assert ngram_loss(corpus, "validation", 1, 0.1) == pytest.approx(
+        -sum(math.log((n + 0.1) / (8 + 25.6)) for n in (4, 3, 0)) / 3
+    )
     with pytest.raises(ValueError, match="9-grams of 256 tokens"):
-        ngram_loss(corpus, 9)
+        ngram_loss(corpus, "test", 9)
 
 
 def test_rows_of_different_corpora_are_never_compared(tmp_path: Path) -> None:
@@ -124,8 +126,12 @@ def test_rows_of_different_corpora_are_never_compared(tmp_path: Path) -> None:
         lambda: write_norms(rows, tmp_path),
         lambda: write_sweep(search, 0.0, rows, 12, {}, tmp_path),
     ):
-        with pytest.raises(ValueError, match=r"different corpora cannot be compared: text \(0\), text \(1\)"):
+        with pytest.raises(ValueError, match=r"different corpora cannot be compared: text \(0, .*\), text \(1, .*\)"):
             write()
+    rows[1]["config"] |= {"corpus": "0", "split": "test"}
+    del rows[0]["config"]["split"]  # as in rows from before there was a test text
+    with pytest.raises(ValueError, match=r"cannot be compared: text \(0, validation\), text \(0, test\)"):
+        write_comparison(rows, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
