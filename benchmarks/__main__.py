@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = make_parser()
     parsed = parser.parse_args(arguments)
-    missing = [name for name in ("matplotlib", "tabulate", "tqdm") if find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "scipy", "tabulate", "tqdm") if find_spec(name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} not installed: pip install -e '.[bench]'")
     parsed.out = parsed.out or Path("runs") / ("smoke" if parsed.smoke else parsed.preset)
@@ -86,8 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
     grid.add_argument("--rates", type=list_of(positive_float, "1e-3,1e-2"), help="default: tuned x 1/4, 1/2, 1, 2")
     sweep = commands.add_parser("sweep", help="tune every optimizer by one protocol, with the same number of trials")
     _add_shared(sweep, seeds=None)
-    sweep.add_argument("--trials", type=positive_int, default=5, help="short runs of each, at the least; default: 5")
-    sweep.add_argument("--screen-steps", type=positive_int, help="their length; default: half the full one")
+    sweep.add_argument("--trials", type=positive_int, default=16, help="of each optimizer; default: 16")
+    length = "their length; default: a quarter of the full one, the shortest of compare --horizons 150,300"
+    sweep.add_argument("--trial-steps", type=positive_int, help=length)
     norms = commands.add_parser("norms", help="norms inside the models over training: residual stream, rows, alpha")
     _add_shared(norms, seeds=1, optimizers="adamw", models=",".join(MODEL_NAMES))
     norms.add_argument("--lr", type=rates_by_name, default={}, help="learning rates, like adamw@angpt=3e-3")

@@ -11,7 +11,7 @@ from benchmarks.output.rows import cell_name
 
 TUNED = Path(__file__).with_name("tuned.json")
 #: Keys in the entries of `tuned.json` that are not options of an optimizer, see `tuned_options`.
-DECLARATIONS = ("then", "schedule", "model_options")
+DECLARATIONS = ("schedule", "model_options")
 UNTUNED: dict[str, Any] = {"lr": 1e-3}
 
 
@@ -119,9 +119,8 @@ def tuned_options(preset: str, optimizer: str, tuned: Tuned | None = None) -> tu
 
     An optimizer without an entry for the preset has the options of "quick", and without any entry a learning rate of
     1e-3. An entry with the key "optimizer" is a variant of that optimizer under a name of its own; an entry called
-    `muon@angpt` is for a model. Some keys are not options of the optimizer (`DECLARATIONS`): "then" declares one more
-    hyperparameter and its values, for `sweep` to try, like `{"momentum": [0.9, 0.98]}`; "schedule" sets "warmup" and
-    "decay" where the command line does not, "model_options" arguments of the model.
+    `muon@angpt` is for a model. Two keys are not options of the optimizer (`DECLARATIONS`): "schedule" sets "warmup"
+    and "decay" where the command line does not, "model_options" arguments of the model.
     """
     tuned = tuned or read_tuned()
     if optimizer in tuned.get(preset, {}):

@@ -49,7 +49,10 @@ class Run:
         self.progress = Progress()
 
     def train_step(self) -> float:
-        """One update; returns the training loss. The run has diverged if the loss or the gradient is not finite."""
+        """One update; returns the training loss.
+
+        The run has diverged if the loss or the gradient is not finite, or if the optimizer cannot decompose a matrix.
+        """
         windows = self.team.share(self.order[self.progress.step])
         tokens = self.corpus.batch(windows, self.preset.context).to(self.config.device)
         self._mode("train")
@@ -59,7 +62,10 @@ class Run:
         self.progress.diverged = not math.isfinite(loss + norm)
         if not self.progress.diverged:
             known = iter([loss])  # the gradient at these weights is set; some optimizers evaluate the closure at others
-            self.optimizer.step(lambda: next(known, None) or self._gradient(tokens)[0])
+            try:
+                self.optimizer.step(lambda: next(known, None) or self._gradient(tokens)[0])
+            except torch.linalg.LinAlgError:  # a matrix that no decomposition is found for any more
+                self.progress.diverged = True
             self.scheduler.step()
         self.progress.optimizer_seconds += clock(self.config.device) - middle
         self.progress.gradient_seconds += middle - start

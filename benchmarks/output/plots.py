@@ -100,6 +100,20 @@ def _draw_rates(
     return rates, means
 
 
+def plot_best(best: dict[str, list[float]], out: Path, unit: str) -> None:
+    """The expected best loss against the number of trials, a line per optimizer (`sweep.png`)."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=_size(len(best)), layout="constrained")
+        axes = figure.subplots()
+        for name, drawn in drawn_as(best).items():
+            finite = [(k, loss) for k, loss in enumerate(best[name], 1) if np.isfinite(loss)]
+            axes.plot([k for k, _ in finite], [loss for _, loss in finite], label=name, linewidth=2, **drawn)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        _label(axes, "trials", title="expected best of the trials", unit=unit)
+        save(figure, out / "sweep.png")
+
+
 def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target], out: Path, unit: str) -> None:
     """Final loss of annealed runs against the length of the runs, with lines at the targets (`horizons.png`).
 

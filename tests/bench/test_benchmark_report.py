@@ -14,8 +14,6 @@ from benchmarks.language.data import Corpus
 from benchmarks.language.grid import grid_line, write_grid
 from benchmarks.language.ngram import ngram_loss
 from benchmarks.language.norms import write_norms
-from benchmarks.language.search import Search
-from benchmarks.language.sweep import write_sweep
 from benchmarks.output.comparison import comparison_line, difference, write_comparison
 from benchmarks.output.plots import MAX_LINES
 from benchmarks.output.records import Row
@@ -119,12 +117,10 @@ def test_counting_models() -> None:
 def test_rows_of_different_corpora_are_never_compared(tmp_path: Path) -> None:
     rows = [row("adamw", 0, 2.0), row("muon", 0, 1.5)]
     rows[1]["config"]["corpus"] = "1"
-    search = [Search("adamw", 0.1), Search("muon", 0.1)]
     for write in (
         lambda: write_comparison(rows, tmp_path),
         lambda: write_grid(rows, tmp_path),
         lambda: write_norms(rows, tmp_path),
-        lambda: write_sweep(search, 0.0, rows, 12, {}, tmp_path),
     ):
         with pytest.raises(ValueError, match=r"different corpora cannot be compared: text \(0, .*\), text \(1, .*\)"):
             write()
