@@ -236,6 +236,7 @@ def test_every_optimizer_gets_the_same_trials_and_three_finalists(
     assert [run.optimizer for run in short[:5]] == ["adamw", "muon", "lion", "signum", "adamw"]
     assert {run.seed for run in short} == {1000} and {run.seed for run in full} == {1001, 1002}
     assert {run.split for run in runs} == {"validation"}
+    assert {run.preset.evaluations for run in short} == {1} and {run.preset.evaluations for run in full} == {20}
     for name in best:
         ranked = sorted((r for r in short if r.optimizer == name), key=lambda r: loss(r) or math.inf)
         finalists = [run.lr for run in full if run.optimizer == name]
