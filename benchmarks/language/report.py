@@ -17,7 +17,7 @@ from benchmarks.output.targets import Target
 #: The marks around the text that `--readme` replaces.
 BEGIN, END = "<!-- begin of the headline: python -m benchmarks report --readme -->", "<!-- end of the headline -->"
 #: Columns of the comparison that the headline leaves out.
-LEFT_OUT = ("bits/byte", "tok/s", "fwd+bwd ms", "opt ms")
+LEFT_OUT = ("p", "rank", "bits/byte", "tok/s", "fwd+bwd ms", "opt ms")
 
 
 def report(arguments: Namespace) -> int:

@@ -100,7 +100,7 @@ def sweep(arguments: Namespace) -> int:
 
 
 def config_of(plan: Plan, trial: Trial, seed: int, steps: int | None = None) -> RunConfig:
-    """A run of a trial, by default of the full length; a short one without a loss curve, which would cost half of it."""
+    """A run of a trial, by default of the full length; a short one has no loss curve, which would be half its work."""
     config = plan.config(trial.cell, seed, entry=trial.entry)
     return replace(config, preset=replace(config.preset, steps=steps, evaluations=1)) if steps else config
 

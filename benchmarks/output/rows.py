@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 from benchmarks.output.records import Row
+from benchmarks.output.statistics import estimate
+from benchmarks.output.tables import Cell
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -67,14 +69,20 @@ def mean_loss(rows: list[Row]) -> float:
 
 
 def loss_cells(rows: list[Row]) -> dict[str, str]:
-    """The final held-out loss in nats per token and in bits per byte, with the standard deviation over seeds."""
-    loss = f"{SHORT[split_of(rows[0])]} {unit(rows)}"
+    """The final held-out loss in nats per token, with its interval, and the number of runs."""
     diverged = sum(row["status"] == "diverged" for row in rows)
-    if diverged:
-        return {loss: f"diverged ({diverged} of {len(rows)})", "bits/byte": ""}
-    spread = f" ± {statistics.stdev(losses(rows)):.4f}" if len(rows) > 1 else ""
-    bits = "" if rows[0]["bits_per_byte"] is None else f"{mean(rows, 'bits_per_byte'):.4f}"
-    return {loss: f"{mean(rows, 'final_loss'):.4f}{spread}", "bits/byte": bits}
+    found = estimate([math.inf if row["final_loss"] is None else row["final_loss"] for row in rows]).cell()
+    text = f"diverged ({diverged} of {len(rows)})" if diverged else str(found)
+    column = f"{SHORT[split_of(rows[0])]} {unit(rows)}"
+    return {column: Cell(text, **found.numbers), "n": Cell(str(len(rows)), value=len(rows))}
+
+
+def bits_cell(rows: list[Row]) -> str:
+    """The mean final loss in bits per byte, where it is known."""
+    if any(row["bits_per_byte"] is None for row in rows):
+        return ""
+    bits = mean(rows, "bits_per_byte")
+    return Cell(f"{bits:.4f}", value=bits)
 
 
 def unit(rows: list[Row]) -> str:

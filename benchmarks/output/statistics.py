@@ -1,9 +1,11 @@
 """Means with their intervals, paired differences, and what the best of several trials is expected to be."""
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scipy import stats
 
@@ -43,6 +45,60 @@ def estimate(values: Sequence[float]) -> Estimate:
     sd = statistics.stdev(values)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * sd / math.sqrt(len(values))
     return Estimate(mean, sd, len(values), mean - half, mean + half)
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
+    """The mean difference between two optimizers' losses by seed, over the seeds that both have; None without any."""
+    gaps = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    return estimate(gaps) if gaps and all(map(math.isfinite, gaps)) else None
+
+
+def p_value(gap: Estimate | None) -> float:
+    """The two-sided p of Student's t test that a difference is 0; 1 where there are not two seeds."""
+    if gap is None or gap.sd is None:
+        return 1.0
+    if gap.sd == 0:
+        return 0.0 if gap.mean else 1.0
+    return float(2 * stats.t.sf(abs(gap.mean) * math.sqrt(gap.n) / gap.sd, gap.n - 1))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values of several tests, corrected by Holm's method: the chance of a single false finding is kept."""
+    corrected, highest = [0.0] * len(p), 0.0
+    for place, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        highest = corrected[i] = max(highest, min(1.0, (len(p) - place) * p[i]))
+    return corrected
+
+
+def ranks(losses: Mapping[str, Mapping[int, float]]) -> dict[str, tuple[int, int]]:
+    """The first and the last place that each optimizer may have, from its losses by seed.
+
+    Of two optimizers one is better if the difference paired by seed is not 0 by a t test, corrected by Holm's method
+    over all pairs; else their places are not told apart. Who has an infinite loss is behind all who have none.
+    """
+    pairs = list(itertools.combinations(losses, 2))
+    gaps = [paired(losses[one], losses[other]) for one, other in pairs]
+    better: dict[str, set[str]] = {name: set() for name in losses}  # than the name
+    for (one, other), gap, p in zip(pairs, gaps, holm([p_value(gap) for gap in gaps]), strict=True):
+        whole = [all(map(math.isfinite, losses[name].values())) for name in (one, other)]
+        if whole[0] != whole[1]:
+            better[other if whole[0] else one].add(one if whole[0] else other)
+        elif gap is not None and p < 1 - CONFIDENCE:
+            better[other if gap.mean < 0 else one].add(one if gap.mean < 0 else other)
+    worse = {name: sum(name in them for them in better.values()) for name in losses}
+    return {name: (1 + len(better[name]), len(losses) - worse[name]) for name in losses}
+
+
+def bootstrap(values: Sequence[Sequence[float]], statistic: Callable[..., float]) -> tuple[float, float] | None:
+    """The interval of a statistic of several samples, paired by place, from resampled places; None for less than three.
+
+    `statistic` takes the samples as arrays. Percentiles of 2000 resamples, always the same ones.
+    """
+    if len(values[0]) < 3:
+        return None
+    settings: Any = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": 2000, "rng": 0}
+    found = stats.bootstrap(values, statistic, confidence_level=CONFIDENCE, **settings).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def expected_best(losses: Sequence[float], count: int) -> float:

@@ -104,7 +104,10 @@ def _numbers(line: Mapping[str, str]) -> dict[str, object]:
     """The cells of a line for a CSV file."""
     found: dict[str, object] = {}
     for column, cell in line.items():
-        found |= cell.named(column) if isinstance(cell, Cell) and cell.numbers else {column: cell}
+        if isinstance(cell, Cell) and cell.numbers:
+            found |= cell.named(column)
+        elif cell:
+            found[column] = cell
     return found
 
 
@@ -119,7 +122,7 @@ def typeset(table: Table) -> str:
 
 
 #: A number in a cell: its bound, sign and digits with commas between thousands, and the half-width of its interval.
-NUMBER = re.compile(r"(?<![\w.])(?:([<>]=?) )?([+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)(?: ± ([\d.]+))?(?![\w.])")
+NUMBER = re.compile(r"(?<![\w.])(?:([<>]=?) )?([+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)(?: ± ([\d.]+))?(?![\w.])")
 #: What other signs are in LaTeX.
 SPECIAL = {sign: "\\" + sign for sign in "&%$#_{}"} | {"<": "$<$", ">": "$>$", "±": r"$\pm$"}
 SPECIAL |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
