@@ -18,6 +18,7 @@ WIRE_RANKS = (2, 4, 8, 16, 64, 256, 1024)
 OPTIMIZERS = """names, separated by commas, of: all (those of normopt); patterns like '*muon*'; optimizers of torch and
 of other installed libraries, like torch:AdamW, torch:*, lion_pytorch:Lion; own combinations, like
 mine=muon(momentum=0.9,nesterov=False) or new=SteepestDescent(norm="Chain(Row(), Spectral())",momentum=0.95).
+control:* are negative controls, Muon with one thing spoiled.
 torch:Muon takes matrices only: all other tensors get torch's AdamW at half its rate, as under normopt's Muon
 (rest={{"lr_ratio":1.0}} sets options of that AdamW, and pairs any other library's optimizer with it).
 Default: {}"""

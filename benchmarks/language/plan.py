@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers
+from benchmarks import controls, peers
 from benchmarks.contenders import read_contenders
 from benchmarks.harness import PlanError
 from benchmarks.language.data import Corpus, load_or_fall_back
@@ -130,7 +130,8 @@ class Plan:
         """
         optimizer, model = self.cells[cell]
         contender = self.contenders[optimizer]
-        entry = self._tuned(contender.base, model)
+        spoiled = contender.base in controls.NAMES and not self.has_entry(contender.base)
+        entry = self._tuned(controls.BASE if spoiled else contender.base, model)
         if peers.is_peer(contender.base) and not self.has_entry(contender.base):
             of_ours = self._tuned(contender.base.partition(":")[2].lower(), model)
             entry = {name: value for name, value in of_ours.items() if peers.takes(contender.base, name)}

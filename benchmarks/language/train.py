@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import normopt
-from benchmarks import peers
+from benchmarks import controls, peers
 from benchmarks.contenders import BARE
 from benchmarks.harness import origin, state_bytes
 from benchmarks.language.data import Corpus, load
@@ -148,6 +148,11 @@ def make_optimizer(config: RunConfig, model: nn.Module, **own: Any) -> torch.opt
     """The optimizer of a run; weight decay applies to the hidden matrices only. `own`: arguments of normopt's alone."""
     options = peers.tuples(config.options)
     name = options.pop("optimizer", config.optimizer)
+    if name in controls.NAMES:
+        spoiled = {"optimizer": controls.BASE, **controls.options_of(name, model, options)}
+        made = make_optimizer(replace(config, options=spoiled), model, **own)
+        controls.spoil(name, model, made)
+        return made
     if peers.is_peer(name):
         return peers.make(name, model, config.lr, options.pop("rest", None), **options)
     if name == BARE:

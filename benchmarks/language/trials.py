@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-from benchmarks import peers
+from benchmarks import controls, peers
 from benchmarks.contenders import BARE
 from benchmarks.language import spaces
 from benchmarks.language.plan import Plan
@@ -76,6 +76,7 @@ class Subject:
         self.given, self.steps, self.schedule = dict(plan.entry(cell)), plan.preset.steps, plan.arguments
         self.base, self.fixed = contender.base, contender.options
         self.made_of = str(self.given.get("optimizer", contender.base))
+        self.made_of = controls.BASE if self.made_of in controls.NAMES else self.made_of
         self._forget_chosen()
         self.is_peer = peers.is_peer(self.made_of)
         in_spaces = contender.base in {**spaces.RATES, **spaces.OWN}
