@@ -18,6 +18,7 @@ WIRE_RANKS = (2, 4, 8, 16, 64, 256, 1024)
 OPTIMIZERS = """names, separated by commas, of: all (those of normopt); patterns like '*muon*'; optimizers of torch and
 of other installed libraries, like torch:AdamW, torch:*, lion_pytorch:Lion; own combinations, like
 mine=muon(momentum=0.9,nesterov=False) or new=SteepestDescent(norm="Chain(Row(), Spectral())",momentum=0.95).
+control:* are negative controls, Muon with one thing spoiled.
 torch:Muon takes matrices only: all other tensors get torch's AdamW at half its rate, as under normopt's Muon
 (rest={{"lr_ratio":1.0}} sets options of that AdamW, and pairs any other library's optimizer with it).
 Default: {}"""
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = make_parser()
     parsed = parser.parse_args(arguments)
-    missing = [name for name in ("matplotlib", "tabulate", "tqdm") if find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "scipy", "tabulate", "tqdm") if find_spec(name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} not installed: pip install -e '.[bench]'")
     parsed.out = parsed.out or Path("runs") / ("smoke" if parsed.smoke else parsed.preset)
@@ -79,13 +80,16 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("--horizons", type=list_of(positive_int, "150,300"), default=[], help=lengths)
     jobs = "how processes train one model: torchrun --nproc-per-node 4 -m benchmarks compare --parallel fsdp2"
     compare.add_argument("--parallel", choices=PARALLEL, default="", help=jobs)
+    which = "the held-out text that losses are taken on; test (default) is for reports, validation for choices"
+    compare.add_argument("--split", choices=("test", "validation"), default="test", help=which)
     grid = commands.add_parser("grid", help="a fixed grid of learning rates for each optimizer")
     _add_shared(grid, seeds=2)
     grid.add_argument("--rates", type=list_of(positive_float, "1e-3,1e-2"), help="default: tuned x 1/4, 1/2, 1, 2")
     sweep = commands.add_parser("sweep", help="tune every optimizer by one protocol, with the same number of trials")
     _add_shared(sweep, seeds=None)
-    sweep.add_argument("--trials", type=positive_int, default=5, help="short runs of each, at the least; default: 5")
-    sweep.add_argument("--screen-steps", type=positive_int, help="their length; default: half the full one")
+    sweep.add_argument("--trials", type=positive_int, default=16, help="of each optimizer; default: 16")
+    length = "their length; default: a quarter of the full one, the shortest of compare --horizons 150,300"
+    sweep.add_argument("--trial-steps", type=positive_int, help=length)
     norms = commands.add_parser("norms", help="norms inside the models over training: residual stream, rows, alpha")
     _add_shared(norms, seeds=1, optimizers="adamw", models=",".join(MODEL_NAMES))
     norms.add_argument("--lr", type=rates_by_name, default={}, help="learning rates, like adamw@angpt=3e-3")
@@ -168,7 +172,8 @@ def _add_shared(
     add("--model-options", type=options, default={}, help="arguments of the model, like gate_scale=1.0,lerp=False")
     add("--width", type=positive_int, help="d_model, with heads of the preset's size; default: the preset's")
     add("--batch", type=positive_int, help="sequences a step; default: the preset's")
-    add("--data", default="shakespeare", help="shakespeare (default), stdlib, a text file, or a pattern of .bin shards")
+    known = "shakespeare (default), sympy, stdlib, a text file, or a pattern of .bin shards"
+    add("--data", default="shakespeare", help=known)
     add("--steps", type=positive_int, help="length of the runs; default: the preset's")
     add("--warmup", type=whole, help="steps of warm-up; default: the preset's, none for angpt and ngpt")
     add("--decay", type=share, help="the part of a run over which the rate falls to 0; default: the preset's")
@@ -179,7 +184,7 @@ def _add_shared(
     add("--device", default="auto", help="auto (default: CUDA when there is one), cpu, cuda")
     add("--workers", type=positive_int, help="runs at a time; default: one per core, one on a GPU")
     add("--smoke", action="store_true", help="a tiny model and few steps: does everything work?")
-    parser.set_defaults(parallel="")
+    parser.set_defaults(parallel="", split="validation")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import normopt
-from benchmarks import peers
+from benchmarks import controls, peers
 from benchmarks.harness import PlanError
 
 #: The optimizer that is made of ingredients alone, beside the named ones.
@@ -41,7 +41,7 @@ def read_contenders(texts: Iterable[str], variants: Iterable[str]) -> list[Conte
     Raises:
         PlanError: an unknown name, with the nearest known one; a text that cannot be read; a name that is given twice.
     """
-    names = sorted({*normopt.list_optimizers(), *variants})
+    names = sorted({*normopt.list_optimizers(), *variants, *controls.NAMES})
     found: dict[str, Contender] = {}
     for text in texts:
         for contender in _read(text, names):
@@ -73,12 +73,13 @@ def _read(text: str, names: list[str]) -> list[Contender]:
 def _matching(pattern: str, names: list[str]) -> list[str]:
     """The names that a pattern matches: of `library:pattern` those of the library."""
     library, colon, of_class = pattern.partition(":")
-    if colon:
+    of_library = bool(colon) and not any(name.startswith(f"{library}:") for name in names)  # of negative controls
+    if of_library:
         found = [f"{library}:{name}" for name in sorted(peers.classes(library)) if fnmatchcase(name, of_class)]
     else:
         found = [name for name in names if fnmatchcase(name, pattern.lower())]
     if not found:
-        known = f"{library}'s are {', '.join(sorted(peers.classes(library)))}" if colon else f"{', '.join(names)}"
+        known = f"{library}'s are {', '.join(sorted(peers.classes(library)))}" if of_library else f"{', '.join(names)}"
         raise PlanError(f"--optimizers {pattern} matches none: choose from {known}")
     return found
 

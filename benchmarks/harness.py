@@ -3,12 +3,15 @@
 import importlib
 import multiprocessing
 import os
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.output.records import Row, source_hash
+import normopt
+from benchmarks.output.records import Row, git_commit, source_hash
 
 Answer = TypeVar("Answer")
 
@@ -45,6 +48,24 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def origin() -> Row:
-    """The columns that say with which code a row was measured."""
-    return {"torch": torch.__version__, "source": source_hash()}
+def origin(device: str = "cpu") -> Row:
+    """The columns that say with which code and on what a row was measured."""
+    return {
+        "torch": torch.__version__,
+        "normopt": normopt.__version__,
+        "python": platform.python_version(),
+        "commit": git_commit() or f"normopt {normopt.__version__}",
+        "source": source_hash(),
+        "cpu": processor(),
+        **({"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}),
+    }
+
+
+def processor() -> str:
+    """The name of the processor, or what the system says of the machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

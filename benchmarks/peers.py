@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import normopt
+from benchmarks import controls
 from benchmarks.harness import PlanError
 from normopt.ingredient import nearest
 
@@ -74,7 +75,7 @@ def rest(model: nn.Module) -> list[Tensor]:
 
 def is_peer(name: str) -> bool:
     """Whether a name is that of another library's optimizer, `library:Class`."""
-    return ":" in name
+    return ":" in name and name not in controls.NAMES
 
 
 def classes(library: str) -> dict[str, type[Optimizer]]:

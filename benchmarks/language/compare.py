@@ -36,5 +36,5 @@ def _compare(arguments: Namespace) -> int:
         pool = Pool(arguments.out, plan.workers)
     rows = pool.run(configs)
     if ours.is_first:
-        write_comparison(rows, arguments.out, counting(plan.corpus) if arguments.horizons else [])
+        write_comparison(rows, arguments.out, counting(plan.corpus, arguments.split) if arguments.horizons else [])
     return 1 if pool.failures else 0

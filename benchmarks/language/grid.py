@@ -70,9 +70,7 @@ def grid_line(name: str, rates: dict[float, list[Row]]) -> dict[str, str]:
         "loss by learning rate": ", ".join(
             f"{lr:g}: " + (f"{loss:.3f}" if math.isfinite(loss) else "diverged") for lr, loss in means.items()
         ),
-        "runs": str(len(every)),
         "CPU s": f"{sum(row['cpu_seconds'] for row in every):,.0f}",
-        "state B/param": f"{every[0]['state_bytes_per_parameter']:.1f}",
     }
 
 

@@ -11,8 +11,8 @@ from benchmarks.output.targets import Target
 DELTA = 0.02  # added to every count
 
 
-def ngram_loss(corpus: Corpus, order: int = 5, delta: float = DELTA) -> float:
-    """Validation loss, in nats per token, of the model that counts `order`-grams of the training tokens.
+def ngram_loss(corpus: Corpus, split: str, order: int = 5, delta: float = DELTA) -> float:
+    """Loss on a held-out text, in nats per token, of the model that counts `order`-grams of the training tokens.
 
     `p(x | context) = (count(context x) + delta) / (count(context) + delta vocab_size)`, the context being the
     `order - 1` tokens before. `vocab_size ** order` must fit into 63 bits.
@@ -20,15 +20,15 @@ def ngram_loss(corpus: Corpus, order: int = 5, delta: float = DELTA) -> float:
     if order * math.log2(corpus.vocab_size) > 63:
         raise ValueError(f"{order}-grams of {corpus.vocab_size} tokens do not fit into 63 bits")
     whole = np.concatenate([_codes(part, order, corpus.vocab_size) for part in corpus.train])
-    asked = _codes(corpus.validation, order, corpus.vocab_size)
+    asked = _codes(corpus.held_out(split), order, corpus.vocab_size)
     together = _counts(whole, asked)
     alone = _counts(whole // corpus.vocab_size, asked // corpus.vocab_size)
     return float(-np.log((together + delta) / (alone + delta * corpus.vocab_size)).mean())
 
 
-def counting(corpus: Corpus) -> list[Target]:
-    """The 5-gram model's loss as a target, where tokens are bytes."""
-    return [Target("5-gram model", ngram_loss(corpus))] if corpus.bytes_per_token == 1 else []
+def counting(corpus: Corpus, split: str) -> list[Target]:
+    """The 5-gram model's loss on a held-out text as a target, where tokens are bytes."""
+    return [Target("5-gram model", ngram_loss(corpus, split))] if corpus.bytes_per_token == 1 else []
 
 
 def _codes(tokens: Tokens, order: int, base: int) -> NDArray[np.int64]:

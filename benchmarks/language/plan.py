@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers
+from benchmarks import controls, peers
 from benchmarks.contenders import read_contenders
 from benchmarks.harness import PlanError
 from benchmarks.language.data import Corpus, load_or_fall_back
@@ -81,12 +81,22 @@ class Plan:
             except Exception as error:
                 raise PlanError(f"--optimizers: {optimizer} cannot be made: {error}") from error
 
-    def config(self, cell: str, seed: int, lr: float | None = None, diagnose: bool = False) -> RunConfig:
-        """One run, by default at the tuned learning rate; no warm-up for constrained models unless asked for."""
+    def config(
+        self,
+        cell: str,
+        seed: int,
+        lr: float | None = None,
+        diagnose: bool = False,
+        entry: dict[str, Any] | None = None,
+    ) -> RunConfig:
+        """One run, by default as the cell's entry says and at the learning rate there.
+
+        Constrained models have no warm-up unless it is asked for.
+        """
         optimizer, model = self.cells[cell]
-        options = self.options(cell)
+        entry = self.entry(cell) if entry is None else entry
+        options = self._options(model, entry)
         tuned = options.pop("lr")
-        entry = self.entry(cell)
         return RunConfig(
             optimizer=optimizer,
             lr=tuned if lr is None else lr,
@@ -101,6 +111,7 @@ class Plan:
             diagnose=diagnose,
             plugins=self.plugins,
             parallel=self.arguments.parallel,
+            split=self.arguments.split,
         )
 
     def _schedule(self, model: str, tuned: dict[str, Any]) -> Preset:
@@ -119,8 +130,9 @@ class Plan:
         """
         optimizer, model = self.cells[cell]
         contender = self.contenders[optimizer]
-        entry = self._tuned(contender.base, model)
-        if peers.is_peer(contender.base) and not self._has_entry(contender.base):
+        spoiled = contender.base in controls.NAMES and not self.has_entry(contender.base)
+        entry = self._tuned(controls.BASE if spoiled else contender.base, model)
+        if peers.is_peer(contender.base) and not self.has_entry(contender.base):
             of_ours = self._tuned(contender.base.partition(":")[2].lower(), model)
             entry = {name: value for name, value in of_ours.items() if peers.takes(contender.base, name)}
             entry |= {"rest": peers.REST} if contender.base in peers.MATRICES_ONLY else {}
@@ -135,19 +147,17 @@ class Plan:
         entry, tuned = tuned_options(self.preset.name, cell_name(optimizer, model), self.tuned)
         return entry if tuned else tuned_options(self.preset.name, optimizer, self.tuned)[0]
 
-    def _has_entry(self, optimizer: str) -> bool:
+    def has_entry(self, optimizer: str) -> bool:
+        """Whether there is an entry for an optimizer on the GPT."""
         return optimizer in self.tuned.get(self.preset.name, {}) or optimizer in self.tuned["quick"]
 
     def options(self, cell: str) -> dict[str, Any]:
         """A copy of the tuned options, learning rate included; constrained models are not decayed."""
-        undecayed = {"weight_decay": 0.0} if self.cells[cell][1] in CONSTRAINED_MODELS else {}
-        entry = self.entry(cell)
-        return {name: undecayed.get(name, value) for name, value in entry.items() if name not in DECLARATIONS}
+        return self._options(self.cells[cell][1], self.entry(cell))
 
-    def declared(self, cell: str) -> dict[str, list[Any]]:
-        """The hyperparameter and values that the entry declares under "then", for `sweep`."""
-        found: dict[str, list[Any]] = self.entry(cell).get("then", {})
-        return found
+    def _options(self, model: str, entry: dict[str, Any]) -> dict[str, Any]:
+        undecayed = {"weight_decay": 0.0} if model in CONSTRAINED_MODELS else {}
+        return {name: undecayed.get(name, value) for name, value in entry.items() if name not in DECLARATIONS}
 
     def rates(self, given: dict[str, float]) -> dict[str, float]:
         """The learning rates of the command line, by cell; raises `PlanError` for a rate of no cell."""

@@ -11,7 +11,7 @@ from benchmarks.output.rows import cell_name
 
 TUNED = Path(__file__).with_name("tuned.json")
 #: Keys in the entries of `tuned.json` that are not options of an optimizer, see `tuned_options`.
-DECLARATIONS = ("then", "schedule", "model_options")
+DECLARATIONS = ("schedule", "model_options")
 UNTUNED: dict[str, Any] = {"lr": 1e-3}
 
 
@@ -21,7 +21,7 @@ class Preset:
 
     The learning rate warms up linearly over `warmup` steps, stays constant, and falls linearly to zero over the last
     `decay` of the run; gradients are clipped to global norm `clip`. `micro_batch` sequences pass through the model at
-    a time. `bf16` turns on autocast on CUDA. The validation loss is taken `evaluations` times on `curve_tokens`
+    a time. `bf16` turns on autocast on CUDA. The held-out loss is taken `evaluations` times on `curve_tokens`
     tokens for the curve, and once at the end on `final_tokens` tokens.
     """
 
@@ -119,9 +119,8 @@ def tuned_options(preset: str, optimizer: str, tuned: Tuned | None = None) -> tu
 
     An optimizer without an entry for the preset has the options of "quick", and without any entry a learning rate of
     1e-3. An entry with the key "optimizer" is a variant of that optimizer under a name of its own; an entry called
-    `muon@angpt` is for a model. Some keys are not options of the optimizer (`DECLARATIONS`): "then" declares one more
-    hyperparameter and its values, for `sweep` to try, like `{"momentum": [0.9, 0.98]}`; "schedule" sets "warmup" and
-    "decay" where the command line does not, "model_options" arguments of the model.
+    `muon@angpt` is for a model. Two keys are not options of the optimizer (`DECLARATIONS`): "schedule" sets "warmup"
+    and "decay" where the command line does not, "model_options" arguments of the model.
     """
     tuned = tuned or read_tuned()
     if optimizer in tuned.get(preset, {}):
@@ -141,7 +140,8 @@ class RunConfig:
 
     `diagnose`: measure the norms inside the model whenever the loss curve gets a point. `plugins`: Python files that
     are imported before the run, each with the hash of its content. `parallel`: how several processes train the model,
-    see `benchmarks.language.parallel.Together`; their number is no part of it.
+    see `benchmarks.language.parallel.Together`; their number is no part of it. `split`: the text that losses are taken
+    on, one of `benchmarks.language.data.SPLITS`; rows from before there were two do not name it, and have "validation".
     """
 
     optimizer: str
@@ -157,13 +157,15 @@ class RunConfig:
     diagnose: bool = False
     plugins: dict[str, str] = field(default_factory=dict)
     parallel: str = ""
+    split: str = "validation"
 
     @property
     def key(self) -> str:
         """Hash of the configuration; of files their content counts, not their paths, and unset options do not count."""
         content = {name: value for name, value in asdict(self).items() if name != "source"}
         content["plugins"] = list(self.plugins.values())
-        for name in ("model_options", "diagnose", "plugins", "parallel"):
+        content["split"] = "" if self.split == "validation" else self.split
+        for name in ("model_options", "diagnose", "plugins", "parallel", "split"):
             if not content[name]:
                 del content[name]
         content["preset"] = {name: value for name, value in content["preset"].items() if value is not None}

@@ -15,7 +15,7 @@ class Progress:
     """Steps, seconds and measurements of a run so far; checkpoints hold all of them.
 
     Seconds of gradients (forward and backward pass) and of the optimizer are measured with `clock`; `cpu` and `wall`
-    cover the whole run with its evaluations. `curve` holds (step, seconds of training so far, validation loss), `norms`
+    cover the whole run with its evaluations. `curve` holds (step, seconds of training so far, held-out loss), `norms`
     (step, the result of `diagnose.measure`).
     """
 

@@ -1,158 +1,238 @@
 """`python -m benchmarks sweep`: tune every optimizer by one protocol, with the same number of trials.
 
-Learning rates lie on a grid of factors of two. Each rate is tried in one short annealed run; the grid grows until
-the best rate is not at an edge. The two best rates are run again at full length with two seeds. If `tuned.json`
-declares another hyperparameter under "then", the declared values follow at the chosen rate, at full length and with
-the same seeds.
+Every optimizer gets as many quasi-random trials over its own hyperparameters, whose ranges are those of
+`benchmarks.language.spaces`: short annealed runs with one seed, judged on the validation text. The three best are run
+again at full length with two other seeds, and the lowest mean loss is chosen. A sweep of more trials begins with the
+trials of a sweep of fewer, so that runs on file are not done again.
 """
 
 import itertools
 import json
 import math
-import statistics
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from benchmarks.language.plan import TUNING_SEED, Plan
-from benchmarks.language.presets import Preset, RunConfig
-from benchmarks.language.search import Search, Trial
+from benchmarks.language.presets import RunConfig
+from benchmarks.language.trials import Subject, Trial, at_edges, inclusion_of, trials
 from benchmarks.language.workers import Pool
-from benchmarks.output.plots import plot_rates
+from benchmarks.output.plots import plot_best
 from benchmarks.output.records import Row, replacing
-from benchmarks.output.rows import cell_name, cell_of, check_corpus, group, setting, steps_of, unit
-from benchmarks.output.tables import publish, set_aside
+from benchmarks.output.rows import SHORT, check_corpus, setting, split_of, unit
+from benchmarks.output.statistics import estimate, expected_best
+from benchmarks.output.tables import Cell, drawn, publish, set_aside, show, write_table
 
-FINALISTS, SEEDS = 2, 2
+FINALISTS = 3
+#: The trials' seed, and the finalists'.
+TRIAL_SEED, FINAL_SEEDS = TUNING_SEED, (TUNING_SEED + 1, TUNING_SEED + 2)
+#: What is written beside `sweep.md`.
+TABLES = ("sweep", "chosen", "inclusions", "trials")
+FILES = ("sweep.png", "chosen.json", *(f"{name}.{kind}" for name in TABLES for kind in ("csv", "tex")))
+EDGES = "* the chosen value is within 5% of an end of its range: the range may be too narrow."
+BEST_OF = (
+    "Best of k: the expected lowest loss of k of the trials, over all choices of k of them; what so much tuning is "
+    "expected to get."
+)
+INCLUDED = (
+    "An optimizer that is another one at certain options must not lose to it; where it does, it is not tuned well "
+    "enough. In the space: whether these options are among those that were searched."
+)
+
+
+@dataclass
+class Search:
+    """The trials of one cell, and their rows; of finalists by the number of the trial."""
+
+    cell: str
+    subject: Subject
+    trials: list[Trial]
+    rows: list[Row] = field(default_factory=list)
+    finals: dict[int, list[Row]] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> list[float]:
+        """The losses of all trials."""
+        return [loss_of(row) for row in self.rows]
+
+    @property
+    def finalists(self) -> list[Trial]:
+        """The best trials, the best first."""
+        return sorted(self.trials, key=lambda trial: (self.losses[trial.number], trial.number))[:FINALISTS]
+
+    @property
+    def chosen(self) -> Trial:
+        """The finalist with the lowest mean loss at full length; of equals the better trial."""
+        return min(self.finalists, key=lambda trial: math.fsum(self.final_losses(trial)))
+
+    def final_losses(self, trial: Trial) -> list[float]:
+        """The losses of a finalist at full length, in the order of the seeds."""
+        return [loss_of(row) for row in self.finals[trial.number]]
+
+
+def loss_of(row: Row) -> float:
+    """The final loss, infinite for a run that diverged."""
+    return math.inf if row["final_loss"] is None else float(row["final_loss"])
 
 
 def sweep(arguments: Namespace) -> int:
     """Run the protocol and report it; returns the exit code, 1 when a run failed."""
     plan = Plan(arguments)
-    runner = Runner(plan, Pool(arguments.out, plan.workers))
-    searches = [Search(cell, plan.options(cell)["lr"]) for cell in plan.cells]
-    steps = arguments.screen_steps or max(1, plan.preset.steps // 2)
-    screen(searches, runner, replace(plan.preset, steps=steps), arguments.trials)
-    if not runner.pool.failures:
-        run_finals(searches, runner)
-    if not runner.pool.failures:
-        run_declared(searches, runner)
-        tuned = {cell: {k: v for k, v in plan.entry(cell).items() if k != "then"} for cell in plan.cells}
-        write_sweep(searches, usual_gap(searches), runner.rows, steps, tuned, arguments.out)
-    return 1 if runner.pool.failures else 0
+    pool = Pool(arguments.out, plan.workers)
+    short = arguments.trial_steps or max(1, plan.preset.steps // 4)
+    searches = [Search(c, Subject(plan, c), trials(plan, c, arguments.trials)) for c in plan.cells]
+    # One trial of each, then the next of each: whatever ends a sweep early, all have had as many.
+    asked = [(search, search.trials[i]) for i in range(arguments.trials) for search in searches]
+    rows = _run(pool, [config_of(plan, trial, TRIAL_SEED, short) for _, trial in asked])
+    for (search, _), row in zip(asked, rows, strict=False):
+        search.rows.append(row)
+    if pool.failures:
+        return 1
+    pairs = [(s, trial, seed) for s in searches for trial in s.finalists for seed in FINAL_SEEDS]
+    rows = _run(pool, [config_of(plan, trial, seed) for _, trial, seed in pairs])
+    for (search, trial, _), row in zip(pairs, rows, strict=False):
+        search.finals.setdefault(trial.number, []).append(row)
+    if pool.failures:
+        return 1
+    write_sweep(searches, arguments.out)
+    return 0
 
 
-@dataclass
-class Runner:
-    """Runs configurations, and keeps all rows."""
-
-    plan: Plan
-    pool: Pool
-    rows: list[Row] = field(default_factory=list)
-
-    def config(self, cell: str, seed: int, lr: float, preset: Preset, **options: Any) -> RunConfig:
-        """A run of a cell with some of its options set."""
-        plain = self.plan.config(cell, seed, lr)
-        return replace(plain, preset=replace(plain.preset, steps=preset.steps), options={**plain.options, **options})
-
-    def losses(self, configs: list[RunConfig]) -> list[float]:
-        """The final losses of runs, infinite where they diverged; fewer than runs if some failed."""
-        rows = self.pool.run(configs)
-        self.rows += rows
-        return [math.inf if row["final_loss"] is None else float(row["final_loss"]) for row in rows]
+def config_of(plan: Plan, trial: Trial, seed: int, steps: int | None = None) -> RunConfig:
+    """A run of a trial, by default of the full length; a short one has no loss curve, which would be half its work."""
+    config = plan.config(trial.cell, seed, entry=trial.entry)
+    return replace(config, preset=replace(config.preset, steps=steps, evaluations=1)) if steps else config
 
 
-def screen(searches: list[Search], runner: Runner, short: Preset, trials: int) -> None:
-    """Short runs, the same number for all, at least `trials`, and until no best rate is at the edge of its grid."""
-    while any(len(s.screened) < trials or s.at_edge for s in searches) and not runner.pool.failures:
-        asked = [(search, exponent) for search in searches for exponent in search.wanted()]
-        if max(len(s.screened) for s in searches) >= max(12, 3 * trials):
-            raise SystemExit("sweep: no end of better rates is in sight; look at the results so far")
-        configs = [runner.config(s.cell, TUNING_SEED, s.rate(exponent), short) for s, exponent in asked]
-        for (search, exponent), loss in zip(asked, runner.losses(configs), strict=False):
-            search.screened[exponent] = loss
+def _run(pool: Pool, configs: list[RunConfig]) -> list[Row]:
+    """A row for each configuration, in order, also where two are the same; none after the first that failed."""
+    rows = {row["key"]: row for row in pool.run(configs)}
+    return [rows[config.key] for config in itertools.takewhile(lambda config: config.key in rows, configs)]
 
 
-def run_finals(searches: list[Search], runner: Runner) -> None:
-    """The best rates of each cell at full length."""
-    asked = [(search, search.rate(e), {}) for search in searches for e in search.ranked[:FINALISTS]]
-    run_trials(asked, runner)
+def write_sweep(searches: Sequence[Search], out: Path) -> None:
+    """Print and write what came of a sweep.
 
-
-def run_declared(searches: list[Search], runner: Runner) -> None:
-    """The declared values of one more hyperparameter, at the rate chosen so far."""
-    gap = usual_gap(searches)
-    asked = [
-        (search, search.chosen(gap).lr, {name: value})
-        for search in searches
-        for name, values in itertools.islice(runner.plan.declared(search.cell).items(), 1)
-        for value in values
-    ]
-    run_trials(asked, runner)
-
-
-def run_trials(asked: Iterable[tuple[Search, float, dict[str, Any]]], runner: Runner) -> None:
-    """Every setting with every seed, at full length."""
-    asked, seeds = list(asked), range(TUNING_SEED, TUNING_SEED + SEEDS)
-    configs = [
-        runner.config(s.cell, seed, lr, runner.plan.preset, **options) for s, lr, options in asked for seed in seeds
-    ]
-    losses = runner.losses(configs)
-    if len(losses) == len(configs):
-        for i, (search, lr, options) in enumerate(asked):
-            search.finals.append(Trial(lr, options, tuple(losses[SEEDS * i : SEEDS * (i + 1)])))
-
-
-def usual_gap(searches: list[Search]) -> float:
-    """The median difference between seeds, over all full-length trials that did not diverge; of two the smaller."""
-    gaps = [trial.gap for search in searches for trial in search.finals if math.isfinite(trial.gap)]
-    return statistics.median_low(gaps) if gaps else 0.0
-
-
-def write_sweep(
-    searches: list[Search], gap: float, rows: list[Row], steps: int, tuned: dict[str, dict[str, Any]], out: Path
-) -> None:
-    """Print the choices, and write `sweep.md`, `sweep.png` and `chosen.json`: `tuned` with the chosen options."""
-    check_corpus(rows)
-    set_aside(out / "sweep.md", "sweep.png", "chosen.json")
-    of_cell = group(rows, lambda row: cell_name(row["config"]["optimizer"], row["config"]["model"]))
-    table = [sweep_line(search, gap, of_cell[search.cell]) for search in searches]
-    short = [row for row in rows if steps_of(row) == steps]
-    plot_rates(group(short, lambda row: (cell_of(row), float(row["config"]["lr"]))), out / "sweep.png", unit(rows))
-    seeds = sorted({row["config"]["seed"] for row in rows})
-    notes = [
-        f"Screened in runs of {steps} steps at one seed; finalists at full length, seeds {seeds}. "
-        f"Seeds usually differ by {gap:.4f}.",
-        "![loss by learning rate](sweep.png)",
-    ]
-    best = {search.cell: search.chosen(gap) for search in searches}
-    chosen = {cell: {**tuned[cell], "lr": trial.lr, **trial.options} for cell, trial in best.items()}
+    `sweep` (.md, .csv, .tex): the expected best of 1, 2, 4 ... trials of each optimizer; `chosen`: the options chosen,
+    `chosen.json` the same as a file of tuned options; `inclusions`: who must not lose to whom; `trials`: every trial.
+    """
+    every = [row for search in searches for row in search.rows]
+    finals = [row for search in searches for rows in search.finals.values() for row in rows]
+    check_corpus([*every, *finals])
+    set_aside(out / "sweep.md", *FILES)
+    count = len(searches[0].trials)
+    budgets = [2**i for i in range(count.bit_length()) if 2**i < count] + [count]
+    plot_best({s.cell: [expected_best(s.losses, k) for k in range(1, count + 1)] for s in searches}, out, unit(every))
+    tables = {
+        "sweep": [best_line(search, budgets) for search in searches],
+        "chosen": [chosen_line(search) for search in searches],
+        "inclusions": inclusion_lines(searches),
+        "trials": [trial_line(search, trial) for search in searches for trial in search.trials],
+    }
+    for name, table in tables.items():
+        if table:
+            write_table(table, out / name)
     with replacing(out / "chosen.json") as partial:
-        partial.write_text(json.dumps(chosen, indent=2) + "\n")
-    full = [row for row in rows if steps_of(row) != steps]
-    publish(table, setting(full or rows), out / "sweep.md", notes)
+        partial.write_text(json.dumps({s.cell: s.chosen.entry for s in searches}, indent=2) + "\n", encoding="utf-8")
+    notes = [BEST_OF, "![expected best of k trials](sweep.png)"]
+    shown = {"The options chosen": ("chosen", EDGES), "Inclusions": ("inclusions", INCLUDED)}
+    for title, (name, note) in shown.items():
+        if tables[name]:
+            narrow = [{column: cell for column, cell in line.items() if column != OTHERS} for line in tables[name]]
+            show(narrow, f"\n{title}", note)
+            notes += [f"## {title}", setting(finals), drawn(tables[name], "github"), note]
+    publish(tables["sweep"], setting(every), out / "sweep.md", notes)
 
 
-def sweep_line(search: Search, gap: float, rows: list[Row]) -> dict[str, str]:
-    """One line of the table of a sweep: the number of trials, the chosen options, and the losses of all finalists."""
-    best = search.chosen(gap)
-    finals = [
-        f"{trial.lr:g}{_settings(trial.options)}: {' '.join(f'{loss:.4f}' for loss in trial.losses)}"
-        + (" unstable" if trial.is_unstable(gap) else "")
-        for trial in search.finals
-    ]
+def best_line(search: Search, budgets: Sequence[int]) -> dict[str, str]:
+    """One line of the table of budgets."""
+    found = {k: expected_best(search.losses, k) for k in budgets}
+    every = [*search.rows, *(row for rows in search.finals.values() for row in rows)]
+    seconds = sum(row["cpu_seconds"] for row in every)
+    diverged, searched = sum(map(math.isinf, search.losses)), len(search.trials[0].values)
     return {
         "optimizer": search.cell,
-        "trials": f"{len(search.screened)} short, {sum(len(trial.losses) for trial in search.finals)} full",
-        "CPU s": f"{sum(row['cpu_seconds'] for row in rows):,.0f}",
-        "lr": f"{best.lr:g}{_settings(best.options)}",
-        f"val {unit(rows)}": f"{best.mean:.4f}",
-        "rates screened": f"{search.rate(min(search.screened)):g} .. {search.rate(max(search.screened)):g}",
-        "finalists": "; ".join(finals),
+        "searched": Cell(str(searched), value=searched),
+        **{f"best of {k}": Cell(f"{loss:.4f}", value=loss) for k, loss in found.items()},
+        "diverged": Cell(str(diverged), value=diverged),
+        "CPU s": Cell(f"{seconds:,.0f}", value=seconds),
     }
 
 
-def _settings(options: dict[str, Any]) -> str:
-    return "".join(f" {name}={value}" for name, value in options.items())
+def chosen_line(search: Search) -> dict[str, str]:
+    """One line of the table of the options chosen."""
+    trial, values = search.chosen, search.chosen.values
+    edges = at_edges(search.subject.space(), values)
+    losses, rows = search.final_losses(trial), search.finals[trial.number]
+    lr = trial.entry["lr"]
+    line: dict[str, str] = {
+        "optimizer": search.cell,
+        f"{SHORT[split_of(rows[0])]} {unit(rows)}": estimate(losses).cell(),
+        "n": Cell(str(len(losses)), value=len(losses)),
+    }
+    others = dict(values)
+    for column, names in COLUMNS.items():
+        name = next((name for name in names if name in values), "")
+        others.pop(name, None)
+        value = {"shrinkage": trial.entry.get("weight_decay"), "rest_ratio": lr * values.get("rest_ratio", 0)}.get(
+            name, values.get(name)
+        )
+        line[column] = _value(value, edges.get(name, ""))
+    line[OTHERS] = ", ".join(f"{name} {_value(value, edges.get(name, ''))}" for name, value in others.items())
+    return line
+
+
+def _value(value: float | None, edge: str) -> str:
+    return "" if value is None else Cell(f"{value:.3g}" + "*" * bool(edge), value=value, edge=edge)
+
+
+#: Columns of the options chosen, and the hyperparameters in each.
+COLUMNS = {
+    "lr": ("lr",),
+    "decay": ("shrinkage", "weight_decay"),
+    "beta1": ("momentum", "mu", "betas[0]"),
+    "beta2": ("betas[1]", "beta2"),
+    "rest lr": ("aux_lr", "rest_ratio"),
+    "rest beta2": ("aux_betas[1]", "rest_beta2"),
+    "warm-up": ("warmup",),
+    "lr decay": ("decay",),
+}
+
+
+#: The column of all others, which is too wide for a terminal.
+OTHERS = "others"
+
+
+def inclusion_lines(searches: Sequence[Search]) -> list[dict[str, str]]:
+    """A line for each pair of optimizers of which one is the other at certain options."""
+    found = []
+    for container, contained in itertools.permutations(searches, 2):
+        inclusion = inclusion_of(container.subject, contained.subject)
+        if inclusion is not None:
+            pairs = zip(container.final_losses(container.chosen), contained.final_losses(contained.chosen), strict=True)
+            gap = estimate([ours - theirs if ours != theirs else 0.0 for ours, theirs in pairs])
+            loses = "loses" if gap.low is None or gap.low > 0 else "loses, not resolved"
+            found.append(
+                {
+                    "optimizer": container.cell,
+                    "contains": contained.cell,
+                    "at": inclusion[0],
+                    "in the space": "yes" if inclusion[1] else "no",
+                    "difference": gap.cell(sign="+"),
+                    "n": Cell(str(gap.n), value=gap.n),
+                    "check": "holds" if gap.mean <= 0 else loses,
+                }
+            )
+    return found
+
+
+def trial_line(search: Search, trial: Trial) -> dict[str, str]:
+    """One line of the table of all trials."""
+    losses = {f"loss {seed}": loss_of(row) for row in search.finals.get(trial.number, []) for seed in [_seed(row)]}
+    numbers = {"trial": trial.number, "loss": search.losses[trial.number], **losses, **trial.values}
+    return {"optimizer": search.cell, **{name: Cell(f"{value:.6g}", value=value) for name, value in numbers.items()}}
+
+
+def _seed(row: Row) -> int:
+    return int(row["config"]["seed"])

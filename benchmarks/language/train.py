@@ -3,9 +3,8 @@
 import hashlib
 import math
 import os
-import platform
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import normopt
-from benchmarks import peers
+from benchmarks import controls, peers
 from benchmarks.contenders import BARE
-from benchmarks.harness import state_bytes
+from benchmarks.harness import origin, state_bytes
 from benchmarks.language.data import Corpus, load
 from benchmarks.language.diagnose import measure
 from benchmarks.language.parallel import team
 from benchmarks.language.presets import RunConfig
 from benchmarks.language.progress import Progress, clock
-from benchmarks.output.records import Row, git_commit, source_hash
+from benchmarks.output.records import Row
 from normopt.nn import GPT, anGPT, nGPT
 from normopt.roles.options import entry
 
@@ -50,7 +49,10 @@ class Run:
         self.progress = Progress()
 
     def train_step(self) -> float:
-        """One update; returns the training loss. The run has diverged if the loss or the gradient is not finite."""
+        """One update; returns the training loss.
+
+        The run has diverged if the loss or the gradient is not finite, or if the optimizer cannot decompose a matrix.
+        """
         windows = self.team.share(self.order[self.progress.step])
         tokens = self.corpus.batch(windows, self.preset.context).to(self.config.device)
         self._mode("train")
@@ -60,7 +62,10 @@ class Run:
         self.progress.diverged = not math.isfinite(loss + norm)
         if not self.progress.diverged:
             known = iter([loss])  # the gradient at these weights is set; some optimizers evaluate the closure at others
-            self.optimizer.step(lambda: next(known, None) or self._gradient(tokens)[0])
+            try:
+                self.optimizer.step(lambda: next(known, None) or self._gradient(tokens)[0])
+            except torch.linalg.LinAlgError:  # a matrix that no decomposition is found for any more
+                self.progress.diverged = True
             self.scheduler.step()
         self.progress.optimizer_seconds += clock(self.config.device) - middle
         self.progress.gradient_seconds += middle - start
@@ -90,12 +95,12 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, tokens: int) -> float:
-        """Mean validation loss in nats per token over about `tokens` tokens, the same every time.
+        """Mean loss on the held-out text, in nats per token, over about `tokens` tokens, the same every time.
 
         Every process of a job evaluates all of them.
         """
         self._mode("eval")
-        windows = self.corpus.validation_windows(tokens, self.preset.context)
+        windows = self.corpus.windows(self.config.split, tokens, self.preset.context)
         chunks = torch.split(windows, self.preset.micro_batch)
         return sum(self._loss(chunk.to(self.config.device)).item() * len(chunk) for chunk in chunks) / len(windows)
 
@@ -109,7 +114,7 @@ class Run:
         if step % every == 0 or step == self.preset.steps:
             self.progress.curve.append((step, self.progress.seconds, self.evaluate(self.preset.curve_tokens)))
             if self.config.diagnose:
-                windows = self.corpus.validation_windows(self.preset.curve_tokens, self.preset.context)
+                windows = self.corpus.windows(self.config.split, self.preset.curve_tokens, self.preset.context)
                 inputs = windows[: self.preset.micro_batch, :-1].to(self.config.device)
                 self.progress.norms.append((step, measure(self.model, inputs)))
 
@@ -143,6 +148,11 @@ def make_optimizer(config: RunConfig, model: nn.Module, **own: Any) -> torch.opt
     """The optimizer of a run; weight decay applies to the hidden matrices only. `own`: arguments of normopt's alone."""
     options = peers.tuples(config.options)
     name = options.pop("optimizer", config.optimizer)
+    if name in controls.NAMES:
+        spoiled = {"optimizer": controls.BASE, **controls.options_of(name, model, options)}
+        made = make_optimizer(replace(config, options=spoiled), model, **own)
+        controls.spoil(name, model, made)
+        return made
     if peers.is_peer(name):
         return peers.make(name, model, config.lr, options.pop("rest", None), **options)
     if name == BARE:
@@ -212,11 +222,8 @@ def result_row(run: Run, final: float) -> Row:
         "state_bytes_per_parameter": state_bytes(run.optimizer) / parameters,
         "init_hash": run.init_hash,
         "order_hash": hashlib.sha256(run.order.tobytes()).hexdigest()[:16],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "commit": git_commit(),
-        "source": source_hash(),
+        **origin(run.config.device),
     }
 
 

@@ -32,6 +32,7 @@ from benchmarks.output.records import (
     source_hash,
     unreadable,
 )
+from benchmarks.output.rows import split_of
 
 REPORT_SECONDS = 0.2
 
@@ -152,7 +153,7 @@ def summary(row: Row) -> str:
     """The outcome of a run in a few words."""
     if row["status"] == "diverged":
         return f"diverged at step {row['steps_done']}"
-    return f"validation loss {row['final_loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+    return f"{split_of(row)} loss {row['final_loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
 
 
 def default_size(device: str) -> int:

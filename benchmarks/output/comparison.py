@@ -1,13 +1,13 @@
 """Tables of a comparison: final losses, differences to tuned AdamW, and steps, tokens and seconds to target losses."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.output.plots import plot_curves, plot_horizons
 from benchmarks.output.records import Row
 from benchmarks.output.rows import (
+    bits_cell,
     cell_of,
     check_corpus,
     group,
@@ -18,25 +18,31 @@ from benchmarks.output.rows import (
     steps_of,
     unit,
 )
-from benchmarks.output.tables import Table, drawn, publish, set_aside, write_table
-from benchmarks.output.targets import Target, mean_losses, reach, seconds_a_step
+from benchmarks.output.statistics import Estimate, holm, p_value, paired, ranks
+from benchmarks.output.tables import Cell, Table, drawn, publish, set_aside, show, write_table
+from benchmarks.output.targets import Runs, Target, losses_by_seed, mean_losses
 
 #: What is written beside `compare.md`.
-FILES = (
-    *("compare.csv", "compare.tex", "targets.csv", "targets.tex"),
-    *("loss_steps.png", "loss_seconds.png", "horizons.png"),
-)
+TABLES = ("compare", "costs", "targets")
+PLOTS = ("loss_steps.png", "loss_seconds.png", "horizons.png")
+FILES = (*(f"{name}.{kind}" for name in TABLES for kind in ("csv", "tex")), *PLOTS)
 #: The optimizer that all other optimizers are compared with.
 BASELINE = "adamw"
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1 .. 9 degrees of freedom
+#: The columns of what runs cost, which are a table of their own.
+COSTS = ("lr", "bits/byte", "tok/s", "fwd+bwd ms", "opt ms", "opt %", "state B/param")
+NOTE = (
+    "± is half of the 95% interval of Student's t over n seeds. Differences are paired by seed; p is that of their t "
+    "test, corrected by Holm's method over the rows. A rank is a range where places are not told apart at 5%, by his "
+    "method over all pairs. Brackets hold the interval of a bootstrap over seeds, paired with those of the target."
+)
 
 
 def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ()) -> Table:
-    """Print the table of a comparison and write it as `compare.md`, `.csv` and `.tex`, with plots of the loss.
+    """Print the tables of a comparison and write them to `compare.md`, each also as .csv and .tex, with plots.
 
-    That table is of runs of the full length. If there are shorter runs too, a second table (`targets.csv`,
-    `targets.tex`) has the steps, tokens and seconds to each target: tuned AdamW's final loss, then `targets`;
-    `horizons.png` plots the losses behind these numbers. Returns the first table.
+    `compare` has the losses of runs of the full length, `costs` the times and bytes of a step. If there are shorter
+    runs too, `targets` has the steps, tokens and seconds to each target: tuned AdamW's final loss, then `targets`;
+    `horizons.png` plots the losses behind these numbers. Returns `compare` and `costs` as one table.
     """
     if not rows:
         return []
@@ -45,77 +51,82 @@ def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ())
     lengths = sorted({steps_of(row) for row in rows})
     full = [row for row in rows if steps_of(row) == lengths[-1]]
     groups = group(full, cell_of)
-    lines = [comparison_line(name, groups) for name in groups]
+    lines = comparison_lines(groups)
     plot_curves(groups, out, unit(rows))
-    notes = ["![loss by step](loss_steps.png)", "![loss by time](loss_seconds.png)"]
+    notes = [NOTE]
+    reached: list[dict[str, str]] = []
     if len(lengths) > 1:
         of_cell = group(rows, cell_of)
+        runs = {name: Runs(members) for name, members in of_cell.items()}
         if BASELINE in groups and math.isfinite(mean_loss(groups[BASELINE])):
-            tuned = Target(f"tuned {BASELINE} after {lengths[-1]} steps", mean_loss(groups[BASELINE]))
+            losses = losses_by_seed(groups[BASELINE])[lengths[-1]]
+            tuned = Target(f"tuned {BASELINE}", mean_loss(groups[BASELINE]), losses)
             targets = [tuned, *targets]
-            lines = [{**line, **time_to(tuned, of_cell[name])} for name, line in zip(groups, lines, strict=True)]
-        table = [target_line(name, members, target) for target in targets for name, members in of_cell.items()]
-        write_table(table, out / "targets")
+            found = [target_line(name, of_cell[name], runs[name], tuned) for name in groups]
+            kept = [{f"{c} to {BASELINE}'s": line[c] for c in ("steps", "CPU s", "s") if c in line} for line in found]
+            lines = [{**line, **more} for line, more in zip(lines, kept, strict=True)]
+        reached = [target_line(n, members, runs[n], target) for target in targets for n, members in of_cell.items()]
         plot_horizons({name: mean_losses(members) for name, members in of_cell.items()}, targets, out, unit(rows))
-        print("\n" + drawn(table, "simple_outline"))
-        notes += [
-            f"Runs of {', '.join(map(str, lengths))} steps, each annealed.",
-            drawn(table, "github"),
-            "![horizons](horizons.png)",
-        ]
-    write_table(lines, out / "compare")
-    publish(lines, setting(full), out / "compare.md", notes)
+    costs = [{c: cell for c, cell in line.items() if c in ("optimizer", *COSTS)} for line in lines]
+    compared = [{c: cell for c, cell in line.items() if c not in COSTS} for line in lines]
+    tables = {"compare": compared, "costs": costs, "targets": reached}
+    for name, table in tables.items():
+        if table:
+            write_table(table, out / name)
+    if reached:
+        show(reached, "\nSteps, tokens and time to targets")
+        lengths_said = f"Runs of {', '.join(map(str, lengths))} steps, each annealed."
+        notes += [lengths_said, drawn(reached, "github"), "![horizons](horizons.png)"]
+    show(costs, "\nCosts")
+    notes += [drawn(costs, "github"), "![loss by step](loss_steps.png)", "![loss by time](loss_seconds.png)"]
+    publish(compared, setting(full), out / "compare.md", notes)
     return lines
 
 
-def time_to(tuned: Target, rows: list[Row]) -> dict[str, str]:
-    """The columns of a comparison with one optimizer's steps and seconds to tuned AdamW's loss."""
-    found = target_line("", rows, tuned)
-    return {f"{unit} to {BASELINE}'s": cell for unit, cell in found.items() if unit in ("steps", "CPU s", "s")}
-
-
-def target_line(name: str, rows: list[Row], target: Target) -> dict[str, str]:
-    """One line of the second table: steps, tokens and seconds of one optimizer to a target."""
+def target_line(name: str, rows: list[Row], runs: Runs, target: Target) -> dict[str, str]:
+    """One line of the table of targets: steps, tokens and seconds of one optimizer to a target."""
     preset = rows[0]["config"]["preset"]
-    found = reach(mean_losses(rows), target.loss)
+    steps, tokens, seconds = runs.cells(target, preset["batch"] * preset["context"])
     return {
-        "target": f"{target.name}, {target.loss:.4f}",
+        "target": Cell(f"{target.name}, {target.loss:.4f}", name=target.name, loss=target.loss),
         "optimizer": name,
-        "steps": found.of(1),
-        "tokens": found.of(preset["batch"] * preset["context"]),
-        "CPU s" if rows[0]["config"]["device"] == "cpu" else "s": found.of(seconds_a_step(rows)),
+        "steps": steps,
+        "tokens": tokens,
+        "CPU s" if rows[0]["config"]["device"] == "cpu" else "s": seconds,
     }
 
 
-def comparison_line(name: str, groups: dict[str, list[Row]]) -> dict[str, str]:
-    """One line of the comparison: means over the seeds of one optimizer."""
-    rows = groups[name]
+def comparison_lines(groups: dict[str, list[Row]]) -> list[dict[str, str]]:
+    """A line for each optimizer: means over its seeds, and how it compares with the others."""
+    losses = {name: next(iter(losses_by_seed(rows).values())) for name, rows in groups.items()}
+    gaps = {name: paired(losses[name], losses[BASELINE]) for name in groups if name != BASELINE and BASELINE in groups}
+    gaps = {name: gap for name, gap in gaps.items() if gap is not None and gap.n == len(groups[name])}
+    p = dict(zip(gaps, holm([p_value(gap) for gap in gaps.values()]), strict=True))
+    places = ranks(losses)
+    return [comparison_line(name, rows, gaps.get(name), p.get(name), places[name]) for name, rows in groups.items()]
+
+
+def comparison_line(
+    name: str, rows: list[Row], gap: Estimate | None, p: float | None, places: tuple[int, int]
+) -> dict[str, str]:
+    """One line of the comparison."""
     gradient, optimizer = mean(rows, "gradient_ms"), mean(rows, "optimizer_ms")
+    first, last = places
     return {
         "optimizer": name,
-        "lr": f"{rows[0]['config']['lr']:g}",
         **loss_cells(rows),
-        f"vs {BASELINE}": difference(rows, groups.get(BASELINE, [])) if name != BASELINE else "",
-        "tok/s": f"{mean(rows, 'tokens_per_second'):,.0f}",
-        "fwd+bwd ms": f"{gradient:.0f}",
-        "opt ms": f"{optimizer:.1f}",
-        "opt %": f"{100 * optimizer / (gradient + optimizer):.1f}",
-        "state B/param": f"{mean(rows, 'state_bytes_per_parameter'):.2f}",
+        f"vs {BASELINE}": "" if gap is None else gap.cell(sign="+"),
+        "p": "" if gap is None or p is None or gap.n < 2 else Cell("< 0.001" if p < 0.001 else f"{p:.3f}", value=p),
+        "rank": Cell(str(first) if first == last else f"{first}-{last}", first=first, last=last),
+        "lr": _number(rows[0]["config"]["lr"], "g"),
+        "bits/byte": bits_cell(rows),
+        "tok/s": _number(mean(rows, "tokens_per_second"), ",.0f"),
+        "fwd+bwd ms": _number(gradient, ".0f"),
+        "opt ms": _number(optimizer, ".1f"),
+        "opt %": _number(100 * optimizer / (gradient + optimizer), ".1f"),
+        "state B/param": _number(mean(rows, "state_bytes_per_parameter"), ".2f"),
     }
 
 
-def difference(rows: list[Row], baseline: list[Row]) -> str:
-    """Mean difference to the baseline's final losses over the same seeds, with a 95% confidence interval.
-
-    "not resolved" where the interval contains 0.
-    """
-    by_seed = {row["config"]["seed"]: row["final_loss"] for row in baseline if row["final_loss"] is not None}
-    pairs = [(row["final_loss"], by_seed.get(row["config"]["seed"])) for row in rows if row["final_loss"] is not None]
-    gaps = [ours - theirs for ours, theirs in pairs if theirs is not None]
-    if not gaps or len(gaps) < len(rows):
-        return ""
-    if len(gaps) == 1:
-        return f"{gaps[0]:+.4f}"
-    quantile = T_975[len(gaps) - 2] if len(gaps) - 2 < len(T_975) else 2.262
-    middle, half = statistics.mean(gaps), quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return f"{middle:+.4f} ± {half:.4f}" + ("" if abs(middle) > half else ", not resolved")
+def _number(value: float, form: str) -> Cell:
+    return Cell(format(value, form), value=value)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.output.palette import lines as drawn_as
 from benchmarks.output.records import Row, replacing
+from benchmarks.output.rows import split_of
 from benchmarks.output.targets import Target
 
 matplotlib.use("Agg")
@@ -29,7 +30,7 @@ STYLE: dict[Any, Any] = {
 
 
 def plot_curves(groups: dict[str, list[Row]], out: Path, unit: str) -> None:
-    """Validation loss of each optimizer against steps (`loss_steps.png`) and seconds (`loss_seconds.png`)."""
+    """Held-out loss of each optimizer against steps (`loss_steps.png`) and seconds (`loss_seconds.png`)."""
     device = next(iter(groups.values()))[0]["config"]["device"]
     seconds = "CPU seconds of training" if device == "cpu" else "seconds of training"
     for column, label, name in ((0, "step", "loss_steps.png"), (1, seconds, "loss_seconds.png")):
@@ -82,7 +83,7 @@ def _plot_panels(groups: dict[tuple[str, float], list[Row]], names: list[str], p
     for axes in panels[len(names) :]:
         axes.remove()
     figure.supxlabel("learning rate", fontsize=9)
-    figure.supylabel(f"validation loss, {unit}", fontsize=9)
+    figure.supylabel(f"loss, {unit}", fontsize=9)
     save(figure, path)
 
 
@@ -97,6 +98,20 @@ def _draw_rates(
     dots = [(lr, loss) for lr in rates for loss in runs[lr]]
     axes.scatter([lr for lr, _ in dots], [loss for _, loss in dots], color=line.get_color(), s=18)
     return rates, means
+
+
+def plot_best(best: dict[str, list[float]], out: Path, unit: str) -> None:
+    """The expected best loss against the number of trials, a line per optimizer (`sweep.png`)."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=_size(len(best)), layout="constrained")
+        axes = figure.subplots()
+        for name, drawn in drawn_as(best).items():
+            finite = [(k, loss) for k, loss in enumerate(best[name], 1) if np.isfinite(loss)]
+            axes.plot([k for k, _ in finite], [loss for _, loss in finite], label=name, linewidth=2, **drawn)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        _label(axes, "trials", title="expected best of the trials", unit=unit)
+        save(figure, out / "sweep.png")
 
 
 def plot_horizons(losses: dict[str, dict[int, float]], targets: Sequence[Target], out: Path, unit: str) -> None:
@@ -195,7 +210,7 @@ def _draw_curve(axes: Axes, name: str, rows: list[Row], column: int, drawn: dict
 
 def _label(axes: Axes, x: str, title: str, unit: str) -> None:
     axes.set_xlabel(x)
-    axes.set_ylabel(f"validation loss ({unit})")
+    axes.set_ylabel(f"loss ({unit})")
     axes.set_title(title, loc="left", fontsize=11)
     if lines := axes.get_legend_handles_labels()[0]:
         beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(lines) > MANY else {}
@@ -208,9 +223,10 @@ def _size(lines: int) -> tuple[float, float]:
 
 
 def _title(groups: "dict[str, list[Row]] | dict[tuple[str, float], list[Row]]") -> str:
-    configs = [rows[0]["config"] for rows in groups.values()]
+    first = [rows[0] for rows in groups.values()]
+    configs = [row["config"] for row in first]
     models = ", ".join(dict.fromkeys(config["model"] for config in configs))
-    return f"{models} {configs[0]['preset']['name']}, {configs[0]['source']}"
+    return f"{models} {configs[0]['preset']['name']}, {configs[0]['source']}, {split_of(first[0])} text"
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -6,8 +6,13 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 from benchmarks.output.records import Row
+from benchmarks.output.statistics import estimate
+from benchmarks.output.tables import Cell
 
 Key = TypeVar("Key", bound=Hashable)
+
+#: The held-out texts in the names of columns.
+SHORT = {"validation": "val", "test": "test"}
 
 
 def cell_name(optimizer: str, model: str, model_options: dict[str, Any] | None = None) -> str:
@@ -27,11 +32,16 @@ def steps_of(row: Row) -> int:
     return int(row["config"]["preset"]["steps"])
 
 
+def split_of(row: Row) -> str:
+    """The held-out text that a row's losses were taken on; rows from before there were two have the validation text."""
+    return str(row["config"].get("split", "validation"))
+
+
 def check_corpus(rows: list[Row]) -> None:
     """Raise `ValueError` if the rows are of several texts: their losses cannot be compared."""
-    corpora = {row["config"]["corpus"]: row["config"]["source"] for row in rows}
+    corpora = {(row["config"]["corpus"], split_of(row)): row["config"]["source"] for row in rows}
     if len(corpora) > 1:
-        names = ", ".join(f"{source} ({digest[:8]})" for digest, source in corpora.items())
+        names = ", ".join(f"{source} ({digest[:8]}, {split})" for (digest, split), source in corpora.items())
         raise ValueError(f"rows of different corpora cannot be compared: {names}; report those of one at a time")
 
 
@@ -54,19 +64,25 @@ def mean(rows: list[Row], column: str) -> float:
 
 
 def mean_loss(rows: list[Row]) -> float:
-    """The mean final loss, infinite if a run diverged."""
-    return mean(rows, "final_loss") if len(losses(rows)) == len(rows) else math.inf
+    """The mean final loss, infinite if a run diverged, or if there is none."""
+    return mean(rows, "final_loss") if rows and len(losses(rows)) == len(rows) else math.inf
 
 
 def loss_cells(rows: list[Row]) -> dict[str, str]:
-    """The final validation loss in nats per token and in bits per byte, with the standard deviation over seeds."""
-    loss = f"val {unit(rows)}"
+    """The final held-out loss in nats per token, with its interval, and the number of runs."""
     diverged = sum(row["status"] == "diverged" for row in rows)
-    if diverged:
-        return {loss: f"diverged ({diverged} of {len(rows)})", "bits/byte": ""}
-    spread = f" ± {statistics.stdev(losses(rows)):.4f}" if len(rows) > 1 else ""
-    bits = "" if rows[0]["bits_per_byte"] is None else f"{mean(rows, 'bits_per_byte'):.4f}"
-    return {loss: f"{mean(rows, 'final_loss'):.4f}{spread}", "bits/byte": bits}
+    found = estimate([math.inf if row["final_loss"] is None else row["final_loss"] for row in rows]).cell()
+    text = f"diverged ({diverged} of {len(rows)})" if diverged else str(found)
+    column = f"{SHORT[split_of(rows[0])]} {unit(rows)}"
+    return {column: Cell(text, **found.numbers), "n": Cell(str(len(rows)), value=len(rows))}
+
+
+def bits_cell(rows: list[Row]) -> str:
+    """The mean final loss in bits per byte, where it is known."""
+    if any(row["bits_per_byte"] is None for row in rows):
+        return ""
+    bits = mean(rows, "bits_per_byte")
+    return Cell(f"{bits:.4f}", value=bits)
 
 
 def unit(rows: list[Row]) -> str:
@@ -88,5 +104,5 @@ def setting(rows: list[Row]) -> str:
     return (
         f"{models}, {preset['steps']} steps of "
         f"{preset['batch']} x {preset['context']} tokens of {config['source']}, seeds {seeds}, {hardware}, "
-        f"torch {row['torch']}. Final loss on held-out text."
+        f"torch {row['torch']}. Final loss on the {split_of(row)} text, {config['corpus'][:8]}."
     )

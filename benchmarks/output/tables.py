@@ -2,29 +2,66 @@
 
 import csv
 import itertools
+import re
 import shlex
 import sys
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tabulate import tabulate
+import tabulate
 
 from benchmarks.output.records import replacing, writing
 
-Table = list[dict[str, str]]
+#: Columns of a terminal that tables are made for.
+WIDTH = 120
+
+#: What a CSV file has in the place of a cell's text.
+Number = float | int | str | None
+
+
+class Cell(str):
+    """The text of a cell, and the numbers behind it, which a CSV file has in its place.
+
+    `Cell("1.2 ± 0.1", mean=1.23, n=8)` in the column `loss` makes the columns `loss mean` and `loss n`; a number called
+    `value` is in the column `loss` itself.
+    """
+
+    numbers: dict[str, Number]
+
+    def __new__(cls, text: str, **numbers: Number) -> "Cell":
+        made = super().__new__(cls, text)
+        made.numbers = numbers
+        return made
+
+    def named(self, column: str) -> dict[str, Number]:
+        """The numbers by the names of their columns."""
+        return {column if name == "value" else f"{column} {name}": number for name, number in self.numbers.items()}
+
+
+tabulate.MIN_PADDING = 0  # no columns that are wider than their cells and their name
+
+Table = Sequence[Mapping[str, str]]
 
 
 def drawn(table: Table, style: str) -> str:
     """The table in a style of tabulate; numbers are not reformatted."""
-    return str(tabulate(table, "keys", tablefmt=style, disable_numparse=True, stralign="right"))
+    plain = [{name: str(cell) for name, cell in line.items()} for line in table]
+    return str(tabulate.tabulate(plain, "keys", tablefmt=style, disable_numparse=True, stralign="right"))
 
 
 def publish(table: Table, setting: str, path: Path, notes: list[str]) -> None:
     """Print a table, and write it with the command, the setting and notes to a Markdown file."""
-    print("\n" + drawn(table, "simple_outline"))
+    show(table)
     with replacing(path) as partial:
         text = "\n\n".join([f"`{command_line()}`", setting, drawn(table, "github"), *notes])
         partial.write_text(text + "\n", encoding="utf-8")
     print(f"Written to {path.parent}: {path.name}, all rows as JSON lines, and the plots")
+
+
+def show(table: Table, title: str = "", note: str = "") -> None:
+    """Print a table, with a title above and a note below."""
+    print("\n".join([title, drawn(table, "simple_outline"), *textwrap.wrap(note, WIDTH)]))
 
 
 def set_aside(path: Path, *others: str) -> None:
@@ -52,10 +89,57 @@ def command_line() -> str:
 
 
 def write_table(table: Table, path: Path) -> None:
-    """The table as `path`.csv and `path`.tex."""
+    """The table as `path`.csv, with the numbers behind its cells, and as `path`.tex."""
+    lines = [_numbers(line) for line in table]
+    columns = dict.fromkeys(name for line in lines for name in line)
     with replacing(path.with_suffix(".csv")) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(table[0]))
+        writer = csv.DictWriter(file, fieldnames=list(columns))
         writer.writeheader()
-        writer.writerows(table)
+        writer.writerows(lines)
     with replacing(path.with_suffix(".tex")) as partial:
-        partial.write_text(drawn(table, "latex_booktabs") + "\n", encoding="utf-8")
+        partial.write_text(typeset(table), encoding="utf-8")
+
+
+def _numbers(line: Mapping[str, str]) -> dict[str, object]:
+    """The cells of a line for a CSV file."""
+    found: dict[str, object] = {}
+    for column, cell in line.items():
+        if isinstance(cell, Cell) and cell.numbers:
+            found |= cell.named(column)
+        elif cell:
+            found[column] = cell
+    return found
+
+
+def typeset(table: Table) -> str:
+    """The table for LaTeX's package booktabs: numbers in math mode, with true signs, all else escaped."""
+    columns = list(table[0])
+    body = [" & ".join(latex(line.get(name, "")) for name in columns) + r" \\" for line in table]
+    head = " & ".join(map(latex, columns)) + r" \\"
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}"
+    lines = [begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+#: A number in a cell: its bound, sign and digits with commas between thousands, and the half-width of its interval.
+NUMBER = re.compile(r"(?<![\w.])(?:([<>]=?) )?([+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)(?: ± ([\d.]+))?(?![\w.])")
+#: What other signs are in LaTeX.
+SPECIAL = {sign: "\\" + sign for sign in "&%$#_{}"} | {"<": "$<$", ">": "$>$", "±": r"$\pm$"}
+SPECIAL |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+
+
+def latex(text: str) -> str:
+    """The text of a cell as LaTeX."""
+    parts, end = [], 0
+    for found in NUMBER.finditer(text):
+        bound, value, half = found.groups()
+        relation = {"<": "< ", ">": "> ", "<=": r"\le ", ">=": r"\ge "}.get(bound, "")
+        mantissa, _, power = value.replace(",", "{,}").partition("e")
+        value = rf"{mantissa} \cdot 10^{{{int(power)}}}" if power else mantissa
+        parts += [_escaped(text[end : found.start()]), f"${relation}{value}" + (rf" \pm {half}$" if half else "$")]
+        end = found.end()
+    return "".join([*parts, _escaped(text[end:])])
+
+
+def _escaped(text: str) -> str:
+    return "".join(SPECIAL.get(sign, sign) for sign in text)

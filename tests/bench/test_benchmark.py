@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import normopt
+from benchmarks import harness
 from benchmarks.harness import state_bytes
 from benchmarks.language import presets
 from benchmarks.language import train as training
@@ -70,6 +73,7 @@ def test_the_key_follows_everything_but_the_path_of_the_corpus(corpus: Corpus) -
         {"seed": 1},
         {"corpus": "0"},
         {"device": "cuda"},
+        {"split": "test"},
     ]
     keys = {base.key, *(dataclasses.replace(base, **change).key for change in changes)}
     assert len(keys) == 1 + len(changes)
@@ -144,7 +148,7 @@ def test_a_run_is_the_training_loop_it_claims_to_be(corpus: Corpus) -> None:
         F.cross_entropy(model(tokens[:, :-1]).mT, tokens[:, 1:]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    windows = corpus.validation_windows(128, 8)
+    windows = corpus.windows("validation", 128, 8)
     with torch.no_grad():
         final = F.cross_entropy(model(windows[:, :-1]).mT, windows[:, 1:]).item()
     assert row["final_loss"] == pytest.approx(final, rel=1e-4)
@@ -172,6 +176,14 @@ def test_results_of_a_run(corpus: Corpus) -> None:
     assert row["train_seconds"] == pytest.approx(12e-3 * (row["gradient_ms"] + row["optimizer_ms"]))
     assert row["tokens_per_second"] == pytest.approx(12 * 48 / row["train_seconds"])
     assert row["cpu_seconds"] > row["train_seconds"]
+    assert row["config"]["corpus"] == corpus.digest and row["config"]["split"] == "validation"
+    assert (row["torch"], row["normopt"]) == (torch.__version__, normopt.__version__)
+    assert row["cpu"] and re.fullmatch(r"[0-9a-f]{40}(-dirty)?|normopt .*", row["commit"])
+
+
+def test_rows_name_the_version_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "git_commit", lambda: None)
+    assert harness.origin()["commit"] == f"normopt {normopt.__version__}"
 
 
 def test_state_bytes() -> None:

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from benchmarks.__main__ import MODEL_NAMES, main, make_parser
 from benchmarks.language import train as training
 from benchmarks.language import workers
-from benchmarks.language.data import Corpus
+from benchmarks.language.data import SPLITS, Corpus, load
 from benchmarks.language.presets import PRESETS, TUNED, RunConfig
 from benchmarks.language.report import BEGIN, END
-from benchmarks.output.records import RESULTS, alone, append_row, read_rows
+from benchmarks.output.records import RESULTS, Row, alone, append_row, read_rows
 from tests.support.bench_runs import config, finish, row, tiny_corpus
 
 ROOT = Path(__file__).parents[2]
@@ -67,18 +68,31 @@ def test_bad_arguments_end_before_any_training(
     assert message in capsys.readouterr().err
 
 
+def lasting(made: Row, steps: int) -> Row:
+    """The row of a run of another length."""
+    preset = {**made["config"]["preset"], "steps": steps}
+    return {**made, "key": f"{made['key']} {steps}", "config": {**made["config"], "preset": preset}}
+
+
+def test_rows_of_a_text_as_it_was_divided_before_are_reported(
+    corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = row("adamw", 0, 2.0, train_seconds=1.0)
+    made["config"]["source"] = corpus.name
+    for each in (made, lasting(made, 6)):
+        append_row(Path("one", RESULTS), each)
+    assert main(["report", "--runs", "one", "--data", corpus.name, "--out", "out"]) == 0
+    assert "as it was divided before (0): no loss of a counting model" in capsys.readouterr().out
+    assert "5-gram" not in Path("out/targets.csv").read_text()
+
+
 def test_report_of_runs_on_file(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows of two folders, best first; the headline takes the place of what was between the marks, and nothing else."""
     for folder, name, loss in (("one", "adamw", 2.0), ("one", "sgd", 3.0), ("two", "muon", 1.5)):
         made = row(name, 0, loss, train_seconds=1.0)
         made["config"] |= {"corpus": corpus.digest, "source": corpus.name}
         append_row(Path(folder, RESULTS), made)
-        made = {
-            **made,
-            "key": f"{name} short",
-            "config": {**made["config"], "preset": {**made["config"]["preset"], "steps": 6}},
-        }
-        append_row(Path(folder, RESULTS), made | {"final_loss": loss + 1})
+        append_row(Path(folder, RESULTS), lasting(made, 6) | {"final_loss": loss + 1})
     readme = Path("README.md")
     readme.write_text(f"# Title\n{BEGIN}\nold\n{END}\nthe rest\n")
     command = ["report", "--runs", "one,two", "--data", corpus.name, "--out", "out", "--readme", "README.md"]
@@ -101,7 +115,7 @@ def test_report_of_runs_on_file(corpus: Corpus, capsys: pytest.CaptureFixture[st
         (["--runs", "nowhere"], f"no runs in nowhere: give folders that hold a {RESULTS}"),
         (["--runs", "one", "--readme", "README.md"], "README.md has no headline: it has to lie between <!--"),
         (["--runs", "one", "--readme", "none.md"], "none.md"),
-        (["--runs", "one"], "is not the text of the runs, which is text: give that"),
+        (["--runs", "long,one"], "is not the text of the runs, which is text: give that"),
         (["--runs", "one,two"], "rows of different corpora cannot be compared"),
     ],
 )
@@ -113,6 +127,7 @@ def test_reports_that_cannot_be_made(
     made = row("muon", 0, 2.0)
     made["config"]["corpus"] = "1"
     append_row(Path("two", RESULTS), made)
+    append_row(Path("long", RESULTS), lasting(row("muon", 0, 2.0), 24))
     with pytest.raises(SystemExit) as stop:
         main(["report", "--data", corpus.name, "--out", "out", *arguments])
     assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -189,6 +204,28 @@ def test_rows_of_another_corpus_are_not_taken(corpus: Corpus, monkeypatch: pytes
     monkeypatch.setattr(workers, "wait", lambda pipes: [])
     assert len(pool(tmp_path).run(known)) == 2 and started == []
     assert pool(tmp_path).run(other) == [] and started == other
+
+
+def test_comparisons_are_made_on_the_test_text_and_choices_on_the_validation_text(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands, arguments = ("compare", "grid", "norms"), ["--data", corpus.name, "--optimizers", "adamw"]
+    splits = {name: {run.split for run in planned([name, *arguments], monkeypatch)} for name in commands}
+    assert splits == {name: {"test" if name == "compare" else "validation"} for name in commands}
+    assert {run.split for run in planned(["compare", *arguments, "--split", "validation"], monkeypatch)} == {
+        "validation"
+    }
+
+
+def test_losses_are_those_of_the_text_that_is_asked_for(corpus: Corpus) -> None:
+    Path("halves.txt").write_text("abcdefgh" * 400 + "." * 400 + "?" * 400)
+    halves = load("halves.txt")
+    runs = [training.Run(replace(config(halves), split=split), halves) for split in SPLITS]
+    for run, split in zip(runs, SPLITS, strict=True):
+        windows = halves.windows(split, 128, 8)
+        logits = run.model(windows[:, :-1]).flatten(0, 1)
+        assert run.evaluate(128) == pytest.approx(cross_entropy(logits, windows[:, 1:].flatten()).item(), rel=1e-5)
+    assert runs[0].evaluate(128) != runs[1].evaluate(128)
 
 
 def test_horizons_are_runs_of_other_lengths(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,12 @@ FOLDERS = ("language", "cost", "probes", "output")
 #: What each part may import of the others; a module of a folder may also import the rest of its folder.
 ALLOWED = {
     "__main__": {"language", "cost", "probes", "arguments", "harness", "output"},
-    "language": {"contenders", "peers", "harness", "output"},
+    "language": {"contenders", "controls", "peers", "harness", "output"},
     "cost": {"peers", "harness", "output"},
     "probes": {"contenders", "peers", "harness", "output"},
-    "contenders": {"peers", "harness"},
-    "peers": {"harness", "output"},
+    "contenders": {"controls", "peers", "harness"},
+    "peers": {"controls", "harness", "output"},
+    "controls": set(),
     "harness": {"output"},
     "arguments": set(),
     "output": set(),

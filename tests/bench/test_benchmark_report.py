@@ -7,46 +7,135 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy import stats
 
 from benchmarks.language.data import Corpus
 from benchmarks.language.grid import grid_line, write_grid
 from benchmarks.language.ngram import ngram_loss
 from benchmarks.language.norms import write_norms
-from benchmarks.language.search import Search
-from benchmarks.language.sweep import write_sweep
-from benchmarks.output.comparison import comparison_line, difference, write_comparison
+from benchmarks.output.comparison import comparison_lines, write_comparison
 from benchmarks.output.plots import MAX_LINES
 from benchmarks.output.records import Row
-from benchmarks.output.targets import Reach, Target, mean_losses, reach
+from benchmarks.output.statistics import Estimate, bootstrap, estimate, holm, p_value, paired, ranks
+from benchmarks.output.tables import Cell, write_table
+from benchmarks.output.targets import Reach, Runs, Target, mean_losses, reach
 from tests.support.bench_runs import row
 
 
-def test_comparison_line() -> None:
+def test_comparison_lines() -> None:
     groups = {"adamw": [row("adamw", 0, 2.0), row("adamw", 1, 2.2)], "muon": [row("muon", 0, 1.5), row("muon", 1, 1.9)]}
-    assert comparison_line("muon", groups) == {
+    adamw, muon = comparison_lines(groups)
+    assert muon == {
         "optimizer": "muon",
+        "val nats/byte": "1.7000 ± 2.5412",  # t(0.975, 1 degree of freedom) = 12.706 times 0.2828 / sqrt(2)
+        "n": "2",
+        "vs adamw": "-0.4000 ± 1.2706",  # 12.706 times 0.1414 / sqrt(2)
+        "p": "0.156",
+        "rank": "1-2",
         "lr": "0.1",
-        "val nats/byte": "1.7000 ± 0.2828",
         "bits/byte": "2.4526",
-        "vs adamw": "-0.4000 ± 1.2706, not resolved",  # t(0.975, 1 degree of freedom) = 12.706 times 0.1414 / sqrt(2)
         "tok/s": "1,234",
         "fwd+bwd ms": "90",
         "opt ms": "10.0",
         "opt %": "10.0",
         "state B/param": "8.00",
     }
-    assert comparison_line("adamw", groups)["vs adamw"] == ""
+    assert adamw["vs adamw"] == adamw["p"] == ""
 
 
 def test_differences_pair_the_seeds() -> None:
-    adamw = [row("adamw", 1, 3.0), row("adamw", 0, 2.0)]
-    assert difference([row("muon", 0, 1.0), row("muon", 1, 2.0)], adamw) == "-1.0000 ± 0.0000"
-    assert difference([row("muon", 1, 2.5)], adamw) == "-0.5000"
-    assert difference([row("muon", 5, 2.5)], adamw) == ""
-    assert difference([row("muon", 0, None)], adamw) == ""
-    assert difference([row("muon", 0, 1.0)], []) == ""
+    adamw = {1: 3.0, 0: 2.0}
+    assert paired({0: 1.0, 1: 2.0}, adamw) == Estimate(-1.0, 0.0, 2, -1.0, -1.0)
+    assert paired({1: 2.5}, adamw) == Estimate(-0.5, None, 1, None, None)
+    assert paired({5: 2.5}, adamw) is None and paired({0: math.inf}, adamw) is None
+    # Not of all seeds: no difference in the table.
+    groups = {"adamw": [row("adamw", 0, 2.0)], "muon": [row("muon", 0, 1.0), row("muon", 1, 2.0)]}
+    assert comparison_lines(groups)[1]["vs adamw"] == "" and comparison_lines({"muon": groups["muon"]})[0]["p"] == ""
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=9))
+def test_intervals_and_p_values_are_those_of_scipy(values: list[float]) -> None:
+    found = estimate(values)
+    assume(found.sd is not None and found.sd > 1e-3)
+    expected = stats.ttest_1samp(values, 0.0)
+    low, high = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    assert p_value(found) == pytest.approx(expected.pvalue)
+
+
+def test_p_values_without_noise() -> None:
+    assert p_value(estimate([0.5, 0.5])) == 0.0 and p_value(estimate([0.0, 0.0])) == 1.0 == p_value(estimate([3.0]))
+
+
+def test_holm() -> None:
+    """Of four tests the smallest p counts four times, the next three times, and none less than the one before."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_ranks_say_what_is_not_told_apart() -> None:
+    noise = [0.001, -0.001, 0.002, 0.0, -0.002, 0.001, 0.0, 0.0005]
+    losses = {
+        name: {seed: mean + scale * noise[(seed * step) % 8] for seed in range(8)}
+        for name, mean, scale, step in (("a", 1.0, 1, 1), ("b", 1.0, 1, 3), ("c", 1.5, 1, 5), ("d", 1.2, 1, 7))
+    }
+    assert ranks(losses) == {"a": (1, 2), "b": (1, 2), "c": (4, 4), "d": (3, 3)}
+    assert ranks({**losses, "lost": {0: 1.0, 1: math.inf}})["lost"] == (5, 5)
+    assert ranks({"a": {0: 1.0}, "b": {0: 2.0}}) == {"a": (1, 2), "b": (1, 2)}, "one seed tells nothing apart"
+
+
+def test_bootstrap_is_paired_and_the_same_every_time() -> None:
+    ours = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 9.0]
+    shifted = [value + 1 for value in ours]
+    assert bootstrap([ours, shifted], lambda a, b: np.mean(b) - np.mean(a)) == (1.0, 1.0)
+    low, high = bootstrap([ours, ours], lambda a, b: np.mean(a)) or (0, 0)
+    assert 2.5 < low < np.mean(ours) < high < 7 and bootstrap([ours, ours], lambda a, b: np.mean(a)) == (low, high)
+    assert bootstrap([[1.0, 2.0]], np.mean) is None
+
+
+def test_tables_for_a_spreadsheet_and_for_latex(tmp_path: Path) -> None:
+    loss = estimate([1.5, 1.7]).cell()
+    table = [
+        {"optimizer": "mine_own a=0.1", "loss": loss, "vs adamw": Cell("-0.4000 ± 0.1000", mean=-0.4), "p": ""},
+        {"optimizer": "{x} & 5% $", "loss": "", "vs adamw": "", "p": Cell("< 0.001", value=1e-9)},
+        {"optimizer": "c", "loss": "", "vs adamw": "> 1,228,800 [<= 600, 2e-05]", "p": ""},
+    ]
+    write_table(table, tmp_path / "table")
+    first, second, _ = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
+    assert {name: float(first[f"loss {name}"]) for name in ("mean", "sd", "n")} == pytest.approx(
+        {"mean": 1.6, "sd": 0.141421, "n": 2}, rel=1e-5
+    )
+    assert float(first["loss low"]) < 1.5 < 1.7 < float(first["loss high"]) and float(second["p"]) == 1e-9
+    assert (tmp_path / "table.tex").read_text().splitlines() == [
+        r"\begin{tabular}{lrrr}",
+        r"\toprule",
+        r"optimizer & loss & vs adamw & p \\",
+        r"\midrule",
+        r"mine\_own a=$0.1$ & $1.6000 \pm 1.2706$ & $-0.4000 \pm 0.1000$ &  \\",
+        r"\{x\} \& $5$\% \$ &  &  & $< 0.001$ \\",
+        r"c &  & $> 1{,}228{,}800$ [$\le 600$, $2 \cdot 10^{-5}$] &  \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_the_default_tables_fit_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = {"adamw": 1.8, "muon": 1.6, "muonplus": 1.55, "signum": 1.9, "torch:AdamW": 1.8}
+    rows = [
+        of_length(row(name, seed, loss + 600 / steps / 50 + 0.01 * seed), steps)
+        for name, loss in losses.items()
+        for steps in (150, 300, 600)
+        for seed in range(8)
+    ]
+    write_comparison(rows, tmp_path, [Target("5-gram model", 1.65)])
+    write_grid(
+        [row(n, s, loss, lr) for n, loss in losses.items() for s in (0, 1) for lr in (0.001, 0.0015, 0.003, 0.006)],
+        tmp_path,
+    )
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("Written to")]
+    assert max(map(len, printed)) <= 120
 
 
 def test_report_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,17 +163,38 @@ def test_report_of_horizons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     write_comparison(rows, tmp_path, [Target("counting", 1.75)])
     printed, markdown = capsys.readouterr().out, (tmp_path / "compare.md").read_text()
     lines = list(csv.DictReader((tmp_path / "targets.csv").read_text().splitlines()))
-    reached = {(line["target"].split(",")[0], line["optimizer"]): line for line in lines}
-    assert reached["tuned adamw after 400 steps", "muon"]["steps"] == "200"
-    assert reached["tuned adamw after 400 steps", "muon"]["tokens"] == str(200 * 6 * 8).replace("9600", "9,600")
-    assert reached["tuned adamw after 400 steps", "muon"]["CPU s"] == "100"
-    assert reached["counting", "muon"]["steps"] == "283" and reached["counting", "adamw"]["steps"] == "> 400"
+    reached = {(line["target name"], line["optimizer"]): line for line in lines}
+    line = reached["tuned adamw", "muon"]
+    assert [float(line[name]) for name in ("steps", "tokens", "CPU s")] == pytest.approx([200, 200 * 6 * 8, 100])
+    assert float(reached["counting", "muon"]["steps"]) == pytest.approx(100 * 2**1.5)
+    line = reached["counting", "adamw"]
+    assert (float(line["steps"]), line["steps bound"]) == (400, ">")
     assert "> 400" in printed and "horizons.png" in markdown and (tmp_path / "horizons.png").stat().st_size > 10_000
     adamw, line = csv.DictReader((tmp_path / "compare.csv").read_text().splitlines())
-    assert (adamw["optimizer"], adamw["steps to adamw's"], adamw["CPU s to adamw's"]) == ("adamw", "400", "200")
-    assert (line["optimizer"], line["steps to adamw's"], line["CPU s to adamw's"]) == ("muon", "200", "100")
-    assert line["val nats/byte"] == "1.5000 ± 0.0000" and line["vs adamw"] == "-0.5000 ± 0.0000"
+    names = ("steps to adamw's", "CPU s to adamw's")
+    assert adamw["optimizer"] == "adamw" and [float(adamw[name]) for name in names] == pytest.approx([400, 200])
+    assert line["optimizer"] == "muon" and [float(line[name]) for name in names] == pytest.approx([200, 100])
+    assert float(line["val nats/byte mean"]) == 1.5 and float(line["vs adamw mean"]) == -0.5
     assert r"\begin{tabular}" in (tmp_path / "compare.tex").read_text()
+
+
+def test_intervals_of_steps_draw_the_seeds_of_both(tmp_path: Path) -> None:
+    """Muon is ahead of AdamW by the same in every seed, while the seeds differ a lot: the steps are always the same."""
+    shifts = dict(enumerate([0.0, 0.3, -0.2, 0.1, -0.3, 0.2, 0.4, -0.4]))
+    muon = [of_length(row("muon", s, 5 - math.log2(n) / 4 + x), n) for s, x in shifts.items() for n in (150, 300, 600)]
+    by_seed = {seed: 5 - math.log2(300) / 4 + x for seed, x in shifts.items()}
+    paired_target = Target("adamw", float(np.mean([*by_seed.values()])), by_seed)
+    steps, tokens, seconds = Runs(muon).cells(paired_target, 10)
+    assert (steps, tokens, seconds) == ("300", "3,000", "150")
+    assert [steps.numbers["low"], steps.numbers["high"]] == pytest.approx([300, 300])
+    fixed, _, _ = Runs(muon).cells(Target("a loss", paired_target.loss), 10)
+    assert fixed.numbers["low"] < 200 < 400 < fixed.numbers["high"]
+    beyond, _, _ = Runs(muon).cells(
+        Target("a low loss", 5 - math.log2(590) / 4 + float(np.mean([*shifts.values()]))), 10
+    )
+    assert beyond.startswith("590 [") and beyond.endswith(", > 600]")
+    few, _, _ = Runs([made for made in muon if made["config"]["seed"] < 2]).cells(paired_target, 10)
+    assert "low" not in few.numbers, "two seeds have no interval"
 
 
 @given(st.floats(0.1, 3), st.floats(0.01, 2), st.floats(50, 900))
@@ -106,26 +216,30 @@ def test_targets_of_lengths_that_diverge() -> None:
 def test_counting_models() -> None:
     """By hand: after "a" come b, b and c of 256; after "b" only a."""
     text = np.frombuffer(b"abacab", dtype=np.uint8)
-    corpus = Corpus("text", (text, text[:2]), np.frombuffer(b"abx", dtype=np.uint8), 256, 1.0, "")
+    corpus = Corpus("text", (text, text[:2]), np.frombuffer(b"abx", dtype=np.uint8), text, 256, 1.0, "")
     a_then_b, b_then_x = (3 + 0.1) / (4 + 25.6), 0.1 / (1 + 25.6)
-    assert ngram_loss(corpus, 2, 0.1) == pytest.approx(-(math.log(a_then_b) + math.log(b_then_x)) / 2)
-    assert ngram_loss(corpus, 1, 0.1) == pytest.approx(-sum(math.log((n + 0.1) / (8 + 25.6)) for n in (4, 3, 0)) / 3)
+    assert ngram_loss(corpus, "validation", 2, 0.1) == pytest.approx(-(math.log(a_then_b) + math.log(b_then_x)) / 2)
+    assert ngram_loss(corpus, "validation", 1, 0.1) == pytest.approx(
+        -sum(math.log((n + 0.1) / (8 + 25.6)) for n in (4, 3, 0)) / 3
+    )
     with pytest.raises(ValueError, match="9-grams of 256 tokens"):
-        ngram_loss(corpus, 9)
+        ngram_loss(corpus, "test", 9)
 
 
 def test_rows_of_different_corpora_are_never_compared(tmp_path: Path) -> None:
     rows = [row("adamw", 0, 2.0), row("muon", 0, 1.5)]
     rows[1]["config"]["corpus"] = "1"
-    search = [Search("adamw", 0.1), Search("muon", 0.1)]
     for write in (
         lambda: write_comparison(rows, tmp_path),
         lambda: write_grid(rows, tmp_path),
         lambda: write_norms(rows, tmp_path),
-        lambda: write_sweep(search, 0.0, rows, 12, {}, tmp_path),
     ):
-        with pytest.raises(ValueError, match=r"different corpora cannot be compared: text \(0\), text \(1\)"):
+        with pytest.raises(ValueError, match=r"different corpora cannot be compared: text \(0, .*\), text \(1, .*\)"):
             write()
+    rows[1]["config"] |= {"corpus": "0", "split": "test"}
+    del rows[0]["config"]["split"]  # as in rows from before there was a test text
+    with pytest.raises(ValueError, match=r"cannot be compared: text \(0, validation\), text \(0, test\)"):
+        write_comparison(rows, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,11 +253,11 @@ def test_report_of_a_grid(tmp_path: Path) -> None:
     rows = [row("muon", seed, loss, lr) for lr, pair in losses.items() for seed, loss in enumerate(pair)]
     write_grid([row("sign", 0, None), row("sgd", 0, 3.0, 1.0), row("sgd", 0, 2.0, 2.0), *rows], tmp_path)
     lines = [[cell.strip() for cell in line.split("|")] for line in (tmp_path / "grid.md").read_text().splitlines()]
-    table = [line[1:3] + line[5:8] for line in lines if len(line) > 3 and line[1] in ("muon", "sgd", "sign")]
+    table = [[*line[1:3], *line[4:7]] for line in lines if len(line) > 3 and line[1] in ("muon", "sgd", "sign")]
     assert table == [
-        ["muon", "0.4", "0.1: 2.100, 0.2: diverged, 0.4: 1.900, 0.8: 3.000", "8", "400"],
-        ["sgd", "2 *", "1: 3.000, 2: 2.000", "2", "100"],
-        ["sign", "all diverged", "0.1: diverged", "1", "50"],
+        ["muon", "0.4", "2", "0.1: 2.100, 0.2: diverged, 0.4: 1.900, 0.8: 3.000", "400"],
+        ["sgd", "2 *", "1", "1: 3.000, 2: 2.000", "100"],
+        ["sign", "all diverged", "1", "0.1: diverged", "50"],
     ]
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 

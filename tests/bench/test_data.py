@@ -6,19 +6,27 @@ import socket
 import subprocess
 import tarfile
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.language import data, shakespeare
-from benchmarks.language.data import Corpus, DataError, load, load_or_fall_back
+from benchmarks.language import data, shakespeare, sympy_sources
+from benchmarks.language.data import SPLITS, Corpus, DataError, load, load_or_fall_back
 from benchmarks.language.shakespeare import ARCHIVE, FetchError
+
+#: What rows of results name as their corpus.
+SHAKESPEARE_DIGEST = "f2ec7da6505dcdd137de420d1316827069d055fb01be4f6ccb48866e84fa9f93"
+SYMPY_DIGEST = "140fbbdd20985a7d3acbefa5c61f7c06c8ec9a01058434029f281d89e9d9369c"
 
 WORKS = {
     "hamlet": b"To be, ",
+    "as_you_like_it": b"All the world ",
     "lear": b"Howl, ",
+    "othello": b"Her father ",
+    "rape_of_lucrece": b"From the besieged ",
     "sonnets": b"Shall I ",
     "twelfth_night": b"If music ",
     "tempest": b"O! ",
@@ -73,6 +81,7 @@ def test_shakespeare_holds_out_whole_works(package: bytes) -> None:
     corpus = load("shakespeare")
     assert corpus.train[0].tobytes() == b"Howl, O! "
     assert corpus.validation.tobytes() == b"To be, Shall I If music "
+    assert corpus.test.tobytes() == b"All the world Her father From the besieged "
     assert (corpus.name, corpus.vocab_size, corpus.bytes_per_token) == ("shakespeare", 256, 1.0)
 
 
@@ -164,13 +173,65 @@ def test_the_real_archive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert len(works) == 42
     assert sum(map(len, works.values())) == 5_057_198
     corpus = load("shakespeare")
-    assert (len(corpus.train[0]), len(corpus.validation)) == (5_057_198 - 384_546, 384_546)
+    assert (len(corpus.train[0]), len(corpus.validation), len(corpus.test)) == (4_306_732, 384_546, 365_920)
+    assert corpus.digest == SHAKESPEARE_DIGEST
+
+
+def test_sympy_holds_out_whole_sub_packages() -> None:
+    corpus = load("sympy")
+    assert (len(corpus.train[0]), len(corpus.validation), len(corpus.test)) == (14_935_869, 822_423, 853_979)
+    assert corpus.digest == SYMPY_DIGEST
+    packages = sympy_sources.packages()
+    assert list(packages) == sorted(packages) and {*sympy_sources.VALIDATION, *sympy_sources.TEST} < packages.keys()
+    assert corpus.test.tobytes() == b"".join(packages[name] for name in ("codegen", "sets", "stats"))
+    assert not any(b"raises(ValueError, lambda:" in text for text in packages.values()), "no tests"
+
+
+def test_other_versions_of_sympy_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sympy_sources, "version", lambda name: "1.13.3")
+    with pytest.raises(
+        DataError, match=r"is the sources of sympy 1\.14\.0, and 1\.13\.3 is installed.* pip install sympy=="
+    ):
+        load_or_fall_back("sympy")
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(sympy_sources, "version", missing)
+    with pytest.raises(DataError, match=r"needs the sources of sympy .*: pip install sympy=="):
+        load("sympy")
+
+
+def test_changed_sources_of_sympy_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sympy_sources, "read", lambda root: {"sets": b"changed"})
+    with pytest.raises(DataError, match=r"are not those that sympy .* was published with"):
+        load("sympy")
+
+
+def test_sources_of_tests_are_left_out(tmp_path: Path) -> None:
+    for name in (
+        "abc.py",
+        "sets/b.py",
+        "sets/a.py",
+        "sets/tests/test_a.py",
+        "sets/deep/c.py",
+        "core/x.txt",
+        "core/y.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{name};")
+    assert sympy_sources.read(tmp_path) == {
+        "": b"abc.py;",
+        "core": b"core/y.py;",
+        "sets": b"sets/a.py;sets/b.py;sets/deep/c.py;",
+    }
 
 
 def test_stdlib_is_large_and_holds_out_whole_files() -> None:
     corpus = load("stdlib")
     assert len(corpus.train[0]) > 5_000_000
-    assert 0.03 < len(corpus.validation) / len(corpus.train[0]) < 0.3
+    for split in SPLITS:
+        assert 0.03 < len(corpus.held_out(split)) / len(corpus.train[0]) < 0.3
 
 
 def test_stdlib_skips_installed_packages_and_tests(tmp_path: Path) -> None:
@@ -180,8 +241,8 @@ def test_stdlib_skips_installed_packages_and_tests(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.py").write_bytes(b"no")
     corpus = data._stdlib(tmp_path)
-    assert corpus.validation.tobytes() == b"09;19;"
-    assert corpus.train[0].tobytes() == b"".join(b"%02d;" % index for index in range(20) if index % 10 != 9)
+    assert (corpus.validation.tobytes(), corpus.test.tobytes()) == (b"09;19;", b"04;14;")
+    assert corpus.train[0].tobytes() == b"".join(b"%02d;" % index for index in range(20) if index % 5 != 4)
 
 
 def test_stdlib_without_sources(tmp_path: Path) -> None:
@@ -189,12 +250,13 @@ def test_stdlib_without_sources(tmp_path: Path) -> None:
         data._stdlib(tmp_path)
 
 
-def test_text_file_keeps_its_last_tenth_for_validation(tmp_path: Path) -> None:
+def test_text_file_keeps_its_last_tenths_for_validation_and_test(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(bytes(range(100)))
     corpus = load(str(path))
-    assert corpus.train[0].tolist() == list(range(90))
-    assert corpus.validation.tolist() == list(range(90, 100))
+    assert corpus.train[0].tolist() == list(range(80))
+    assert corpus.validation.tolist() == list(range(80, 90))
+    assert corpus.test.tolist() == list(range(90, 100))
     path.write_bytes(bytes(range(1, 101)))
     assert load(str(path)).digest != corpus.digest
 
@@ -206,7 +268,7 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
             load(str(tmp_path / source))
 
 
-@pytest.mark.parametrize(("size", "split"), [(50, "training"), (100, "validation")])
+@pytest.mark.parametrize(("size", "split"), [(50, "training"), (100, "validation"), (643, "validation")])
 def test_too_short_for_a_context(tmp_path: Path, size: int, split: str) -> None:
     (tmp_path / "text.txt").write_bytes(b"x" * size)
     with pytest.raises(DataError, match=f"too short: .* {split} tokens, a context of 64 needs 65"):
@@ -225,9 +287,10 @@ def test_shards_are_memory_mapped_and_split_by_name(tmp_path: Path) -> None:
     shard(tmp_path / "f_train_000000.bin", list(range(50)))
     shard(tmp_path / "f_val_000000.bin", list(range(1000, 1020)))
     corpus = load(str(tmp_path / "*.bin"))
-    assert [part.tolist() for part in corpus.train] == [list(range(50)), list(range(100, 150))]
-    assert corpus.validation.tolist() == list(range(1000, 1020))
-    assert all(isinstance(part, np.memmap) for part in (*corpus.train, corpus.validation))
+    assert [part.tolist() for part in corpus.train] == [list(range(50)), list(range(100, 145))]
+    assert corpus.validation.tolist() == list(range(145, 150))
+    assert corpus.test.tolist() == list(range(1000, 1020))
+    assert all(isinstance(part, np.memmap) for part in (*corpus.train, corpus.validation, corpus.test))
     assert (corpus.vocab_size, corpus.bytes_per_token) == (50304, None)
 
 
@@ -235,8 +298,9 @@ def test_shards_without_a_validation_shard_hold_out_the_end(tmp_path: Path) -> N
     shard(tmp_path / "a.bin", list(range(50)))
     shard(tmp_path / "b.bin", list(range(50, 100)))
     corpus = load(str(tmp_path / "*.bin"))
-    assert [len(part) for part in corpus.train] == [50, 45]
-    assert corpus.validation.tolist() == [95, 96, 97, 98, 99]
+    assert [len(part) for part in corpus.train] == [50, 40]
+    assert corpus.validation.tolist() == [90, 91, 92, 93, 94]
+    assert corpus.test.tolist() == [95, 96, 97, 98, 99]
 
 
 def test_only_validation_shards(tmp_path: Path) -> None:
@@ -289,7 +353,7 @@ def parts(*lengths: int) -> Corpus:
     """Parts of consecutive numbers with a gap of 100 between the parts."""
     starts = np.cumsum([0, *lengths]) + 100 * np.arange(len(lengths) + 1)
     arrays = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
-    return Corpus("parts", tuple(arrays), np.arange(1000), 2000, 1.0, "")
+    return Corpus("parts", tuple(arrays), np.arange(1000), np.arange(500, 1500), 2000, 1.0, "")
 
 
 def test_every_window_can_be_drawn_and_none_crosses_parts() -> None:
@@ -308,8 +372,9 @@ def test_order_depends_on_the_seed_only() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(100, 10), (7, 1), (10**6, 99)])
-def test_validation_windows_are_spread_and_do_not_overlap(tokens: int, count: int) -> None:
-    windows = parts(100).validation_windows(tokens, context=10)
+def test_held_out_windows_are_spread_and_do_not_overlap(tokens: int, count: int) -> None:
+    windows = parts(100).windows("validation", tokens, context=10)
+    assert (parts(100).windows("test", tokens, context=10) == windows + 500).all()
     assert windows.shape == (count, 11)
     assert (windows.diff(dim=1) == 1).all()
     assert (windows[:, 0].diff() >= 10).all()
