@@ -82,9 +82,17 @@ class Rule(Ingredient):
         return replace(self, **{name: _READERS[name](given[name]) for name in INGREDIENTS & given.keys()})
 
     def __post_init__(self) -> None:
+        rounding = [constraint for constraint in self.constraint if constraint.place == 2]
+        if len(rounding) > 1:
+            raise ValueError(f"{rounding[0]} and {rounding[1]} both round the weights: leave one of them out")
         for constraint in self.constraint:
             if constraint.needs_bounded_step and self.step_size.times:
                 raise ValueError(f"{constraint} needs steps of bounded length; those of {self.step_size} are not")
+            longer = [other for other in self.constraint if other.lengthens]
+            if constraint.needs_bounded_step and longer:
+                raise ValueError(
+                    f"{constraint} needs steps of bounded length; {longer[0]} can make them longer: leave one out"
+                )
             constraint.check_composes(self.direction, self.step_size.reach)
         if self.momentum.looks_back and self.step_size.overrides("weigh"):
             raise ValueError(f"{self.momentum} compares two gradients, of which {self.step_size} would weigh only one")
