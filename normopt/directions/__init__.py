@@ -10,7 +10,7 @@ from normopt.directions.factored import Factored
 from normopt.directions.pairs import Conjugated, Grafted, Normalized, Sum
 from normopt.directions.scaled import AdaScaled
 from normopt.directions.smoothed import Smoothed
-from normopt.directions.subspace import Aligned, LowRank
+from normopt.directions.subspace import Aligned, LeadingSubspace, LowRank
 from normopt.directions.whitening import KLWhitened
 from normopt.ingredient.stage import Direction
 
@@ -32,6 +32,7 @@ __all__ = [
     "Grafted",
     "Identity",
     "KLWhitened",
+    "LeadingSubspace",
     "LowRank",
     "Normalized",
     "Rotated",

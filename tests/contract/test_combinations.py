@@ -36,6 +36,7 @@ from normopt import (
     HeavyBall,
     Identity,
     KahanSum,
+    LeadingSubspace,
     Max,
     Momentum,
     Norm,
@@ -226,7 +227,7 @@ def sensible(direction: Direction, momentum: Momentum, step_size: StepSize, cons
 
 def bounded(direction: Direction) -> bool:
     """Whether the result has at most norm 1 in some norm: not if it is as long as the gradient."""
-    return not isinstance(direction, (AdaScaled, CoshScaled, Identity, Tangent))
+    return not isinstance(direction, (AdaScaled, CoshScaled, Identity, LeadingSubspace, Tangent))
 
 
 def check_sensible(combinations: Iterable[tuple[Direction, Momentum, StepSize, Constraint | None]]) -> None:
