@@ -24,6 +24,7 @@ from normopt.directions.coordinates import Blocked, Rotated
 from normopt.directions.factored import Factored
 from normopt.directions.pairs import Grafted
 from normopt.directions.smoothed import Smoothed
+from normopt.directions.subspace import LeadingSubspace
 from normopt.directions.whitening import KLWhitened
 from normopt.engine import batch, plan
 from normopt.ingredient import Stage
