@@ -37,6 +37,7 @@ from normopt.directions import (
     Factored,
     Grafted,
     Identity,
+    InputWhitened,
     KLWhitened,
     LeadingSubspace,
     LowRank,
@@ -51,6 +52,7 @@ from normopt.directions import (
 from normopt.engine.schedulers import set_lr
 from normopt.ingredient import Option
 from normopt.ingredient.view import View
+from normopt.inputs import InputStatistics
 from normopt.momentum import (
     EMA,
     Corrected,
@@ -141,6 +143,8 @@ __all__ = [
     "Grafted",
     "HeavyBall",
     "Identity",
+    "InputStatistics",
+    "InputWhitened",
     "InverseTime",
     "KLWhitened",
     "KahanSum",

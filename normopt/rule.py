@@ -126,6 +126,11 @@ class Rule(Ingredient):
         """Whether an ingredient asks for the weights, or changes them other than by a factor."""
         return any(getattr(part, "sees_weights", False) for part in self.every_part())
 
+    @cached_property
+    def reads_inputs(self) -> bool:
+        """Whether an ingredient reads statistics of the inputs of a layer."""
+        return any(getattr(part, "reads_inputs", False) for part in self.every_part())
+
     def of_rows(self, shape: tuple[int, ...]) -> Rule | None:
         """What moves some of the first dimension of a parameter of ``shape``; ``None`` if it takes all of it."""
         view = self.view

@@ -7,6 +7,7 @@ from normopt.directions.bases import Basis, Eigenbasis
 from normopt.directions.complement import Complement
 from normopt.directions.coordinates import Blocked, Rotated
 from normopt.directions.factored import Factored
+from normopt.directions.inputs import InputWhitened
 from normopt.directions.pairs import Conjugated, Grafted, Normalized, Sum
 from normopt.directions.scaled import AdaScaled
 from normopt.directions.smoothed import Smoothed
@@ -31,6 +32,7 @@ __all__ = [
     "Factored",
     "Grafted",
     "Identity",
+    "InputWhitened",
     "KLWhitened",
     "LeadingSubspace",
     "LowRank",

@@ -35,6 +35,7 @@ from normopt import (
     Grafted,
     HeavyBall,
     Identity,
+    InputWhitened,
     KahanSum,
     LeadingSubspace,
     Max,
@@ -60,7 +61,9 @@ from normopt import (
     Tangent,
 )
 from normopt.constraints.bounds import Transposed
+from normopt.engine.plan import state_shapes
 from normopt.ingredient import choices
+from normopt.ingredient.stage import is_of_inputs
 from normopt.report import MEMORIES
 from normopt.stepsize.free import LearningRateFree
 
@@ -134,6 +137,11 @@ class Run:
         self.weights = [nn.Parameter(0.1 * w) for w in start]
         groups = [group_of(w, rule) for w, rule in zip(self.weights, rules, strict=True)]
         self.optimizer = SteepestDescent(groups, lr=1e-3)
+        for w, rule in zip(self.weights, rules, strict=True):
+            for name, shape in state_shapes(w, rule).items() if rule.reads_inputs else ():
+                if is_of_inputs(name):  # as InputStatistics puts them there
+                    spectrum = torch.diag(torch.arange(1.0, shape[-1] + 1, dtype=torch.float64))
+                    self.optimizer.state[w] = {"step": torch.tensor(0.0), name: spectrum.expand(shape).clone()}
 
     def losses(self) -> list[float]:
         return [0.5 * (w - t).square().sum().item() for w, t in zip(self.weights, self.targets, strict=True)]
@@ -227,7 +235,7 @@ def sensible(direction: Direction, momentum: Momentum, step_size: StepSize, cons
 
 def bounded(direction: Direction) -> bool:
     """Whether the result has at most norm 1 in some norm: not if it is as long as the gradient."""
-    return not isinstance(direction, (AdaScaled, CoshScaled, Identity, LeadingSubspace, Tangent))
+    return not isinstance(direction, (AdaScaled, CoshScaled, Identity, InputWhitened, LeadingSubspace, Tangent))
 
 
 def check_sensible(combinations: Iterable[tuple[Direction, Momentum, StepSize, Constraint | None]]) -> None:

@@ -1,4 +1,4 @@
-"""Averaged iterates and steps within the softmax's radius, on sharded models, are what they are in one process."""
+"""What stands around optimizers, on several ranks: averages, steps within the softmax's radius, inputs of layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import Ranks
-from tests.support.sharded import AVERAGED, LAYOUTS, averaged, evaluated_between_steps, softmax_limited
+from tests.support.sharded import (
+    AVERAGED,
+    LAYOUTS,
+    averaged,
+    evaluated_between_steps,
+    softmax_limited,
+    watched_together,
+)
 
 Of = Callable[[int], Ranks]
 
@@ -52,3 +59,11 @@ def test_softmax_limited_step(ranks_of: Of, layout: str) -> None:
         assert plain > 2  # steps are cut
         assert sharded == pytest.approx(plain, rel=1e-3)
         assert distance <= 1e-3
+
+
+def test_statistics_of_inputs(ranks_of: Of) -> None:
+    """Of all ranks' parts of the batch; sharded models, and ranks that know nothing of each other, are refused."""
+    for distance, alone, sharded in ranks_of(2).run(watched_together):
+        assert distance <= 1e-5
+        assert "name the process_group of the ranks that have parts of one batch" in alone
+        assert "qkv.weight' is sharded; statistics of inputs are kept for whole parameters alone" in sharded

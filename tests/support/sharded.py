@@ -799,3 +799,34 @@ def evaluated_between_steps(layout: str) -> tuple[list[float], list[float]]:
             model.reshard()
         found.append([*losses, float(loss_of(model, 9).detach())])
     return found[0], found[1]
+
+
+# Inputs of layers -----------------------------------------------------------------------------------------------------
+
+
+def watching(model: nn.Module, **options: Any) -> SteepestDescent:
+    """Newton-Muon on hidden matrices of the model, which watches its layers."""
+    whitened = normopt.InputWhitened(Spectral(), -1.0, 0.2)
+    optimizer = normopt.create("muon", model, geometry={"linear": {"norm": whitened}})
+    normopt.InputStatistics(model, optimizer, **options)
+    return optimizer
+
+
+def watched_together() -> tuple[float, str, str]:
+    """How far several ranks with parts of a batch are from one with all of it, and what is said of other models."""
+    plain, model = net(), net()
+    one = watching(plain, process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True))
+    many = watching(model, process_group=dist.group.WORLD)
+    start = whole(plain.parameters())
+    for step in range(3):
+        Pair._gradients(plain, plain, step)
+        with torch.enable_grad():
+            model(batch(step)[0].chunk(dist.get_world_size())[dist.get_rank()])
+        hand_over(plain, model)
+        one.step()
+        many.step()
+    distance = (whole(model.parameters()) - whole(plain.parameters())).norm() / (
+        whole(plain.parameters()) - start
+    ).norm()
+    alone = _error(lambda: watching(net()))
+    return float(distance), alone, _error(lambda: watching(laid_out(net(), f"fsdp {dist.get_world_size()}")))
