@@ -88,7 +88,8 @@ class InputStatistics:
             self._optimizer._learners.remove(self._learn)
 
     def _see(self, module: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        if module.training and torch.is_grad_enabled():
+        is_watched = any(module.weight is watched.p for watched in self._watched)  # and not that of a copy
+        if is_watched and module.training and torch.is_grad_enabled():
             with torch.no_grad(), _without_autocast():
                 x = inputs[0].flatten(0, -2)
                 x = x.to(torch.promote_types(module.weight.dtype, torch.float32))

@@ -20,8 +20,8 @@ from tests.support.sharded import (
 Of = Callable[[int], Ranks]
 
 
-#: A mean of all steps, an average of the tail, and a bound whose state one rank has.
-FEW = ("schedule-free NorMuon", "tail", "Frobenius sphere")
+#: A mean of all steps, and a bound whose state one rank has.
+FEW = ("schedule-free NorMuon", "Frobenius sphere")
 SLOW = ("fsdp 2", "mesh 2", "fsdp+tp 2x2", "hsdp 2x2")
 
 

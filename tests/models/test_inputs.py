@@ -167,10 +167,12 @@ def test_a_closure_a_copy_and_an_average_around_it() -> None:
         last = averaged.step(lambda: backward(model, 0))
     assert last < first
     twin, of_twin = copy.deepcopy((model, optimizer))
-    InputStatistics(twin, of_twin)
+    statistics = InputStatistics(twin, of_twin)
     of_twin.zero_grad()
     backward(twin, 1)
+    assert {*statistics._sums} == {twin.up.weight, twin.head.weight}
     of_twin.step()
+    assert not statistics._sums
 
 
 def test_bfloat16_and_autocast() -> None:
