@@ -45,8 +45,8 @@ class COSMOS(FixedStepMatrixOptimizer):
 
     ``m`` is the bias-corrected average of gradients, ``U`` the leading subspace of an average of ``g^T g``, see
     :class:`~normopt.LeadingSubspace`; ``d = adam(m U) U^T + gamma o / rms(o)`` with ``o = polar(m - m U U^T)``; ``w <-
-    (1 - lr weight_decay) w - lr lr_ratio d / rms(d)``. Arguments and defaults are those of lliu606/COSMOS, whose newer
-    code has a Nesterov momentum in place of the average of the older one.
+    (1 - lr weight_decay) w - lr lr_ratio d / rms(d)``. Arguments and defaults are those of lliu606/COSMOS (the betas of
+    its README), whose newer code has a Nesterov momentum in place of the average of the older one.
     """
 
     betas: tuple[float, float] = arg(default=(0.9, 0.95), doc="decay rates of ``m``, and of all other averages.")

@@ -108,6 +108,7 @@ def test_only_training_passes_count() -> None:
     assert_close(optimizer.state[model.up.weight]["inputs"].squeeze(), x.mT @ x / len(x), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, where it cuts a graph
 def test_a_compiled_model_is_watched() -> None:
     model, optimizer, _ = two()
