@@ -37,7 +37,9 @@ from normopt.directions import (
     Factored,
     Grafted,
     Identity,
+    InputWhitened,
     KLWhitened,
+    LeadingSubspace,
     LowRank,
     Normalized,
     Rotated,
@@ -50,6 +52,7 @@ from normopt.directions import (
 from normopt.engine.schedulers import set_lr
 from normopt.ingredient import Option
 from normopt.ingredient.view import View
+from normopt.inputs import InputStatistics
 from normopt.momentum import (
     EMA,
     Corrected,
@@ -140,10 +143,13 @@ __all__ = [
     "Grafted",
     "HeavyBall",
     "Identity",
+    "InputStatistics",
+    "InputWhitened",
     "InverseTime",
     "KLWhitened",
     "KahanSum",
     "KyFan",
+    "LeadingSubspace",
     "LearningRateFree",
     "LionMomentum",
     "LowRank",

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from normopt.constraints.base import Constraint
 from normopt.ingredient import Context, check_count, check_range
 from normopt.ingredient.view import is_small
 from normopt.optimizer import SteepestDescent
-from normopt.rule import rule_of
+from normopt.rule import Rule, rule_of
 
 #: What a state dict has beside that of the optimizer: of every parameter, and of every param group.
 OF_PARAMETER, OF_GROUP = ("base", "average"), "averaging"
@@ -42,6 +43,10 @@ class Averaged(Optimizer):
     ``x`` obeys too where the bound is convex; bounds of a :class:`SteepestDescent` that are not (spheres,
     :class:`~normopt.Stiefel`) are applied to the weights that :meth:`eval` shows. Weights that are changed by hand
     between steps are overwritten by the next one.
+
+    Of sharded parameters each rank averages its part; all ranks must call ``step``, ``train``, ``eval`` and
+    ``state_dict`` together. A forward pass without a backward pass leaves weights gathered under ``fully_shard``: call
+    ``model.reshard()`` after an evaluation, before ``train``.
 
     Args:
         optimizer: the one that moves ``z``, new or not; its momentum must not look back.
@@ -274,7 +279,7 @@ class Averaged(Optimizer):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 held = state_dict["state"].get(key, {})
                 if "base" in held:
-                    self.state[p] = {name: held[name].detach().to(p.device, copy=True) for name in OF_PARAMETER}
+                    self.state[p] = {name: _placed(held[name].detach(), p) for name in OF_PARAMETER}
         self.is_training = not groups[0][OF_GROUP]["training"]
         (self.eval if self.is_training else self.train)()
 
@@ -290,17 +295,53 @@ def _mixed(state: dict[str, Tensor], share: float) -> Tensor:
     return base if not share else base.to(state["average"].dtype).lerp(state["average"], share)
 
 
+def _placed(x: Tensor, p: Tensor) -> Tensor:
+    """A copy of ``x``, which may be whole or a DTensor, placed as ``p`` is."""
+    if type(x) is Tensor and not hasattr(p, "full_tensor"):
+        return x.to(p.device, copy=True)
+    from normopt.engine import mesh  # which takes a while to import
+
+    return mesh.placed_as(p, x.to(p.device, copy=True))
+
+
 def _to_bounds(optimizer: SteepestDescent, held: Mapping[Tensor, Any]) -> None:
-    """Bring the parameters in ``held`` to where the optimizer's bounds let them live."""
+    """Bring the parameters in ``held`` to where the optimizer's bounds let them live.
+
+    A sharded parameter is brought together for it, one after the other; all ranks must call together.
+    """
+    bounded: dict[Tensor, tuple[Rule, list[Constraint], str]] = {}
     for group in optimizer.param_groups:
         rule = rule_of(group).at(group)
         bounds = [each for each in rule.acting("weight") if each.place < 2 and not each.compares]
-        for p in group["params"] if bounds else ():
-            if p not in held or not optimizer.state[p]:
-                continue
-            w = rule.view.apply(p.to(torch.promote_types(p.dtype, torch.float32)))
-            state = {name: x.clone() for name, x in optimizer.state[p].items()}
-            context = Context(w, w, 1, 0.0, None, w.clone, is_vector=is_small(p.shape, group.get("role", "")))
-            for bound in bounds:
-                w = bound.weight(w, state, context)
-            p.copy_(rule.view.invert(w.contiguous(), p.shape))
+        moved = [p for p in group["params"] if p in held and optimizer.state[p]]
+        bounded |= {p: (rule, bounds, group.get("role", "")) for p in moved if bounds}
+    known = _state_of_bounds(optimizer, bounded)
+    for p, (rule, bounds, role) in bounded.items():
+        wide = _whole(p).to(torch.promote_types(p.dtype, torch.float32))
+        w, state = rule.view.apply(wide), known[p]
+        context = Context(w, w, 1, 0.0, None, w.clone, is_vector=is_small(p.shape, role))
+        for bound in bounds:
+            w = bound.weight(w, state, context)
+        p.copy_(_placed(rule.view.invert(w.contiguous(), p.shape), p))
+
+
+def _state_of_bounds(
+    optimizer: SteepestDescent, bounded: Mapping[Tensor, tuple[Rule, list[Constraint], str]]
+) -> dict[Tensor, dict[str, Tensor]]:
+    """A copy of the state that each parameter's bounds keep, whole on every rank."""
+    found: dict[Tensor, dict[str, Any]] = {}
+    for p, (rule, bounds, _) in bounded.items():
+        like = rule.view.apply(torch.empty(p.shape, device="meta"))
+        names = {"step", *(name for bound in bounds for name in bound.init_state(like, like.clone))}
+        found[p] = {name: x for name, x in optimizer.state[p].items() if name in names}
+    layout = optimizer.layout()
+    if layout is not None:
+        from normopt.engine import sharded_state
+
+        found |= sharded_state.saved(layout, found)
+    return {p: {name: _whole(x).clone() for name, x in state.items()} for p, state in found.items()}
+
+
+def _whole(x: Tensor) -> Tensor:
+    """All of a sharded tensor, on every rank: they must call together."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x

@@ -23,6 +23,7 @@ from normopt.engine.checks import (
     check_distinct,
     check_fixed,
     check_gradients,
+    check_inputs,
     check_known,
     check_lr,
     check_numbers,
@@ -214,6 +215,8 @@ class SteepestDescent(Optimizer):
         self.compiles, self.is_deterministic = compile, deterministic
         self._mesh, self._process_group = mesh, process_group
         self._names: MutableMapping[Tensor, list[Any]] = WeakTensorKeyDictionary()
+        #: Called after the closure, before anything is checked: statistics of the model that rules read.
+        self._learners: list[Callable[[], None]] = []
         self._forget_steps()
         fixed = {"lr": lr, "maximize": maximize, "nonfinite": nonfinite, "capturable": capturable, "rule": repr(rule)}
         super().__init__(params, {**fixed, "state_dtype": dtype_name(state_dtype), "products": "", **numbers})
@@ -233,6 +236,7 @@ class SteepestDescent(Optimizer):
         self.defaults.pop("differentiable", None)  # torch's, which groups that are added later would get
         self.defaults = {**ADDED, **self.defaults}
         self._names = WeakTensorKeyDictionary()
+        vars(self).setdefault("_learners", [])  # of a copy, whose model is another
         self.role_table = state.get("role_table", overlaid(self.own_table, None))
         self._forget_steps()
         for group in self.param_groups:
@@ -450,6 +454,8 @@ class SteepestDescent(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for learn in self._learners:
+            learn()
         layout = self.layout()
         if layout is None:
             self._check(None)
@@ -485,6 +491,7 @@ class SteepestDescent(Optimizer):
             follow_names(self._names, group)
             check_policy(group["nonfinite"])
             check_gradients(group)
+            check_inputs(group, self.state)
         if layout is not None:
             layout.check(self.state)
 

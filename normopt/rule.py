@@ -82,9 +82,17 @@ class Rule(Ingredient):
         return replace(self, **{name: _READERS[name](given[name]) for name in INGREDIENTS & given.keys()})
 
     def __post_init__(self) -> None:
+        rounding = [constraint for constraint in self.constraint if constraint.place == 2]
+        if len(rounding) > 1:
+            raise ValueError(f"{rounding[0]} and {rounding[1]} both round the weights: leave one of them out")
         for constraint in self.constraint:
             if constraint.needs_bounded_step and self.step_size.times:
                 raise ValueError(f"{constraint} needs steps of bounded length; those of {self.step_size} are not")
+            longer = [other for other in self.constraint if other.lengthens]
+            if constraint.needs_bounded_step and longer:
+                raise ValueError(
+                    f"{constraint} needs steps of bounded length; {longer[0]} can make them longer: leave one out"
+                )
             constraint.check_composes(self.direction, self.step_size.reach)
         if self.momentum.looks_back and self.step_size.overrides("weigh"):
             raise ValueError(f"{self.momentum} compares two gradients, of which {self.step_size} would weigh only one")
@@ -117,6 +125,11 @@ class Rule(Ingredient):
     def sees_weights(self) -> bool:
         """Whether an ingredient asks for the weights, or changes them other than by a factor."""
         return any(getattr(part, "sees_weights", False) for part in self.every_part())
+
+    @cached_property
+    def reads_inputs(self) -> bool:
+        """Whether an ingredient reads statistics of the inputs of a layer."""
+        return any(getattr(part, "reads_inputs", False) for part in self.every_part())
 
     def of_rows(self, shape: tuple[int, ...]) -> Rule | None:
         """What moves some of the first dimension of a parameter of ``shape``; ``None`` if it takes all of it."""

@@ -28,9 +28,12 @@ class Constraint(Ingredient):
     sees_weights: ClassVar[bool] = True
     #: Whether the constraint holds only if the length of a step is the rate times a constant.
     needs_bounded_step: ClassVar[bool] = False
+    #: Whether ``update`` may make an update longer than the direction's norm lets it be.
+    lengthens: ClassVar[bool] = False
     #: Whether ``weight`` compares with the weights before the step, ``context.w``, which cost a copy.
     compares: ClassVar[bool] = False
     #: The order of bounds (those that a model or a geometry adds to an optimizer's constraints): the smallest first.
+    #: At 2 it rounds weights, and a rule has one such constraint at most.
     place: ClassVar[int] = 0
 
     def whole(self, w: Tensor, state: dict[str, Tensor]) -> Tensor:

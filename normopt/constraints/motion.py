@@ -55,8 +55,13 @@ class RowFloor(AlongAxis):
     Args:
         ratio: the smallest ratio of lengths, positive.
         axis: -1, the default: rows, the weights of one output. -2: columns, the weights of one input.
+
+    Raises:
+        ValueError: a number out of range; or it stands beside a constraint that needs steps of bounded length
+            (:class:`~normopt.FrankWolfe`, :class:`~normopt.SoftSpectralCap`).
     """
 
+    lengthens = True
     ratio: float = 0.3825
     axis: int = -1
 

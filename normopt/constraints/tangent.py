@@ -30,8 +30,14 @@ class TangentProjection(Constraint):
         wd_ratio: factor of the decay of projected matrices.
         weight_decay: decoupled weight decay, not negative.
         momentum: coefficient of a heavy ball, whose steps are ``1 / (1 - momentum)`` times as long, as is the decay.
+
+    Raises:
+        ValueError: a number out of range; or it stands beside a constraint that needs steps of bounded length
+            (:class:`~normopt.FrankWolfe`, :class:`~normopt.SoftSpectralCap`): a projection can lengthen an update in
+            norms that are not Euclidean.
     """
 
+    lengthens = True
     delta: float = 0.1
     eps: float = 1e-8
     wd_ratio: float = 0.1

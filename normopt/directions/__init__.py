@@ -7,10 +7,11 @@ from normopt.directions.bases import Basis, Eigenbasis
 from normopt.directions.complement import Complement
 from normopt.directions.coordinates import Blocked, Rotated
 from normopt.directions.factored import Factored
+from normopt.directions.inputs import InputWhitened
 from normopt.directions.pairs import Conjugated, Grafted, Normalized, Sum
 from normopt.directions.scaled import AdaScaled
 from normopt.directions.smoothed import Smoothed
-from normopt.directions.subspace import Aligned, LowRank
+from normopt.directions.subspace import Aligned, LeadingSubspace, LowRank
 from normopt.directions.whitening import KLWhitened
 from normopt.ingredient.stage import Direction
 
@@ -31,7 +32,9 @@ __all__ = [
     "Factored",
     "Grafted",
     "Identity",
+    "InputWhitened",
     "KLWhitened",
+    "LeadingSubspace",
     "LowRank",
     "Normalized",
     "Rotated",

@@ -23,6 +23,7 @@ class Identity(Direction):
 
     sees_weights = False
     reduces = "entry"
+    sets_length = False
 
     @property
     def cell(self) -> tuple[str, str]:

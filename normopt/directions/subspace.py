@@ -1,18 +1,23 @@
-"""Directions with a basis that is updated by one step of subspace iteration: Dion's low rank and ARO's rotation."""
+"""Directions with a basis that is updated by one step of subspace iteration: Dion, ARO and COSMOS."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from normopt.directions.algebra import Chain
 from normopt.directions.balanced import Sinkhorn
+from normopt.directions.smoothed import Smoothed
 from normopt.ingredient.registry import read
-from normopt.ingredient.stage import Context, Direction
-from normopt.ingredient.validate import check_range
+from normopt.ingredient.stage import ROTATED, Context, Direction, substate
+from normopt.ingredient.validate import check_count, check_range
+from normopt.norms.entrywise import Euclidean, Max
+from normopt.norms.spectral import Spectral
+from normopt.numerics.eigen import eigh
 from normopt.numerics.lengths import euclidean, normalize, normalized
 
 
@@ -156,6 +161,109 @@ class Aligned(Direction):
     def steepness(self, g: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """The direction's steepness in the rotated coordinates."""
         return self.direction.steepness(state["rotation"].mT @ _wide(g), {})
+
+
+@dataclass(frozen=True)
+class LeadingSubspace(Direction):
+    """COSMOS: one direction in the leading subspace of the gradients, another in the rest (arXiv 2502.17410).
+
+    ``leading(x U) U^T + factor rest(x - x U U^T)``. The ``rank`` orthonormal columns of ``U`` follow the leading
+    eigenvectors of an EMA of ``g^T g``: with ``T = beta U S U^T + (1 - beta) g^T g``, ``U`` becomes the orthonormal
+    factor of ``T U``, a step of subspace iteration, and ``S`` becomes ``U^T T U``, all that is kept of the EMA. At the
+    first step they are the leading eigenvectors of ``g^T g`` themselves. The memory of ``leading``, such as second
+    moments of ``g U``, is not rotated when ``U`` changes, as in SOAP.
+
+    A part of ``x`` that is no more than rounding errors is 0, so that neither direction magnifies it.
+
+    Args:
+        leading: the direction in the subspace, or its name; it sees matrices of shape ``(out, rank)``.
+        rest: the direction of the rest, or its name.
+        rank: dimension of the subspace; ``min(out, in)`` at most.
+        beta: decay rate of the EMA, in [0, 1).
+        factor: of the rest, not negative.
+
+    Memory: ``rank in + rank^2`` numbers, and that of both directions.
+
+    Raises:
+        ValueError: a direction that has to see the first gradient before it moves, or a number out of range.
+    """
+
+    sees_weights = False
+    needs_matrix = True
+    decides_on_host = True
+    squares = True
+    degree = None
+    leading: Direction = Smoothed(Max())
+    rest: Direction = Chain(Spectral("unit"), Euclidean())
+    rank: int = 64
+    beta: float = 0.95
+    factor: float = 0.2
+
+    def __post_init__(self) -> None:
+        read(self, "leading", Direction)
+        read(self, "rest", Direction)
+        check_count(self, "rank", self.rank)
+        check_range(self, "beta", self.beta, 0, 1)
+        check_range(self, "factor", self.factor, 0, float("inf"))
+        for late in (direction for direction in (self.leading, self.rest) if direction.looks_first):
+            raise ValueError(f"LeadingSubspace: {late} has to see the first gradient before it moves")
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """The leading direction's row of the periodic table, in the column of rotated second moments."""
+        return self.leading.cell[0], ROTATED
+
+    def init_state(self, x: Tensor) -> dict[str, Tensor]:
+        n, k = x.shape[-1], min(self.rank, *x.shape[-2:])
+        inside = {f"leading.{name}": y for name, y in self.leading.init_state(x[..., :k]).items()}
+        outside = {f"rest.{name}": y for name, y in self.rest.init_state(x).items()}
+        basis, gram = x.new_zeros(*x.shape[:-2], n, k), x.new_zeros(*x.shape[:-2], k, k)
+        return {"basis": basis, "gram": gram, **inside, **outside}
+
+    @property
+    def averages(self) -> frozenset[str]:
+        inside = {f"leading.{name}" for name in self.leading.averages}
+        return frozenset(inside | {f"rest.{name}" for name in self.rest.averages})
+
+    def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        if x.numel() == 0:
+            return x.clone()
+        self._follow(context.g, state, is_first=bool(context.step == 1))
+        return self._both(self.leading, self.rest, x, state, context)
+
+    def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
+        return self._both(self.leading.apply, self.rest.apply, x, state, context)
+
+    def _follow(self, g: Tensor, state: dict[str, Tensor], is_first: bool) -> None:
+        basis, gram = state["basis"], state["gram"]
+        if is_first:
+            new = eigh(g.mT @ g)[1].flip(-1)[..., : basis.shape[-1]].to(basis)
+            old = torch.zeros_like(gram)
+        else:
+            new = torch.linalg.qr(self.beta * (basis @ gram) + (1 - self.beta) * (g.mT @ (g @ basis)))[0]
+            turn = basis.mT @ new
+            old = turn.mT @ gram @ turn
+        seen = g @ new
+        basis.copy_(new)
+        gram.copy_(self.beta * old + (1 - self.beta) * (seen.mT @ seen))
+
+    def _both(
+        self,
+        leading: Callable[..., Tensor],
+        rest: Callable[..., Tensor],
+        x: Tensor,
+        state: dict[str, Tensor],
+        context: Context,
+    ) -> Tensor:
+        basis = state["basis"]
+        noise = euclidean(x, (-2, -1), keepdim=True) * (4 * torch.finfo(x.dtype).eps)
+        seen = x @ basis
+        seen = torch.where(seen.abs() > noise, seen, 0.0)
+        inside = leading(seen, substate(state, "leading."), context.through(lambda t: t @ basis)) @ basis.mT
+        left = x - seen @ basis.mT
+        left = torch.where(euclidean(left, (-2, -1), keepdim=True) > noise * x.shape[-1] ** 0.5, left, 0.0)
+        there = context.through(lambda t: t - (t @ basis) @ basis.mT)
+        return inside + self.factor * rest(left, substate(state, "rest."), there)
 
 
 def _tall(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient.registry import nearest
+from normopt.ingredient.stage import is_of_inputs
 from normopt.polar.choice import from_text
 from normopt.rule import INGREDIENTS, Rule, rule_of
 
@@ -191,4 +192,15 @@ def check_gradients(group: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name_of(group, p)} is an expanded tensor of shape {tuple(p.shape)}, strides {p.stride()}: several "
                 "of its entries are one number in memory and cannot move apart; copy it, p.data = p.data.contiguous()"
+            )
+
+
+def check_inputs(group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Raise a ``ValueError`` for a parameter whose rule reads statistics of inputs that nobody has put in the state."""
+    rule = rule_of(group)
+    for p in group["params"] if rule.reads_inputs else ():
+        if p.grad is not None and not any(map(is_of_inputs, state.get(p, ()))):
+            raise ValueError(
+                f"{name_of(group, p)} moves by {rule.norm}, and there are no statistics of its layer's inputs: make "
+                "normopt.InputStatistics(model, optimizer) before the forward pass, in training mode"
             )

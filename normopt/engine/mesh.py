@@ -42,6 +42,19 @@ def dtensor(part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], sha
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
+def placed_as(p: Tensor, x: Tensor) -> Tensor:
+    """``x``, whole or a DTensor, as the parameter ``p`` is placed; other memory than that of ``x`` where ``x`` is cut.
+
+    Where ``x`` is a DTensor that is placed otherwise all ranks must call together.
+    """
+    if not isinstance(p, DTensor):
+        return x.full_tensor() if isinstance(x, DTensor) else x
+    if isinstance(x, DTensor):
+        return x if x.placements == p.placements else x.redistribute(p.device_mesh, p.placements)
+    part = part_of(p.shape, p.placements, tuple(p.device_mesh.shape), place_in(p.device_mesh))
+    return dtensor(take(x, part).contiguous().clone(), p.device_mesh, p.placements, p.shape)
+
+
 def check_placements(name: str, p: DTensor) -> None:
     """Raise a ``ValueError`` for a parameter that no rank has all of any entry of."""
     if any(isinstance(placement, Partial) for placement in p.placements):

@@ -116,6 +116,10 @@ class Stage(Ingredient):
     #: that its state holds as ``"previous"``. Only the momentum of a rule can; ``step`` then needs a closure.
     looks_back: ClassVar[bool] = False
 
+    #: Whether it reads statistics of the inputs of a linear layer, which its state holds as ``"inputs"``, and which
+    #: somebody has to put there before a step, see :class:`~normopt.InputStatistics`.
+    reads_inputs: ClassVar[bool] = False
+
     @property
     def averages(self) -> frozenset[str]:
         """The state, by name without a trailing number, that ``state_dtype`` may keep in a dtype of lower precision.
@@ -156,6 +160,11 @@ def coarsest(levels: Iterable[str]) -> str:
     """The ``reduces`` of a composition: the level of all stages that are not entry-wise, or ``"matrix"`` if several."""
     distinct = {level for level in levels if level != "entry"}
     return distinct.pop() if len(distinct) == 1 else "matrix" if distinct else "entry"
+
+
+def is_of_inputs(name: str) -> bool:
+    """Whether a piece of state is statistics of a layer's inputs, in whatever composition of stages."""
+    return name.rpartition(".")[2] == "inputs"
 
 
 def substate(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ from normopt.zoo.learning_rate_free import DAdaptAdam, Prodigy
 from normopt.zoo.matrices import FixedStepMatrixOptimizer, MatrixOptimizer
 from normopt.zoo.muon import Muon, MuonPlusPlus
 from normopt.zoo.muon_chains import RMNP, AdaGO, Muon2, MuonEq, OLion
-from normopt.zoo.muon_variants import AdaMuon, AuON, Dion, HybridAuON, MuonPlus, NorMuon, PolarGrad
+from normopt.zoo.muon_variants import AdaMuon, AuON, Aurora, Dion, HybridAuON, MuonPlus, NorMuon, PolarGrad
 from normopt.zoo.norm_descent import ColumnDescent, NormalizedSGD, NuclearDescent, RowDescent, SpectralDescent
+from normopt.zoo.one_sided import COSMOS, MOSO
 from normopt.zoo.scale_invariant import SGDP, AdamP
 from normopt.zoo.scion import Scion
 from normopt.zoo.sgd import SGD, STORMPlus
@@ -31,9 +32,11 @@ from normopt.zoo.stateless import ARO, SCALE, SWAN, SinkGD
 __all__ = [
     "ARO",
     "ASGO",
+    "COSMOS",
     "DASGO",
     "LAMB",
     "LARS",
+    "MOSO",
     "RMNP",
     "SCALE",
     "SGD",
@@ -54,6 +57,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "AuON",
+    "Aurora",
     "ColumnDescent",
     "DAdaptAdam",
     "DeclaredOptimizer",

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from normopt.directions import Aurora as EqualRows
 from normopt.directions import Chain, CoshScaled, Grafted, Identity, LowRank, Smoothed
 from normopt.ingredient import check_choice, option
 from normopt.momentum import EMA
@@ -145,6 +146,30 @@ class Dion(MatrixOptimizer):
 
     def rule(self) -> Rule:
         return Rule(LowRank(self.rank_fraction, option("mu")))
+
+
+class Aurora(MatrixOptimizer):
+    """:class:`Muon` whose updates have equally long rows (of wide matrices: columns) and stay semi-orthogonal.
+
+    ``w <- (1 - lr weight_decay) w - lr sqrt(max(1, m/n)) aurora(u)``, ``u`` Muon's average, see
+    :class:`~normopt.Aurora` (tilde-research/aurora-release, 2026). Square matrices move as Muon's. Rate, momentum and
+    decay are Muon's here.
+    """
+
+    aux_ratio = 0.5
+    lr: float | Tensor = 0.02
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    nesterov: bool = True
+    rounds: int = arg(default=2, doc="number of polar factors.")
+    ns_steps: int | None = None
+    orthogonalize: str | PolarCoefficients = arg(default="newton-schulz", kw_only=True)
+    orthogonalize_dtype: torch.dtype | str | None = arg(default="auto", kw_only=True)
+    aux_lr: float | None = arg(default=None, doc=HALF_LR, kw_only=True)
+
+    def rule(self) -> Rule:
+        polar = Spectral("max1", self.orthogonalize, self.ns_steps, self.orthogonalize_dtype)
+        return Rule(EqualRows(polar, self.rounds), EMA(option("momentum"), option("nesterov")))
 
 
 class AuON(MatrixOptimizer):

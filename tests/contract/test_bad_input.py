@@ -505,7 +505,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     ),
     **dict.fromkeys(["initial_accumulator_value", "trust_coefficient", "init_factor", "alpha", "exponent"], ABOVE),
     "momentum": [*ABOVE, 1.5],  # as in torch.optim.Muon, an average of 1 stays 0
-    **dict.fromkeys(["momentum_2", "beta2", "mu", "beta3", "graft_beta2"], BELOW_ONE),
+    **dict.fromkeys(["momentum_2", "beta2", "mu", "beta3", "graft_beta2", "rms_beta"], BELOW_ONE),
     "dampening": [-1.0, 1.5, NAN, "much"],
     **dict.fromkeys(["a0", "b0", "d", "d0", "d_coef", "radius", "clip", "nonstandard_constant", "v"], POSITIVE),
     "power": [1.5, *POSITIVE],
@@ -516,7 +516,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "beta2_decay": [0.5, NAN, INF, -INF, "much"],
     **dict.fromkeys(["ns_steps", "iterations", "protect", "power_iterations", "slice_p", "block_size"], COUNT),
     **dict.fromkeys(["precondition_frequency", "preconditioning_frequency", "max_precond_dim", "max_dim"], COUNT),
-    **dict.fromkeys(["rows", "subset_size", "inverse_steps"], COUNT),
+    **dict.fromkeys(["rows", "subset_size", "inverse_steps", "rank", "rounds"], COUNT),
     **dict.fromkeys(["beta3_warmup", "alpha_warmup"], COUNT),
     "ns_coefficients": [(NAN, 1.0, 1.0), (INF, 1.0, 1.0), (1.0, 2.0)],
     **dict.fromkeys(["adjust_lr_fn", "orthogonalize", "orthogonalize_dtype", "normalize", "base", "graft"], NAME),

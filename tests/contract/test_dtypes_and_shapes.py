@@ -102,6 +102,7 @@ def test_several_dtypes_in_one_group(make: Make) -> None:
 
 #: What reads numbers to know what to do: sums over all tensors, singular values, first gradients.
 READS_NUMBERS = COUPLED | LOOK_BACK | {"asgo", "shampoo", "klshampoo", "soap", "splus", "muon+", "muonplusplus+"}
+READS_NUMBERS |= {"cosmos", "moso"}
 
 
 @pytest.mark.parametrize("name", WHOLE)

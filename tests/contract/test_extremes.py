@@ -24,6 +24,7 @@ from normopt.directions.coordinates import Blocked, Rotated
 from normopt.directions.factored import Factored
 from normopt.directions.pairs import Grafted
 from normopt.directions.smoothed import Smoothed
+from normopt.directions.subspace import LeadingSubspace
 from normopt.directions.whitening import KLWhitened
 from normopt.engine import batch, plan
 from normopt.ingredient import Stage
@@ -69,6 +70,8 @@ def degree(stage: Stage, x: int | None = 1) -> int | None:
             return None if degree(direction, x) is None else degree(magnitude, x)
         case Rotated(direction=direction) | Blocked(direction=direction):
             return degree(direction, x)
+        case LeadingSubspace(leading=leading, rest=rest):
+            return degree(leading, x) if degree(leading, x) == degree(rest, x) else None
         case KLWhitened():  # its eigenvalues start from a number
             return None
         case Smoothed(eps=eps, initial=initial):
@@ -103,6 +106,9 @@ def seen(stage: Stage, x: int | None = 1) -> Iterator[tuple[Stage, int | None]]:
             yield from seen(magnitude, x)
         case Rotated(direction=direction) | Blocked(direction=direction):
             yield from seen(direction, x)
+        case LeadingSubspace(leading=leading, rest=rest):
+            yield from seen(leading, x)
+            yield from seen(rest, x)
 
 
 def takes_squares(rule: Rule) -> bool:

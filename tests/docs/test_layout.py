@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "normopt"
 FLOORS: list[set[str]] = [
     {"__main__"},
     {"__init__"},
-    {"report", "torch_state", "integrations", "averaging", "radius"},
+    {"report", "torch_state", "integrations", "averaging", "inputs", "radius"},
     {"zoo"},
     {"optimizer"},
     {"metrics"},

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import normopt
-from normopt import Aurora, Spectral
+from normopt import Aurora, Spectral, zoo
 from normopt.ingredient import Context
 from normopt.nn import GPT
-from tests.support.written import gaussian, polar
+from tests.support.paths import MATRICES, assert_same_path
+from tests.support.written import FLOAT32, State, Written, average, gaussian, newton_schulz, polar
 
 
 def once(direction: Aurora, g: Tensor) -> Tensor:
@@ -43,6 +46,25 @@ def test_rows_are_equally_long_and_columns_orthonormal() -> None:
     u = once(Aurora(Spectral("unit", "exact")), g)
     assert u.isfinite().all() and not u[3].any()
     assert not once(Aurora(Spectral("unit", "exact")), torch.zeros(5, 3).double()).any()
+
+
+@pytest.mark.parametrize("options", [{}, {"rounds": 3, "momentum": 0.8, "nesterov": False}], ids=str)
+def test_the_optimizer_by_its_recurrence(options: dict[str, Any]) -> None:
+    lr = 0.02
+
+    def update(g: Tensor, state: State, step: int) -> Tensor:
+        m = average(g, state, options.get("momentum", 0.95), options.get("nesterov", True))
+        tall = m if g.shape[0] >= g.shape[1] else m.mT
+        d, u = 1 / tall.norm(dim=1, keepdim=True), newton_schulz(m)
+        for _ in range(options.get("rounds", 2) if g.shape[0] != g.shape[1] else 0):
+            u = newton_schulz(d * tall)
+            d = d * (tall.shape[1] / tall.shape[0]) ** 0.5 / u.norm(dim=1, keepdim=True)
+        u = u if u.shape == g.shape else u.mT
+        return lr * max(1, g.shape[0] / g.shape[1]) ** 0.5 * u
+
+    assert_same_path(
+        lambda p: zoo.Aurora(p, lr, **FLOAT32, **options), lambda p: Written(p, update, lr * 0.1), MATRICES, 2e-5
+    )
 
 
 def test_aurora_moves_a_model() -> None:

@@ -47,7 +47,7 @@ ZOO: dict[str, Make] = {name: partial(normopt.create, name) for name in NAMES}
 ZOO |= {f"{name}+": partial(ZOO[name], **options) for name, options in MORE.items()}
 #: Made of ingredients that others of the zoo have too: what the contract asks of all, exhaustive tests ask of them.
 KIN = {"adammini", "subsetnorm", "htmuon", "numuon", "muon2", "olion", "splus", "rmnp", "muoneq", "spectra", "spel"}
-KIN |= {"adago", "hybridauon", "adamuon", "dasgo", "asgo", "muonplus"}
+KIN |= {"adago", "aurora", "hybridauon", "adamuon", "dasgo", "asgo", "muonplus"}
 #: Those that look at all tensors before they move one.
 COUPLED = {"lamb", "prodigy", "dadaptadam"}
 LOCAL = {name: make for name, make in ZOO.items() if name not in COUPLED}
@@ -55,7 +55,7 @@ LOCAL |= {name: partial(SteepestDescent, **options) for name, options in BARE.it
 EVERY = ZOO | LOCAL | {name: partial(SteepestDescent, **options) for name, options in JOINT.items()}
 #: One optimizer of each file of the zoo.
 FAMILIES = ("sgd", "lion", "adamw", "lars", "muon", "normuon", "scion", "soap", "scale")
-FAMILIES += ("normalizedsgd", "adamh", "adamp", "prodigy", "adammini", "muon2", "numuon")
+FAMILIES += ("normalizedsgd", "adamh", "adamp", "prodigy", "adammini", "muon2", "numuon", "cosmos")
 #: Every optimizer of the registry, in every setting: what trains a whole model.
 WHOLE = ZOO | {name: partial(normopt.create, name) for name in LOOK_BACK}
 #: Those and every bare combination.

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -181,11 +181,7 @@ def options_of(layout: str) -> dict[str, Any]:
 
 def like(full: Tensor, p: Tensor) -> Tensor:
     """``full`` as ``p`` is laid out."""
-    if not isinstance(p, DTensor):
-        return full.clone()
-    place = meshes.place_in(p.device_mesh)
-    part = meshes.part_of(full.shape, p.placements, tuple(p.device_mesh.shape), place)
-    return meshes.dtensor(meshes.take(full, part).contiguous().clone(), p.device_mesh, p.placements, full.shape)
+    return meshes.placed_as(p, full.clone())
 
 
 def full(x: Tensor) -> Tensor:
@@ -710,3 +706,127 @@ BFLOAT16: dict[str, Make] = {
 #: Rules that use what the registry leaves at its default, and the dtype of the model.
 RULES = {name: (make, torch.float32) for name, make in FLOAT32.items()}
 RULES |= {name: (make, torch.bfloat16) for name, make in BFLOAT16.items()}
+
+
+# Around optimizers ----------------------------------------------------------------------------------------------------
+
+#: Averages of iterates that between them use every argument, and bounds that the averages have to be brought back to.
+AVERAGED: dict[str, tuple[Make, dict[str, Any]]] = {
+    "schedule-free NorMuon": (create("normuon"), {}),
+    "schedule-free AdamW": (create("adamw", betas=(0.0, 0.99)), {"weight_decay": 0.1, "r": 1.0}),
+    "AMUSE": (create("muon"), {"power": 0.0, "rise": (3, 0.7)}),
+    "tail": (create("muon"), {"interpolation": 0.0, "decay": 0.9, "start": 3, "share": 0.6}),
+    "EMA-Nesterov": (create("muon"), {"interpolation": -0.06, "decay": 0.9, "share": 0.0, "leap": True}),
+    "row bound": (descent(norm="spectral", constraint=RowBound(0.3)), {"interpolation": 0.5}),
+    "Frobenius sphere": (descent(norm="spectral", constraint=FrobeniusSphere()), {"interpolation": 0.5}),
+    "Stiefel": (descent(norm="spectral", constraint=Stiefel(orthogonalize="exact")), {"interpolation": 0.5}),
+}
+
+
+def averaged(name: str, layout: str, folder: str) -> tuple[float, float, bool, bool]:
+    """How far averaged iterates are from those of one process after 5 steps, in training and in evaluation.
+
+    And whether a run that is loaded from a checkpoint is the same, in both modes and after one more step; and whether
+    the state of one process gives its weights.
+    """
+    make, options = AVERAGED[name]
+    pair, other = Pair(make, layout), Pair(make, layout)
+    one, many, again = (normopt.Averaged(each, **options) for each in (pair.one, pair.many, other.many))
+    for step in range(5):
+        pair._gradients(pair.plain, pair.model, step)
+        one.step()
+        many.step()
+    training = pair.distance()
+    checkpoint.save(_averaged_states(pair.model, many), checkpoint_id=folder)
+    found = _averaged_states(other.model, again)
+    checkpoint.load(found, checkpoint_id=folder)
+    set_model_state_dict(other.model, found["model"])
+    set_optimizer_state_dict(other.model, again, found["optimizer"])
+    for each in (one, many, again):
+        each.eval()
+    evaluated, is_same = pair.distance(), _are_equal(pair.model, other.model)
+    for each in (one, many, again):
+        each.train()
+    pair._gradients(pair.plain, pair.model, 5)
+    hand_over(pair.plain, other.model)
+    for each in (one, many, again):
+        each.step()
+    is_same &= _are_equal(pair.model, other.model)
+    again.load_state_dict(one.state_dict())
+    return training, evaluated, is_same, _are_equal(pair.plain, other.model)
+
+
+def _averaged_states(model: nn.Module, averaged: normopt.Averaged) -> dict[str, Any]:
+    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, averaged)}
+
+
+def _are_equal(model: nn.Module, other: nn.Module) -> bool:
+    return torch.equal(whole(model.parameters()), whole(other.parameters()))
+
+
+def softmax_limited(layout: str) -> list[tuple[float, float, float]]:
+    """Steps within the softmax's radius: the ratios of one process and of a sharded model, and how far apart both are.
+
+    The learning rate is a hundred times too large, so that steps are cut.
+    """
+    pair, found = Pair(create("muon", lr=1.0), layout), []
+    for step in range(4):
+        pair._gradients(pair.plain, pair.model, step)
+        tokens = batch(step)[0]
+        mine = tokens.chunk(dist.get_world_size())[dist.get_rank()]  # each rank has a part of the batch
+        plain = {"process_group": dist.group.WORLD} if layout.startswith("mesh") else {}
+        ratios = (
+            normopt.softmax_limited_step(pair.one, pair.plain, tokens),
+            normopt.softmax_limited_step(pair.many, pair.model, mine, **plain),
+        )
+        found.append((*ratios, pair.distance()))
+    return found
+
+
+def evaluated_between_steps(layout: str) -> tuple[list[float], list[float]]:
+    """Losses of one process and of a sharded model: at the averages, and in training afterwards."""
+    pair = Pair(create("muon"), layout)
+    averages = [normopt.Averaged(each) for each in (pair.one, pair.many)]
+    for step in range(4):
+        pair._gradients(pair.plain, pair.model, step)
+        for each in averages:
+            each.step()
+    found = []
+    for each, model in zip(averages, (pair.plain, pair.model), strict=True):
+        with each.evaluating(), torch.no_grad():
+            losses = [float(loss_of(model, 9))]
+        if isinstance(model, FSDPModule):
+            model.reshard()
+        found.append([*losses, float(loss_of(model, 9).detach())])
+    return found[0], found[1]
+
+
+# Inputs of layers -----------------------------------------------------------------------------------------------------
+
+
+def watching(model: nn.Module, **options: Any) -> SteepestDescent:
+    """Newton-Muon on hidden matrices of the model, which watches its layers."""
+    whitened = normopt.InputWhitened(Spectral(), -1.0, 0.2)
+    optimizer = normopt.create("muon", model, geometry={"linear": {"norm": whitened}})
+    normopt.InputStatistics(model, optimizer, **options)
+    return optimizer
+
+
+def watched_together() -> tuple[float, str, str]:
+    """How far several ranks with parts of a batch are from one with all of it, and what is said of other models."""
+    plain, model = net(), net()
+    one = watching(plain, process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True))
+    many = watching(model, process_group=dist.group.WORLD)
+    start = whole(plain.parameters())
+    for step in range(3):
+        Pair._gradients(plain, plain, step)
+        with torch.enable_grad():
+            model(batch(step)[0].chunk(dist.get_world_size())[dist.get_rank()])
+        hand_over(plain, model)
+        one.step()
+        many.step()
+    distance = (whole(model.parameters()) - whole(plain.parameters())).norm() / (
+        whole(plain.parameters()) - start
+    ).norm()
+    alone = _error(lambda: watching(net()))
+    return float(distance), alone, _error(lambda: watching(laid_out(net(), f"fsdp {dist.get_world_size()}")))
