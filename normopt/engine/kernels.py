@@ -40,7 +40,11 @@ class Kernel(ABC):
         # A compiler fuses by itself, and would compile anew for each learning rate.
         if device.type not in DEVICES or torch.compiler.is_compiling():
             return False
-        return all([g.dtype == dtype for g in gradients]) and all(map(Tensor.is_contiguous, (*gradients, *params)))
+        return (
+            all([g.dtype == dtype for g in gradients])
+            and all(map(Tensor.is_contiguous, gradients))
+            and all(map(Tensor.is_contiguous, params))
+        )
 
     @abstractmethod
     def __call__(
@@ -52,7 +56,7 @@ class Kernel(ABC):
         lr: float | Tensor,
         maximize: bool,
     ) -> None:
-        """Take the step with this number, from 1; ``state`` has each parameter's entries by name."""
+        """Take a step; ``state`` has each parameter's entries by name, ``"step"`` with this step's number, from 1."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,9 @@ class AdamKernel(Kernel):
         lr: float | Tensor,
         maximize: bool,
     ) -> None:
-        number = torch.as_tensor(step, dtype=torch.float32, device=params[0].device)
+        steps = state["step"]
+        if steps[0].device != params[0].device:  # the host counts for a device
+            steps = [torch.as_tensor(step, dtype=torch.float32, device=params[0].device)] * len(params)
         run = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
         run(
             params,
@@ -87,7 +93,7 @@ class AdamKernel(Kernel):
             state["momentum"],
             state["second_moment"],
             state["max_second_moment"] if self.amsgrad else [],
-            [number] * len(params),
+            steps,
             lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,

@@ -63,7 +63,8 @@ def update_weights(pending: Pending) -> None:
     batch, context, state, averaged, d = pending
     rule = batch.rule
     if batch.moves:
-        if any(constraint.compares for constraint in rule.acting("weight")):
+        bounds = rule.acting("weight")
+        if bounds and any(constraint.compares for constraint in bounds):
             before = batch.weights().clone()
             context = replace(context, weights=lambda: before)
         for constraint in rule.acting("update"):
