@@ -177,6 +177,12 @@ class Batch:
         found = self.plan.together([places(*numbered, device=device) for numbered in each])
         return found if chunk is None else found[chunk]
 
+    def turns(self) -> list[int]:
+        """A number for each matrix, from its parameter's place among all of them, for what is done in turn."""
+        known = self.group.get("turns")  # where parameters are parts of others
+        each = [self._place + i if known is None else known[i] for i in self.plan.members]
+        return [turn + i for turn, size in zip(each, self.plan.sizes, strict=True) for i in range(size)]
+
     def _find_kernel(self) -> Kernel | None:
         kernel = self.plan.kernel
         return kernel if kernel is not None and kernel.takes(self.params, self.gradients) else None
@@ -311,6 +317,7 @@ class Batch:
             past=past,
             dtype=self.params[0].dtype,
             places=self.places,
+            turns=self.turns,
         )
         for constraint in self.rule.acting("gradient"):
             context = replace(context, g=constraint.gradient(context.g, context))
