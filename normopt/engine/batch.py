@@ -102,6 +102,8 @@ class Batch:
         if self._in_tensors:  # so that the compiled part sees tensors, not how they are found
             self._state = self.state
         self._read_numbers()
+        if self.kernel is not None and self.kernel.needs_numbers and isinstance(self.rate, Tensor):
+            self.kernel = None
 
     # State ------------------------------------------------------------------------------------------------------------
 
@@ -185,7 +187,9 @@ class Batch:
 
     def _find_kernel(self) -> Kernel | None:
         kernel = self.plan.kernel
-        return kernel if kernel is not None and kernel.takes(self.params, self.gradients) else None
+        if kernel is None or not (kernel.in_place or self.plan.shape.numel() <= plans.FLAT_ENTRIES):
+            return None  # a large parameter is worked through in chunks
+        return kernel if kernel.takes(self.params, self.gradients) else None
 
     # Numbers ----------------------------------------------------------------------------------------------------------
 

@@ -260,7 +260,8 @@ def partition(group: Mapping[str, Any], members: Iterable[int], rule: Rule, stat
         p = params[i]
         shape = () if rule.elementwise else (p.ndim < 2, *rule.view.shape(p.shape)[1:])
         kinds.setdefault((shape, p.dtype, p.device, age(state, p)), []).append(i)
-    has_kernel = kernels.find(rule) is not None
+    kernel = kernels.find(rule)
+    has_kernel = kernel is not None and kernel.in_place
     for (_, dtype, *_), alike in kinds.items():
         is_whole = rule.norm.reduces == "matrix" or (has_kernel and dtype in (torch.float32, torch.float64))
         limit = MAX_ENTRIES if is_whole else FLAT_ENTRIES

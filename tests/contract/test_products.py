@@ -218,7 +218,7 @@ def test_muon_is_torchs_within_bfloat16s_error_whatever_is_fastest(dtype: torch.
 
 
 def test_no_optimizer_takes_one_dtype_for_products_by_default() -> None:
-    """The fastest of bfloat16's accuracy or better, or that of the gradients: a fixed dtype is the slow one somewhere."""
+    """The fastest of bfloat16's accuracy or better, or the gradients' own: any other is the slow one somewhere."""
     dtypes = {
         name: vars(cls).get("_arguments", {})["orthogonalize_dtype"].default
         for name, cls in normopt.SteepestDescent.registry.items()
