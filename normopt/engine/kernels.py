@@ -16,7 +16,7 @@ from normopt.constraints.decay import L2, WeightDecay
 from normopt.directions.algebra import Chain, Identity
 from normopt.directions.smoothed import Smoothed
 from normopt.momentum.averages import EMA, HeavyBall, LionMomentum
-from normopt.momentum.base import NoMomentum
+from normopt.momentum.base import Momentum, NoMomentum
 from normopt.norms.entrywise import Max
 from normopt.rule import Rule
 from normopt.stepsize.fixed import Constant
@@ -201,8 +201,8 @@ class SignKernel(ListKernel):
             signs = torch._foreach_lerp(state["momentum"], g, 1 - self.ahead)
             torch._foreach_lerp_(state["momentum"], g, 1 - self.beta)
             torch._foreach_sign_(signs)
-        shrink_(params, 1 - lr * self.weight_decay)
-        torch._foreach_add_(params, signs, alpha=-lr)
+        shrink_(params, 1 - float(lr) * self.weight_decay)
+        torch._foreach_add_(params, signs, alpha=-float(lr))
 
 
 @dataclass(frozen=True)
@@ -237,9 +237,9 @@ class RMSKernel(ListKernel):
         if self.momentum:
             torch._foreach_mul_(state["1.momentum"], self.momentum)
             torch._foreach_addcdiv_(state["1.momentum"], g, roots)
-            torch._foreach_add_(params, state["1.momentum"], alpha=-lr)
+            torch._foreach_add_(params, state["1.momentum"], alpha=-float(lr))
         else:
-            torch._foreach_addcdiv_(params, g, roots, -lr)
+            torch._foreach_addcdiv_(params, g, roots, -float(lr))
 
 
 def shrink_(params: list[Tensor], factor: float | Tensor) -> None:
@@ -302,15 +302,17 @@ def _signs(rule: Rule) -> Kernel | None:
     if not isinstance(decay, WeightDecay):
         return None
     momentum = rule.momentum
-    average, numbers = NoMomentum(), (None, None)
+    average: Momentum = NoMomentum()
+    beta: float | None = None
+    ahead: float | None = None
     if isinstance(momentum, EMA):
-        average, numbers = EMA(momentum.beta), (momentum.beta, None)
+        average, beta = EMA(momentum.beta), momentum.beta
     elif isinstance(momentum, LionMomentum):
-        average, numbers = LionMomentum(momentum.beta1, momentum.beta2), (momentum.beta2, momentum.beta1)
+        average, beta, ahead = LionMomentum(momentum.beta1, momentum.beta2), momentum.beta2, momentum.beta1
     bounds = (WeightDecay(decay.weight_decay),) if rule.constraint else ()
     if rule != Rule(Max(), average, Constant(), bounds, rule.view):
         return None
-    return SignKernel(*numbers, decay.weight_decay)
+    return SignKernel(beta, ahead, decay.weight_decay)
 
 
 def _rms(rule: Rule) -> Kernel | None:
