@@ -38,6 +38,7 @@ from normopt.engine.plan import Plan
 from normopt.engine.prepare import adopt, prepared
 from normopt.engine.schedulers import first_weight, forward, own_rates, rates
 from normopt.engine.totals import Everywhere, share
+from normopt.engine.warm import WarmStep
 from normopt.engine.wave import Wave
 from normopt.ingredient import Stage, nearest
 from normopt.ingredient.view import View
@@ -227,6 +228,7 @@ class SteepestDescent(Optimizer):
 
     def _forget_steps(self) -> None:
         self._plans: dict[int, list[Plan]] = {}
+        self._warm: WarmStep | None = None
         self._layout: Layout | None = None
         self._guard = FiniteGuard()
         self._compiled = torch.compile(_own_copy(loop.take_step)) if self.compiles else loop.take_step
@@ -448,6 +450,8 @@ class SteepestDescent(Optimizer):
         check_capture(self.param_groups)
         self._guard.settle(self.param_groups)
         self._guard.raise_late()
+        if closure is None and self._step_warm():
+            return None
         if closure is None:
             check_alone(self.param_groups, is_first=not self.state)
         loss = None
@@ -472,6 +476,19 @@ class SteepestDescent(Optimizer):
                 if not self._take(wave, closure):
                     break
         return loss
+
+    def _step_warm(self) -> bool:
+        """Take a step that is like the last one; if it is not, or gradients are not finite, nothing has changed."""
+        warm, self._warm = self._warm, None  # which an error forgets
+        if warm is None or (dist.is_available() and dist.is_initialized()):
+            return False
+        batches = warm.batches(self.param_groups, self.state, self._plans)
+        if batches is None or not self._guard.are_finite(batches):
+            return False
+        with _without_autocast(), products.kept(self.param_groups, self.is_deterministic):
+            self._move(batches, None)
+        self._warm = warm
+        return True
 
     def layout(self) -> Layout | None:
         """Where parameters are moved, if several processes step together; ``None`` if all of everything is here."""
@@ -508,6 +525,8 @@ class SteepestDescent(Optimizer):
             return False
         with _without_autocast(), products.kept(self.param_groups, self.is_deterministic):
             self._move(batches, wave.everywhere)
+        if wave.groups is self.param_groups and closure is None and not self.compiles:
+            self._warm = WarmStep.after(wave.groups, found)
         return True
 
     def _move(self, batches: list[Batch], everywhere: Everywhere | None) -> None:

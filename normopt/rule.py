@@ -63,7 +63,7 @@ class Rule(Ingredient):
     def at(self, group: Mapping[str, Any]) -> Rule:
         """``resolve`` for a param group; the same object for the same numbers, as long as there are not many."""
         values, known = tuple([group.get(name) for name in self._names]), self._resolved
-        if not all(map(_is_plain, values)):
+        if not all(map(is_plain, values)):
             return self.resolve(group)
         if values not in known:
             if len(known) >= REMEMBERED:
@@ -204,12 +204,12 @@ class Rule(Ingredient):
         self.view.shape(shape)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether it can be told by its value whether it has changed."""
     return (
         value is None
         or isinstance(value, (int, float, str))
-        or (isinstance(value, tuple) and all(map(_is_plain, value)))
+        or (isinstance(value, tuple) and all(map(is_plain, value)))
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from normopt.directions.turns import due, in_turn
 from normopt.ingredient.base import Ingredient
 from normopt.ingredient.stage import Context
 from normopt.ingredient.validate import check_choice, check_count, check_range
@@ -72,6 +74,7 @@ class Eigenbasis(Basis):
         sides: ``"both"``, or only the ``"smaller"`` one, the columns of a square matrix.
         of: whose bases: of the ``"gradient"``, or of the ``"momentum"``, the direction's input. With ``exact`` and
             ``beta=0`` the latter are the singular vectors of the average, as in Conda (arXiv 2509.24218).
+        staggered: give each matrix a step of its own for its update, spread over the ``frequency`` steps.
     """
 
     looks_first = True
@@ -84,6 +87,7 @@ class Eigenbasis(Basis):
     exact: bool = False
     sides: str = "both"
     of: str = "gradient"
+    staggered: bool = True
 
     def __post_init__(self) -> None:
         check_choice(self, "sides", self.sides, SIDES)
@@ -127,11 +131,15 @@ class Eigenbasis(Basis):
         return x if right is None else x @ right.mT
 
     def learn(self, g: Tensor, state: dict[str, Tensor], context: Context, memory: Sequence[Tensor]) -> None:
+        mask = due(context, g.shape, self.frequency, self.staggered)
         for side in self._sides(g):
             gram = average_(state[f"{side}_gram"], gram_matrix(g, side), self.beta)
-            if context.step % self.frequency == 0 and self.exact:
-                state[f"{side}_basis"].copy_(eigh(gram)[1].flip(-1))
-            elif context.step % self.frequency == 0:
-                order = power_iteration_(state[f"{side}_basis"], gram)
-                for tensor in memory:
-                    reorder_(tensor, order, side)
+            in_turn(mask, partial(self._turn, side), state[f"{side}_basis"], gram, *memory)
+
+    def _turn(self, side: str, basis: Tensor, gram: Tensor, *memory: Tensor) -> None:
+        if self.exact:
+            basis.copy_(eigh(gram)[1].flip(-1))
+            return
+        order = power_iteration_(basis, gram)
+        for tensor in memory:
+            reorder_(tensor, order, side)

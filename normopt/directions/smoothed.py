@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from normopt.directions.turns import due, in_turn
 from normopt.ingredient.base import Option
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import SECOND_MOMENT, Context, Direction
@@ -16,6 +17,9 @@ from normopt.ingredient.validate import check_choice, check_count, check_range
 from normopt.norms.base import Norm
 
 ACCUMULATE = ("ema", "sum", "max")
+
+#: The state that roots are computed from.
+_READ = {"second_moment", "max_second_moment", "mean"}
 
 EPS_AT = ("corrected", "raw", "moment")
 
@@ -52,6 +56,7 @@ class Smoothed(Direction):
             new ones at once: the directions in which the gradient is large were small when the roots were computed.
             So steps are as bounded as with 1. Directions that a root leaves out, see
             :func:`normopt.numerics.eigen.matrix_power`, wait for the next.
+        staggered: give each matrix a step of its own for new roots, spread over the ``frequency`` steps.
 
     Raises:
         ValueError: the norm has no second moment, a number is out of range, or options exclude each other.
@@ -73,6 +78,7 @@ class Smoothed(Direction):
     centered: bool = False
     eps_at: str = "corrected"
     frequency: int = 1
+    staggered: bool = True
 
     def __post_init__(self) -> None:
         read(self, "norm", Norm)
@@ -134,23 +140,25 @@ class Smoothed(Direction):
         return d if isinstance(correction, float) and correction == 1.0 else d.mul_(correction)
 
     def _refresh(self, state: dict[str, Tensor], context: Context) -> None:
-        """Recompute the kept roots: all of them every ``frequency`` steps, in between those that do not fit ``g``.
+        """Recompute the kept roots: each every ``frequency`` steps, in between those that do not fit ``g``.
 
         New roots are those of statistics that are at least ``add / correction^2`` times the second moment of ``g``, so
         they make ``g`` at most ``correction / sqrt(add)`` times as long as its duality map: the inverse roots are
         operator-monotone. Roots for which that holds at every step bound averages of gradients alike.
         """
-        kept = _named(state, "root")
-        if context.step % self.frequency == 0:
-            for root, new in zip(kept, self._roots(state, context), strict=True):
+        kept, mask = _named(state, "root"), due(context, context.g.shape, self.frequency, self.staggered)
+        if not bool(mask.all()):
+            add = 1.0 if self.accumulate == "sum" else 1 - self.beta
+            longest = MARGIN * self._correction(context.step) / add**0.5
+            mask |= (self.norm.unit_lengthening(context.g, kept) > longest).cpu()
+        read = {name: x for name, x in state.items() if name.rstrip("0123456789") in _READ}
+
+        def refresh(*tensors: Tensor) -> None:
+            part = dict(zip(read, tensors, strict=False))
+            for root, new in zip(tensors[len(read) :], self._roots(part, context), strict=True):
                 root.copy_(new)
-            return
-        add = 1.0 if self.accumulate == "sum" else 1 - self.beta
-        longest = MARGIN * self._correction(context.step) / add**0.5
-        stale = (self.norm.unit_lengthening(context.g, kept) > longest)[..., None, None]
-        if bool(stale.any()):
-            for root, new in zip(kept, self._roots(state, context), strict=True):
-                root.copy_(torch.where(stale, new, root))
+
+        in_turn(mask, refresh, *read.values(), *kept)
 
     def _remember(self, g: Tensor, state: dict[str, Tensor], context: Context) -> None:
         stats = _named(state, "second_moment")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from normopt.directions.base import UnitRMS
+from normopt.directions.turns import due, in_turn
 from normopt.ingredient.stage import Context
 from normopt.ingredient.validate import check_count, check_range
 from normopt.numerics.eigen import average_, eigh, gram_matrix, power_iteration_
@@ -34,6 +35,7 @@ class KLWhitened(UnitRMS):
         eps: added to the roots of the products of eigenvalues.
         frequency: number of steps between updates of the bases.
         init_factor: first value of all eigenvalues.
+        staggered: give each matrix a step of its own for the update of its bases, spread over the ``frequency`` steps.
     """
 
     sees_weights = False
@@ -44,6 +46,7 @@ class KLWhitened(UnitRMS):
     eps: float = 1e-8
     frequency: int = 10
     init_factor: float = 0.1
+    staggered: bool = True
 
     def __post_init__(self) -> None:
         check_range(self, "beta", self.beta, 0, 1)
@@ -70,9 +73,9 @@ class KLWhitened(UnitRMS):
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         d = self.apply(x, state, context)
         self._learn(context.unscaled(context.g), state)
-        if context.step % self.frequency == 0:
-            for side in "left", "right":
-                power_iteration_(state[f"{side}_basis"], state[f"{side}_gram"], ordered=False)
+        mask = due(context, x.shape, self.frequency, self.staggered)
+        for side in "left", "right":
+            in_turn(mask, _turn, state[f"{side}_basis"], state[f"{side}_gram"])
         return d
 
     def apply(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
@@ -93,6 +96,10 @@ class KLWhitened(UnitRMS):
         average_(state["right_gram"], gram_matrix(from_left, "right") / m, self.beta)
         average_(left, rows, self.beta).clamp_(min=_least(m))
         average_(right, columns, self.beta).clamp_(min=_least(n))
+
+
+def _turn(basis: Tensor, gram: Tensor) -> None:
+    power_iteration_(basis, gram, ordered=False)
 
 
 def _least(size: int) -> float:

@@ -18,13 +18,19 @@ from torch._C._nn import unflatten_dense_tensors
 from normopt.engine import plan as plans
 from normopt.engine.checks import name_of
 from normopt.engine.kernels import Kernel
-from normopt.engine.plan import Plan, State, age
+from normopt.engine.plan import Joined, Plan, State, age
 from normopt.ingredient.stage import Context, Rate
 from normopt.ingredient.view import is_small
 from normopt.numerics.host import can_read_values
 from normopt.numerics.rounding import places, stochastically
 from normopt.rule import Rule
 from normopt.stepsize.base import Numbers, Shared, double
+
+#: Adding a tensor is faster than adding a number, which torch makes a tensor of.
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
+
+#: Gradients with fewer entries on average are copied together to be looked at: that takes less than one call for each.
+FEW_ENTRIES = 4096
 
 #: Gradients whose entries are no larger have finite sums of squares in float32, however many there are.
 LARGEST = torch.finfo(torch.float32).max ** 0.4
@@ -44,7 +50,7 @@ class Batch:
         state: what ``optimizer.state`` is.
         shared: the numbers of the whole optimizer that the group holds.
         in_tensors: for a compiler, which makes a new graph for each number that is no tensor.
-        joined: each parameter's entries by name, where they are parts of one tensor, see ``Plan.joined``.
+        joined: the parameters' state, where it lies together, see ``Plan.joined``.
         place: of the group among the param groups.
 
     Raises:
@@ -60,7 +66,7 @@ class Batch:
         state: State,
         shared: Shared,
         in_tensors: bool = False,
-        joined: dict[str, list[Tensor]] | None = None,
+        joined: Joined | None = None,
         place: int = 0,
     ) -> None:
         self.plan, self.group, self.rule, self.shared = plan, group, rule, shared
@@ -84,18 +90,20 @@ class Batch:
         self._before: list[Tensor] = []
         self._place = place
         self._in_tensors = in_tensors and not rule.decides_on_host
-        self._entries = joined
+        self._entries: dict[str, list[Tensor]] | None = None
         self._state: dict[str, Tensor] | None = None
         if joined is None:
             self._state = self._laid_out(state)
             self.steps = self._state.pop("step")
         else:
-            self.steps = plan.whole("step", joined["step"])
+            self._entries, self.steps = joined
         #: The kernel that takes this step, if torch has one for the rule and its tensors.
         self.kernel = self._find_kernel()
         if self._in_tensors:  # so that the compiled part sees tensors, not how they are found
             self._state = self.state
         self._read_numbers()
+        if self.kernel is not None and self.kernel.needs_numbers and isinstance(self.rate, Tensor):
+            self.kernel = None
 
     # State ------------------------------------------------------------------------------------------------------------
 
@@ -148,6 +156,8 @@ class Batch:
 
     def loaded(self) -> dict[str, Tensor]:
         """The state for this step: copies of what is kept in fewer bits."""
+        if not self.plan.rounded:
+            return self.state
         return {**self.state, **{name: self.state[name].to(self.working) for name in self.plan.rounded}}
 
     def save_low_precision(self, state: Mapping[str, Tensor]) -> None:
@@ -169,9 +179,17 @@ class Batch:
         found = self.plan.together([places(*numbered, device=device) for numbered in each])
         return found if chunk is None else found[chunk]
 
+    def turns(self) -> list[int]:
+        """A number for each matrix, from its parameter's place among all of them, for what is done in turn."""
+        known = self.group.get("turns")  # where parameters are parts of others
+        each = [self._place + i if known is None else known[i] for i in self.plan.members]
+        return [turn + i for turn, size in zip(each, self.plan.sizes, strict=True) for i in range(size)]
+
     def _find_kernel(self) -> Kernel | None:
         kernel = self.plan.kernel
-        return kernel if kernel is not None and kernel.takes(self.params, self.gradients) else None
+        if kernel is None or not (kernel.in_place or self.plan.shape.numel() <= plans.FLAT_ENTRIES):
+            return None  # a large parameter is worked through in chunks
+        return kernel if kernel.takes(self.params, self.gradients) else None
 
     # Numbers ----------------------------------------------------------------------------------------------------------
 
@@ -205,7 +223,7 @@ class Batch:
 
     def count(self) -> None:
         """Count one more step; its ``number``, from 1, is what ingredients see."""
-        self.steps.add_(1)
+        self.steps.add_(_ONE if self.steps.is_cpu else 1)
         self.number = self.taken()
 
     @property
@@ -228,6 +246,8 @@ class Batch:
         """The inverse of ``Plan.gather``: views of ``x`` (or of a copy), one like each parameter."""
         if len(self.params) == 1 and x.shape == self.params[0].shape:
             return [x]
+        if self.flat and self.plan.is_uniform:  # which is faster for many small ones
+            return [*x.view(len(self.params), *self.params[0].shape).unbind()]
         if self.flat and self.plan.has_no_empty:
             return [*unflatten_dense_tensors(x, self.params)]
         if self.plan.is_stack:
@@ -259,8 +279,8 @@ class Batch:
 
         Kernels take gradients as they are; of many numbers it is then the sum of the gradients' norms.
         """
-        if self.kernel is not None and self.plan.shape.numel() > plans.FLAT_ENTRIES:
-            return sum([norm_on_host(g) for g in self.gradients])
+        if self.kernel is not None and self.plan.shape.numel() > FEW_ENTRIES * len(self.gradients):
+            return sum([norm.item() for norm in torch._foreach_norm(self.gradients)])
         gathered = self.plan.gather(self.gradients)
         self._gathered = gathered if self.kernel is None else None
         return norm_on_host(gathered)
@@ -301,6 +321,7 @@ class Batch:
             past=past,
             dtype=self.params[0].dtype,
             places=self.places,
+            turns=self.turns,
         )
         for constraint in self.rule.acting("gradient"):
             context = replace(context, g=constraint.gradient(context.g, context))
@@ -392,6 +413,6 @@ def clamped(g: Tensor) -> Tensor:
 def norm_on_host(g: Tensor) -> float:
     """The Euclidean norm, read by the host; where it can be had as a dot product, that is faster."""
     if g.is_contiguous() and g.dtype in (torch.float32, torch.float64):
-        flat = g.view(-1)
+        flat = g if g.ndim == 1 else g.view(-1)
         return math.sqrt(torch.dot(flat, flat).item())
     return torch.linalg.vector_norm(g).item()

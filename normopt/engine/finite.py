@@ -134,6 +134,13 @@ class FiniteGuard:
         self.is_large |= not math.isfinite(total)
         return math.isfinite(total) or all_finite(_watched(asked))
 
+    def are_finite(self, batches: Sequence[Batch]) -> bool:
+        """Whether the host can tell at a glance that a step can go: if not, ``may_go`` finds out why."""
+        asked = [batch for batch in batches if batch.is_watched]
+        total = math.inf if host.DEFERRED else sum_of_gathered_norms(asked)
+        self.is_small = total is not None and total <= LARGEST
+        return self.is_small
+
     def may_all_go(
         self,
         ranks: Ranks,

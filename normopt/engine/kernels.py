@@ -6,28 +6,41 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from normopt.constraints.bounds import Ball, FrobeniusSphere, RowBound, Sphere
 from normopt.constraints.decay import L2, WeightDecay
-from normopt.directions.algebra import Identity
+from normopt.directions.algebra import Chain, Identity
 from normopt.directions.smoothed import Smoothed
-from normopt.momentum.averages import EMA, HeavyBall
+from normopt.momentum.averages import EMA, HeavyBall, LionMomentum
+from normopt.momentum.base import Momentum, NoMomentum
 from normopt.norms.entrywise import Max
 from normopt.rule import Rule
 from normopt.stepsize.fixed import Constant
 
 DEVICES = ("cpu", "cuda")
 
+#: Factors nearer to 1 are not multiplied by: 1 - 1e-8 is 1 in float32, but w - 1e-8 w need not be w.
+NEAR_ONE = 1e-5
+
 #: What may follow a kernel: bounds that look at nothing but the weights it has moved; classes that extend them may.
 BOUNDS = (RowBound, Sphere, FrobeniusSphere, Ball)
 
 
+#: How many tensors are few, and from how many entries on they are large, for foreach calls to be the faster way.
+FEW_TENSORS, LARGE = 16, 4096
+
+
 class Kernel(ABC):
-    """A step that torch takes in one pass over memory, for contiguous tensors of one dtype."""
+    """A step that torch takes in few passes over memory, for contiguous tensors of one dtype."""
+
+    #: Whether the learning rate must be a number.
+    needs_numbers: ClassVar[bool] = False
+    #: Whether it makes no tensor, so that it takes many entries as well as few.
+    in_place: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -40,7 +53,11 @@ class Kernel(ABC):
         # A compiler fuses by itself, and would compile anew for each learning rate.
         if device.type not in DEVICES or torch.compiler.is_compiling():
             return False
-        return all([g.dtype == dtype for g in gradients]) and all(map(Tensor.is_contiguous, (*gradients, *params)))
+        return (
+            all([g.dtype == dtype for g in gradients])
+            and all(map(Tensor.is_contiguous, gradients))
+            and all(map(Tensor.is_contiguous, params))
+        )
 
     @abstractmethod
     def __call__(
@@ -52,7 +69,7 @@ class Kernel(ABC):
         lr: float | Tensor,
         maximize: bool,
     ) -> None:
-        """Take the step with this number, from 1; ``state`` has each parameter's entries by name."""
+        """Take a step; ``state`` has each parameter's entries by name, ``"step"`` with this step's number, from 1."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,9 @@ class AdamKernel(Kernel):
         lr: float | Tensor,
         maximize: bool,
     ) -> None:
-        number = torch.as_tensor(step, dtype=torch.float32, device=params[0].device)
+        steps = state["step"]
+        if steps[0].device != params[0].device:  # the host counts for a device
+            steps = [torch.as_tensor(step, dtype=torch.float32, device=params[0].device)] * len(params)
         run = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
         run(
             params,
@@ -87,7 +106,7 @@ class AdamKernel(Kernel):
             state["momentum"],
             state["second_moment"],
             state["max_second_moment"] if self.amsgrad else [],
-            [number] * len(params),
+            steps,
             lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
@@ -136,10 +155,107 @@ class SGDKernel(Kernel):
         )
 
 
+class ListKernel(Kernel):
+    """A step of torch's foreach calls, where tensors are few, or large on average; else all are laid end to end."""
+
+    needs_numbers = True
+    in_place = False
+
+    def takes(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+        fit = len(params) <= FEW_TENSORS or sum(map(Tensor.numel, params)) >= LARGE * len(params)
+        return fit and super().takes(params, gradients)
+
+
+@dataclass(frozen=True)
+class SignKernel(ListKernel):
+    """Signs of gradients, of their average, or of Lion's interpolation, with decoupled decay, by foreach calls.
+
+    ``beta`` is the decay rate of the average, ``None`` without one; ``ahead`` the weight of the old average in what
+    signs are taken of, ``None`` where that is the new average.
+    """
+
+    beta: float | None
+    ahead: float | None
+    weight_decay: float
+
+    @property
+    def reads(self) -> list[str]:
+        return [] if self.beta is None else ["momentum"]
+
+    def __call__(
+        self,
+        params: list[Tensor],
+        gradients: list[Tensor],
+        state: Mapping[str, list[Tensor]],
+        step: Any,
+        lr: float | Tensor,
+        maximize: bool,
+    ) -> None:
+        g = torch._foreach_neg(gradients) if maximize else gradients
+        if self.beta is None:
+            signs = torch._foreach_sign(g)
+        elif self.ahead is None:
+            torch._foreach_lerp_(state["momentum"], g, 1 - self.beta)
+            signs = torch._foreach_sign(state["momentum"])
+        else:
+            signs = torch._foreach_lerp(state["momentum"], g, 1 - self.ahead)
+            torch._foreach_lerp_(state["momentum"], g, 1 - self.beta)
+            torch._foreach_sign_(signs)
+        shrink_(params, 1 - float(lr) * self.weight_decay)
+        torch._foreach_add_(params, signs, alpha=-float(lr))
+
+
+@dataclass(frozen=True)
+class RMSKernel(ListKernel):
+    """Gradients over the root of their average square, then a heavy ball; L2 regularization before: RMSprop."""
+
+    beta: float
+    eps: float
+    momentum: float
+    weight_decay: float
+
+    @property
+    def reads(self) -> list[str]:
+        return ["0.second_moment", *(["1.momentum"] if self.momentum else [])]
+
+    def __call__(
+        self,
+        params: list[Tensor],
+        gradients: list[Tensor],
+        state: Mapping[str, list[Tensor]],
+        step: Any,
+        lr: float | Tensor,
+        maximize: bool,
+    ) -> None:
+        g, squares = torch._foreach_neg(gradients) if maximize else gradients, state["0.second_moment"]
+        if self.weight_decay:
+            g = torch._foreach_add(g, params, alpha=self.weight_decay)
+        torch._foreach_mul_(squares, self.beta)
+        torch._foreach_addcmul_(squares, g, g, 1 - self.beta)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_add_(roots, self.eps)
+        if self.momentum:
+            torch._foreach_mul_(state["1.momentum"], self.momentum)
+            torch._foreach_addcdiv_(state["1.momentum"], g, roots)
+            torch._foreach_add_(params, state["1.momentum"], alpha=-float(lr))
+        else:
+            torch._foreach_addcdiv_(params, g, roots, -float(lr))
+
+
+def shrink_(params: list[Tensor], factor: float | Tensor) -> None:
+    """``w <- factor w``; ``factor`` is a number, or a tensor with one entry."""
+    if isinstance(factor, Tensor):
+        torch._foreach_add_(params, torch._foreach_mul(params, factor - 1))
+    elif factor != 1.0 and abs(factor - 1) < NEAR_ONE:
+        torch._foreach_add_(params, params, alpha=factor - 1)
+    elif factor != 1.0:
+        torch._foreach_mul_(params, factor)
+
+
 def find(rule: Rule) -> Kernel | None:
     """The kernel that computes what a rule without options says, up to its bounds; ``None`` if there is none."""
     bare = dataclasses.replace(rule, constraint=tuple(x for x in rule.constraint if type(x) not in BOUNDS))
-    return _adam(bare) or _sgd(bare)
+    return _adam(bare) or _sgd(bare) or _signs(bare) or _rms(bare)
 
 
 def _adam(rule: Rule) -> Kernel | None:
@@ -179,3 +295,39 @@ def _sgd(rule: Rule) -> Kernel | None:
     if rule != plain:
         return None
     return SGDKernel(ball.beta, ball.dampening, ball.nesterov, ball.damp_first, decay.weight_decay)
+
+
+def _signs(rule: Rule) -> Kernel | None:
+    decay = rule.constraint[0] if rule.constraint else WeightDecay(0.0)
+    if not isinstance(decay, WeightDecay):
+        return None
+    momentum = rule.momentum
+    average: Momentum = NoMomentum()
+    beta: float | None = None
+    ahead: float | None = None
+    if isinstance(momentum, EMA):
+        average, beta = EMA(momentum.beta), momentum.beta
+    elif isinstance(momentum, LionMomentum):
+        average, beta, ahead = LionMomentum(momentum.beta1, momentum.beta2), momentum.beta2, momentum.beta1
+    bounds = (WeightDecay(decay.weight_decay),) if rule.constraint else ()
+    if rule != Rule(Max(), average, Constant(), bounds, rule.view):
+        return None
+    return SignKernel(beta, ahead, decay.weight_decay)
+
+
+def _rms(rule: Rule) -> Kernel | None:
+    stages = rule.norm.stages if isinstance(rule.norm, Chain) else ()
+    decay = rule.constraint[0] if rule.constraint else L2(0.0)
+    if len(stages) != 2 or not isinstance(decay, L2):
+        return None
+    norm, ball = stages
+    if not (isinstance(norm, Smoothed) and norm.accumulate == "ema" and norm.eps and isinstance(ball, HeavyBall)):
+        return None
+    plain = Rule(
+        Chain(Smoothed(Max(), norm.beta, norm.eps, bias_correction=False), HeavyBall(ball.beta)),
+        NoMomentum(),
+        Constant(),
+        (L2(decay.weight_decay),) if rule.constraint else (),
+        rule.view,
+    )
+    return RMSKernel(norm.beta, norm.eps, ball.beta, decay.weight_decay) if rule == plain else None

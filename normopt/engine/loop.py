@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 
 from normopt.engine.batch import Batch
-from normopt.engine.kernels import Kernel
+from normopt.engine.kernels import Kernel, shrink_
 from normopt.engine.totals import Everywhere, Totals
 from normopt.ingredient.stage import Context, Rate
 from normopt.stepsize.base import Shared
-
-#: Factors nearer to 1 are not multiplied by: 1 - 1e-8 is 1 in float32, but w - 1e-8 w need not be w.
-NEAR_ONE = 1e-5
 
 
 class Pending(NamedTuple):
@@ -63,7 +60,8 @@ def update_weights(pending: Pending) -> None:
     batch, context, state, averaged, d = pending
     rule = batch.rule
     if batch.moves:
-        if any(constraint.compares for constraint in rule.acting("weight")):
+        bounds = rule.acting("weight")
+        if bounds and any(constraint.compares for constraint in bounds):
             before = batch.weights().clone()
             context = replace(context, weights=lambda: before)
         for constraint in rule.acting("update"):
@@ -81,12 +79,7 @@ def apply_update(batch: Batch, d: Tensor, length: Rate, context: Context) -> Non
     if batch.working != params[0].dtype or (isinstance(shrink, Tensor) and shrink.ndim):
         write_weights(batch, context, batch.weights() * shrink + d * size)
         return
-    if isinstance(shrink, Tensor):
-        torch._foreach_add_(params, torch._foreach_mul(params, shrink - 1))
-    elif shrink != 1.0 and abs(shrink - 1) < NEAR_ONE:
-        torch._foreach_add_(params, params, alpha=shrink - 1)
-    elif shrink != 1.0:
-        torch._foreach_mul_(params, shrink)
+    shrink_(params, shrink)
     if isinstance(size, Tensor) and not size.ndim:
         torch._foreach_addcmul_(params, batch.scatter(d), [size.to(batch.working)] * len(params))
     elif isinstance(size, Tensor):

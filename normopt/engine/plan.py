@@ -79,6 +79,15 @@ class _Layout(NamedTuple):
         return entries[self.filled[0] if self.filled else 0].as_strided(self.shape, self.stride, 0)
 
 
+class Joined(NamedTuple):
+    """The state of a plan's parameters where it lies together."""
+
+    #: Each parameter's entries by name.
+    entries: dict[str, list[Tensor]]
+    #: All entries ``step`` as one tensor.
+    steps: Tensor
+
+
 class Plan:
     """Parameters of one group that move together, by their places in ``group["params"]``.
 
@@ -109,6 +118,8 @@ class Plan:
             len(p.shape) == 2 and (1, *p.shape) == shape for p, shape in zip(params, shapes, strict=True)
         )
         self.has_no_empty = 0 not in self.sizes
+        #: Whether all parameters have one shape, of one dimension or more.
+        self.is_uniform = len({p.shape for p in params}) == 1 and params[0].ndim > 0
         # As gradients are gathered, but without numbers: strides of state follow theirs.
         x = self.gather([torch.empty_like(g, device="meta") for g in (p.grad for p in params) if g is not None])
         self.shape = x.shape
@@ -177,8 +188,8 @@ class Plan:
             self.kernel = self._find_kernel()
         return True
 
-    def joined(self, held: Sequence[Mapping[str, Any]]) -> dict[str, list[Tensor]] | None:
-        """Each parameter's entries by name, if they are parts of one tensor for each name and all ages are equal.
+    def joined(self, held: Sequence[Mapping[str, Any]]) -> Joined | None:
+        """The state of all parameters, if it is parts of one tensor for each name and all ages are equal.
 
         ``None`` if they are not: the state is new, or somebody has replaced, moved, cast or deleted some of it.
 
@@ -202,10 +213,11 @@ class Plan:
                 return None
         if not all(map(_Layout.own_their_memory, self.layouts.values(), found.values())):
             return None
-        if len(held) > 1 and not self.captured and len({*self.layouts["step"].whole(found["step"]).tolist()}) > 1:
+        steps = self.layouts["step"].whole(found["step"])
+        if len(held) > 1 and not self.captured and len({*steps.tolist()}) > 1:
             return None
         self._seen, self._strides, self._places = now, strides, places
-        return found
+        return Joined(found, steps)
 
     def gather(self, tensors: Iterable[Tensor]) -> Tensor:
         """One tensor from one like each parameter; it may share memory with them, so it must not be modified."""
@@ -213,6 +225,8 @@ class Plan:
 
     def together(self, tensors: Iterable[Tensor]) -> Tensor:
         """``gather`` in the dtype that they have."""
+        if self.flat and self.is_uniform:  # which is faster for many small ones
+            return torch.cat([*tensors]).reshape(-1)
         if self.flat:
             return flatten_dense_tensors([*tensors])
         if self.is_stack and len(self.members) > 1:
@@ -246,7 +260,8 @@ def partition(group: Mapping[str, Any], members: Iterable[int], rule: Rule, stat
         p = params[i]
         shape = () if rule.elementwise else (p.ndim < 2, *rule.view.shape(p.shape)[1:])
         kinds.setdefault((shape, p.dtype, p.device, age(state, p)), []).append(i)
-    has_kernel = kernels.find(rule) is not None
+    kernel = kernels.find(rule)
+    has_kernel = kernel is not None and kernel.in_place
     for (_, dtype, *_), alike in kinds.items():
         is_whole = rule.norm.reduces == "matrix" or (has_kernel and dtype in (torch.float32, torch.float64))
         limit = MAX_ENTRIES if is_whole else FLAT_ENTRIES

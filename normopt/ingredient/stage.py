@@ -38,6 +38,8 @@ class Context:
         dtype: the dtype of the parameters; ``None`` if it is the dtype of ``w``.
         places: returns an integer for each entry, by its parameter and its place in it, for hashes; ``None`` if the
             tensors are all there is.
+        turns: returns a number for each matrix of the batch, the same wherever it is computed: at which of the steps of
+            a period it has its turn; ``None`` if all matrices have theirs at once.
     """
 
     g: Tensor
@@ -53,6 +55,7 @@ class Context:
     past: Callable[[], Tensor] | None = None
     dtype: torch.dtype | None = None
     places: Callable[[], Tensor] | None = None
+    turns: Callable[[], list[int]] | None = None
     _held: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

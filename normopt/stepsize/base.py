@@ -10,7 +10,6 @@ from torch import Tensor
 
 from normopt.ingredient.base import Ingredient
 from normopt.ingredient.stage import Context, Direction, Rate, Stage
-from normopt.ingredient.traits import overrides
 from normopt.numerics.lengths import euclidean
 
 #: The state of the whole optimizer: 0-dimensional tensors by name.
@@ -116,7 +115,7 @@ class StepSize(Ingredient):
 
     def overrides(self, method: str) -> bool:
         """Whether this step size does anything in ``method``; if not, the method is not called."""
-        return overrides(self, StepSize, method)
+        return getattr(type(self), method) is not getattr(StepSize, method)
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:

@@ -75,6 +75,10 @@ ARGUMENTS: dict[str, str] = {
     ),
     "ns_steps": 'steps of the iteration; ``None``: the method\'s own (5 for ``"newton-schulz"``).',
     "precondition_frequency": "steps from one change of basis to the next.",
+    "staggered": (
+        "give each matrix a step of its own for that, spread over those steps, so that no step is slow; ``False``: all "
+        "at once, as other implementations do."
+    ),
     "lr_ratio": "length of this rule's steps over ``lr``.",
     "gamma": "length of the argument of cosh.",
     "delta": (

@@ -37,7 +37,7 @@ class Muon2(MatrixOptimizer):
     eps: float = arg(default=1e-8, doc="added to ``v``.")
     ns_steps: int | None = None
     orthogonalize: str | PolarCoefficients = arg(default="newton-schulz", kw_only=True)
-    orthogonalize_dtype: torch.dtype | str | None = arg(default=torch.bfloat16, kw_only=True)
+    orthogonalize_dtype: torch.dtype | str | None = arg(default="auto", kw_only=True)
     aux_lr: float | None = arg(default=None, doc=HALF_LR, kw_only=True)
 
     def rule(self) -> Rule:
@@ -62,7 +62,7 @@ class OLion(FixedStepMatrixOptimizer):
     nesterov: bool = True
     ns_steps: int | None = None
     orthogonalize: str | PolarCoefficients = arg(default="newton-schulz", kw_only=True)
-    orthogonalize_dtype: torch.dtype | str | None = arg(default=torch.bfloat16, kw_only=True)
+    orthogonalize_dtype: torch.dtype | str | None = arg(default="auto", kw_only=True)
 
     def rule(self) -> Rule:
         polar = Spectral("unit", self.orthogonalize, self.ns_steps, self.orthogonalize_dtype)
@@ -84,7 +84,7 @@ class MuonEq(MatrixOptimizer):
     ns_steps: int | None = None
     equilibrate: str = arg(default="row", doc='``"row"``, ``"column"`` or ``"both"``, at once.')
     orthogonalize: str | PolarCoefficients = arg(default="newton-schulz", kw_only=True)
-    orthogonalize_dtype: torch.dtype | str | None = arg(default=torch.bfloat16, kw_only=True)
+    orthogonalize_dtype: torch.dtype | str | None = arg(default="auto", kw_only=True)
 
     def rule(self) -> Rule:
         check_choice(self, "equilibrate", self.equilibrate, EQUILIBRATIONS)

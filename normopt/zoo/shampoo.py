@@ -65,6 +65,12 @@ class Shampoo(DeclaredOptimizer):
         default=0.999, doc='decay rate of the second moment of ``"adam"`` and ``"rmsprop"``.', kw_only=True
     )
     graft_eps: float = arg(default=1e-10, doc="added to the root of that second moment.", kw_only=True)
+    staggered: bool = arg(
+        default=True,
+        doc="give each block a step of its own for new roots, spread over ``preconditioning_frequency`` steps, so that "
+        "no step is slow; ``False``: all at the multiples.",
+        kw_only=True,
+    )
 
     def rule(self) -> Rule:
         check_range(self, "graft_beta2", self.graft_beta2, 0, 1)
@@ -76,7 +82,7 @@ class Shampoo(DeclaredOptimizer):
     def _grafted(self) -> Direction:
         root, kind = Spectral("unit", exponent=self.exponent), "sum" if beta2_of(self.betas) == 1 else "ema"
         beta, often = option("betas", 1), self.preconditioning_frequency
-        shampoo = Smoothed(root, beta, option("eps"), accumulate=kind, frequency=often)
+        shampoo = Smoothed(root, beta, option("eps"), accumulate=kind, frequency=often, staggered=self.staggered)
         if self.graft is None:
             return shampoo
         check_choice(self, "graft", self.graft, GRAFTS)
@@ -90,6 +96,7 @@ class SOAP(DeclaredOptimizer):
     gradients and ``v`` that of the squares of ``Q_L^T g Q_R``: ``d = Q_L (Q_L^T m Q_R / (sqrt(v) + eps)) Q_R^T``,
     ``w <- (1 - lr weight_decay) (w - lr d)``; then the second moments see ``g``, and the bases follow. Arguments and
     defaults are those of nikhilvyas/SOAP without ``merge_dims`` and ``data_format``: convolutions are seen as matrices.
+    With ``staggered=False`` all bases change at the same steps, as there.
     """
 
     lr: float | Tensor = 3e-3
@@ -110,13 +117,15 @@ class SOAP(DeclaredOptimizer):
         "here it is a part of what is normalized.)",
     )
     correct_bias: bool = arg(default=True, doc="Adam's bias correction.")
+    staggered: bool = arg(default=True, kw_only=True)
 
     def rule(self) -> Rule:
         check_range(self, "shampoo_beta", self.shampoo_beta, -float("inf"), 1)
         beta2, unbiased, often = option("betas", 1), option("correct_bias"), option("precondition_frequency")
         beta = option("shampoo_beta") if self.shampoo_beta >= 0 else beta2
         adam = Smoothed(Max(), beta2, option("eps"), unbiased, eps_at="raw")
-        soap = Rotated(adam, Eigenbasis(beta, often, self.max_precond_dim, self.precondition_1d))
+        basis = Eigenbasis(beta, often, self.max_precond_dim, self.precondition_1d, staggered=self.staggered)
+        soap = Rotated(adam, basis)
         direction = Chain(soap, Euclidean()) if self.normalize_grads else soap
         decay = WeightDecay(option("weight_decay"), after=True)
         return Rule(direction, EMA(option("betas", 0), bias_correction=unbiased), constraint=(decay,))
@@ -136,6 +145,7 @@ class SPlus(DeclaredOptimizer):
     inverse_steps: int = arg(default=100, doc="steps from one eigendecomposition to the next.")
     nonstandard_constant: float = arg(default=1e-3, doc="size of the entries of a vector's update over ``lr``.")
     max_dim: int = arg(default=10000, doc="longer sides are not rotated.")
+    staggered: bool = arg(default=True, kw_only=True)
 
     def table(self) -> Geometry:
         """Given a whole model, vectors and scalars move by signs and are not decayed."""
@@ -144,7 +154,8 @@ class SPlus(DeclaredOptimizer):
 
     def rule(self) -> Rule:
         check_beta1(self, self.betas)
-        basis = Eigenbasis(option("betas", 1), option("inverse_steps"), self.max_dim, exact=True)
+        beta, often = option("betas", 1), option("inverse_steps")
+        basis = Eigenbasis(beta, often, self.max_dim, exact=True, staggered=self.staggered)
         decay = WeightDecay(option("weight_decay"), after=True)
         return Rule(Rotated(Max("mean_side"), basis), EMA(option("betas", 0)), constraint=(decay,))
 
@@ -165,12 +176,13 @@ class KLShampoo(MatrixOptimizer):
     weight_decay: float = arg(default=0.01, doc="decoupled weight decay, of the weights after the update.")
     precondition_frequency: int = 10
     init_factor: float = arg(default=0.1, doc="what all eigenvalues start from.")
+    staggered: bool = arg(default=True, kw_only=True)
 
     def rule(self) -> Rule:
         check_beta1(self, self.betas)
-        numbers = option("betas", 1), option("eps"), option("precondition_frequency")
+        numbers = option("betas", 1), option("eps"), option("precondition_frequency"), self.init_factor
         decay = WeightDecay(option("weight_decay"), True, self.cautious)
-        return Rule(KLWhitened(*numbers, self.init_factor), EMA(option("betas", 0)), constraint=(decay,))
+        return Rule(KLWhitened(*numbers, self.staggered), EMA(option("betas", 0)), constraint=(decay,))
 
 
 class _HeadToo(FixedStepMatrixOptimizer):

@@ -75,7 +75,7 @@ def test_roots_and_bases_are_computed_when_they_are_due(monkeypatch: pytest.Monk
 def test_a_matrix_whose_first_gradients_are_zero_does_not_wait_for_the_next_root() -> None:
     """And it does not get the root of nothing, ``eps ** -0.25``, which would blow its first gradients up."""
     (late, early, vector), (alone,) = params([SQUARE, SQUARE, VECTOR]), params([SQUARE])
-    optimizer = Shampoo([late, early, vector], 0.1, (0.0, 0.9), preconditioning_frequency=6)
+    optimizer = Shampoo([late, early, vector], 0.1, (0.0, 0.9), preconditioning_frequency=6, staggered=False)
     for i in range(12):
         give_gradients([late, early, vector], i)
         if i < 3:

@@ -12,11 +12,13 @@ import normopt
 from normopt import (
     EMA,
     L2,
+    Chain,
     Constant,
     Euclidean,
     HeavyBall,
     Identity,
     KahanSum,
+    LionMomentum,
     Max,
     RowBound,
     Rule,
@@ -26,6 +28,7 @@ from normopt import (
     WeightDecay,
     zoo,
 )
+from normopt.engine import plan
 from normopt.engine.kernels import Kernel, find
 from tests.support.engine import batches
 
@@ -41,6 +44,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("sgd", {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
     ("sgd", {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "maximize": True}),
     ("sgd", {"momentum": 0.9, "lr": torch.tensor(0.03, dtype=torch.float64)}),
+    ("rmsprop", {}),
+    ("rmsprop", {"momentum": 0.9, "weight_decay": 0.1, "alpha": 0.9, "eps": 1e-4, "maximize": True}),
+    ("signsgd", {"weight_decay": 0.1}),
+    ("signum", {"weight_decay": 0.1}),
+    ("signum", {"maximize": True}),
+    ("lion", {"weight_decay": 1e-7}),
+    ("lion", {"weight_decay": 0.1, "maximize": True, "betas": (0.8, 0.95)}),
 ]
 
 
@@ -133,6 +143,8 @@ def test_a_step_is_torchs_fused_one_to_the_bit(name: str, options: dict[str, Any
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+LION = Rule(Max(), LionMomentum(0.9, 0.99), Constant(), (WeightDecay(0.1),))
+RMS = Rule(Chain(Smoothed(Max(), 0.9, 1e-8, bias_correction=False), HeavyBall(0.9)), constraint=(L2(0.1),))
 BALL = Rule(Identity(), HeavyBall(0.9), Constant(), (L2(0.1),))
 ADAM = Rule(Smoothed(Max(), 0.9, 1e-8), EMA(0.9, bias_correction=True), Constant(), (WeightDecay(0.1),))
 
@@ -166,6 +178,17 @@ ADAM = Rule(Smoothed(Max(), 0.9, 1e-8), EMA(0.9, bias_correction=True), Constant
         (ADAM.bounded(RowBound()), True),
         (ADAM.bounded(SpectralCap()), False),
         (ADAM.bounded(KahanSum()), False),
+        (LION, True),
+        (LION.updated({"momentum": EMA(0.9)}), True),
+        (LION.updated({"momentum": None, "constraint": None}), True),
+        (LION.updated({"momentum": EMA(0.9, True)}), False),
+        (LION.updated({"norm": Max(2.0)}), False),
+        (LION.updated({"constraint": L2(0.1)}), False),
+        (LION.updated({"constraint": WeightDecay(0.1, cautious=True)}), False),
+        (RMS, True),
+        (RMS.updated({"norm": Chain(Smoothed(Max(), 0.9, 1e-8, False, centered=True), HeavyBall(0.9))}), False),
+        (RMS.updated({"norm": Chain(Smoothed(Max(), 0.9, 0.0, False), HeavyBall(0.9))}), False),
+        (RMS.updated({"momentum": 0.9}), False),
     ],
     ids=str,
 )
@@ -187,6 +210,22 @@ def test_tensors_without_a_kernel_take_the_long_way(what: str) -> None:
     before = p.detach().clone()
     optimizer.step()
     assert kernels(optimizer) == [None] and not torch.equal(p, before)
+
+
+@pytest.mark.parametrize("rule", [LION, RMS], ids=["signs", "rms"])
+def test_lists_of_tensors_are_few_or_large(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And moved at a rate that is a number; a single one that is very large goes in chunks."""
+
+    def has(params: list[Tensor], lr: float | Tensor = 0.1) -> bool:
+        for p in params:
+            p.grad = torch.ones_like(p)
+        return all(kernels(SteepestDescent(params, lr, rule.norm, rule.momentum, constraint=rule.constraint)))
+
+    few, many, large = ([nn.Parameter(torch.zeros(n)) for _ in range(k)] for n, k in ((5, 3), (5, 40), (5000, 20)))
+    assert has(few) and not has(many) and has(large)
+    assert not has(few, torch.tensor(0.1))
+    monkeypatch.setattr(plan, "FLAT_ENTRIES", 4)
+    assert not has(few)
 
 
 def test_state_in_another_order_than_the_parameters_has_no_kernel() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.models import Net
-from tests.support.optimizers import Make, every, everyone, local, whole
+from tests.support.optimizers import Make, every, everyone, local_at_once, whole
 from tests.support.steps import SHAPES, assert_equal, give_gradients, run, snapshot, tensors
 
 
@@ -86,7 +86,7 @@ def test_without_gradients_nothing_happens(make: Make) -> None:
     assert_equal(snapshot(optimizer), before)
 
 
-@local
+@local_at_once
 def test_parameters_appear_and_disappear(make: Make) -> None:
     """Each moves as in an optimizer of its own that only steps when it has a gradient."""
     present = [(1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 1, 0), (0, 0, 0, 0), (1, 1, 1, 1), (1, 1, 0, 1)]

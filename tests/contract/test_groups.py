@@ -17,11 +17,11 @@ from normopt import SteepestDescent
 from normopt.engine import plan
 from normopt.rule import rule_of
 from tests.support.models import Net
-from tests.support.optimizers import LOCAL, Make, everyone, local, whole
+from tests.support.optimizers import LOCAL, Make, everyone, everyone_at_once, local_at_once, whole
 from tests.support.steps import assert_equal, give_gradients, run, snapshot, tensors
 
 
-@local
+@local_at_once
 def test_groups_have_their_own_options_and_ingredients(make: Make) -> None:
     """Each group moves as it would in an optimizer of its own."""
     ingredients = {"norm": "max", "momentum": "EMA(beta=0.5)", "lr": 0.03}
@@ -91,7 +91,7 @@ def test_names_are_kept_in_state_dicts(make: Make) -> None:
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == names
 
 
-@everyone
+@everyone_at_once
 def test_the_order_of_groups_does_not_matter(make: Make) -> None:
     a, b = tensors(), tensors()
     first = make([{"params": a[:2]}, {"params": a[2:], "lr": 0.03}], lr=0.1)

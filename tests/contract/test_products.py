@@ -217,6 +217,17 @@ def test_muon_is_torchs_within_bfloat16s_error_whatever_is_fastest(dtype: torch.
     assert_same_path(lambda p: normopt.zoo.Muon(p, **options), theirs, SHAPES, 2e-2)
 
 
+def test_no_optimizer_takes_one_dtype_for_products_by_default() -> None:
+    """The fastest of bfloat16's accuracy or better, or the gradients' own: any other is the slow one somewhere."""
+    dtypes = {
+        name: vars(cls).get("_arguments", {})["orthogonalize_dtype"].default
+        for name, cls in normopt.SteepestDescent.registry.items()
+        if "orthogonalize_dtype" in vars(cls).get("_arguments", {})
+    }
+    assert {"muon", "muon2", "olion", "muoneq"} <= {name for name, dtype in dtypes.items() if dtype == "auto"}
+    assert {*dtypes.values()} == {"auto", None}
+
+
 def test_a_step_leaves_random_numbers_alone() -> None:
     params = float32([(64, 80), (56, 56)])
     optimizer = normopt.zoo.Muon(params, lr=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 
 import pytest
 
@@ -61,9 +62,19 @@ WHOLE = ZOO | {name: partial(normopt.create, name) for name in LOOK_BACK}
 #: Those and every bare combination.
 ALL = EVERY | WHOLE
 
+
+def _at_once(makes: dict[str, Make]) -> dict[str, Make]:
+    """All decompositions renewed at once: where each matrix has its turn depends on which others there are."""
+    takes = {name for name, cls in SteepestDescent.registry.items() if "staggered" in signature(cls).parameters}
+    of_zoo = {name for name in makes if name in ZOO and name.rstrip("+") in takes and name not in BARE}
+    return {name: partial(make, staggered=False) if name in of_zoo else make for name, make in makes.items()}
+
+
 zoo = pytest.mark.parametrize("make", ZOO.values(), ids=ZOO)
 local = pytest.mark.parametrize("make", LOCAL.values(), ids=LOCAL)
+local_at_once = pytest.mark.parametrize("make", _at_once(LOCAL).values(), ids=LOCAL)
 every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 # For tests that give a closure, so that those which look back can take them too.
 whole = pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE)
 everyone = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+everyone_at_once = pytest.mark.parametrize("make", _at_once(ALL).values(), ids=ALL)
