@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.directions.algebra import Identity
+from normopt.directions.turns import due, in_turn
 from normopt.ingredient.registry import read
 from normopt.ingredient.stage import Context, Direction, substate
 from normopt.ingredient.traits import like
@@ -28,7 +29,7 @@ class InputWhitened(Direction):
 
     ``InputWhitened(Smoothed(Max()))`` is Adam after KFAC's factor of the inputs, with a root, for the output layer
     (KellerJordan/modded-nanogpt, pull request 341); ``InputWhitened(Spectral("max1"), -1.0, 0.2, keep_length=False,
-    frequency=64)`` is Newton-Muon (arXiv 2604.01472). Both take the momentum of ``P(g)``; here it is ``P`` of the
+    frequency=64)`` is Newton-Muon (arXiv 2604.01472), but for the steps at which it is staggered. Both take the momentum of ``P(g)``; here it is ``P`` of the
     momentum, the same as long as ``C`` is. ``Chain(InputWhitened(), EMA(0.95), Spectral())`` without another momentum
     has their order.
 
@@ -38,6 +39,7 @@ class InputWhitened(Direction):
         damping: of the mean eigenvalue, positive.
         keep_length: give ``P(x)`` the Frobenius norm of ``x``.
         frequency: number of steps between eigendecompositions, which cost about ``10 in^3`` FLOPs.
+        staggered: give each matrix a step of its own for its eigendecomposition, spread over the ``frequency`` steps.
 
     Memory: ``in^2`` numbers for each matrix, twice with a ``frequency`` above 1.
 
@@ -57,6 +59,7 @@ class InputWhitened(Direction):
     damping: float = 0.1
     keep_length: bool = True
     frequency: int = 1
+    staggered: bool = True
 
     def __post_init__(self) -> None:
         read(self, "direction", Direction)
@@ -80,8 +83,8 @@ class InputWhitened(Direction):
         return {"inputs": square, **kept, **{f"direction.{n}": y for n, y in self.direction.init_state(x).items()}}
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        if self.frequency > 1 and (context.step == 1 or context.step % self.frequency == 0):
-            state["root"].copy_(self._power(state["inputs"]))
+        if self.frequency > 1:
+            in_turn(self._due(x, context), self._renew, state["root"], state["inputs"])
         root = self._root(state)
         there = dataclasses.replace(context, g=self._whitened(context.g, root))
         return self.direction(self._whitened(x, root), substate(state, "direction."), there)
@@ -90,6 +93,13 @@ class InputWhitened(Direction):
         root = self._root(state)
         there = dataclasses.replace(context, g=self._whitened(context.g, root))
         return self.direction.apply(self._whitened(x, root), substate(state, "direction."), there)
+
+    def _due(self, x: Tensor, context: Context) -> Tensor:
+        mask = due(context, x.shape, self.frequency, self.staggered)
+        return torch.ones_like(mask) if context.step == 1 else mask
+
+    def _renew(self, root: Tensor, inputs: Tensor) -> None:
+        root.copy_(self._power(inputs))
 
     def _root(self, state: Mapping[str, Tensor]) -> Tensor:
         return state["root"] if self.frequency > 1 else self._power(state["inputs"])

@@ -18,7 +18,7 @@ from tests.support.strategies import assert_close
 from tests.support.written import polar
 
 HEAD = {"head.weight": {"norm": InputWhitened(Smoothed(Max(), 0.95)), "momentum": EMA(0.9, bias_correction=True)}}
-NEWTON_MUON = InputWhitened(Spectral("max1"), -1.0, 0.2, keep_length=False, frequency=4)
+NEWTON_MUON = InputWhitened(Spectral("max1"), -1.0, 0.2, keep_length=False, frequency=4, staggered=False)
 
 
 class Two(nn.Module):
