@@ -450,7 +450,7 @@ class SteepestDescent(Optimizer):
         check_capture(self.param_groups)
         self._guard.settle(self.param_groups)
         self._guard.raise_late()
-        if closure is None and self._step_warm():
+        if closure is None and not self._learners and self._step_warm():
             return None
         if closure is None:
             check_alone(self.param_groups, is_first=not self.state)

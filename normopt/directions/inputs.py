@@ -29,9 +29,9 @@ class InputWhitened(Direction):
 
     ``InputWhitened(Smoothed(Max()))`` is Adam after KFAC's factor of the inputs, with a root, for the output layer
     (KellerJordan/modded-nanogpt, pull request 341); ``InputWhitened(Spectral("max1"), -1.0, 0.2, keep_length=False,
-    frequency=64)`` is Newton-Muon (arXiv 2604.01472), but for the steps at which it is staggered. Both take the momentum of ``P(g)``; here it is ``P`` of the
-    momentum, the same as long as ``C`` is. ``Chain(InputWhitened(), EMA(0.95), Spectral())`` without another momentum
-    has their order.
+    frequency=64, staggered=False)`` is Newton-Muon (arXiv 2604.01472). Both take the momentum of ``P(g)``; here it is
+    ``P`` of the momentum, the same as long as ``C`` is. ``Chain(InputWhitened(), EMA(0.95), Spectral())`` without
+    another momentum has their order.
 
     Args:
         direction: the direction, or its name.
