@@ -70,6 +70,8 @@ class Plan:
                 raise PlanError(
                     f"--model {model} has constraints, which {optimizer} would not keep: leave one of them out"
                 )
+            if self.arguments.parallel and self.contenders[optimizer].base in controls.REPLACEMENTS:
+                raise PlanError(f"{optimizer} needs whole gradients: leave --parallel {self.arguments.parallel} out")
             config = self.config(cell, seed=0)
             try:
                 with torch.device("meta"):

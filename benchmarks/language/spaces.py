@@ -35,10 +35,9 @@ class Range:
         """The value at a share of the range, 0 for `low` and 1 for `high`."""
         low, high = self._spread(self.low), self._spread(self.high)
         raw = low + share * (high - low)
-        value = {"log": math.exp, "linear": float, "near 1": lambda x: 1 - float(f"{math.exp(-x):.3g}")}[self.scale](
-            raw
-        )
-        return float(f"{value:.{6 if self.scale == 'near 1' else 3}g}")
+        if self.scale == "near 1":
+            return round(1 - float(f"{math.exp(-raw):.3g}"), 9)
+        return float(f"{math.exp(raw) if self.scale == 'log' else raw:.3g}")
 
     def share(self, value: float) -> float:
         """Where a value is in the range; outside of [0, 1] for values outside of the range."""
@@ -96,7 +95,8 @@ OF_ALL: Space = {
 #: head are tuned as those of Muon are.
 REST_RATIO = Range(0.25, 4.0, "log", "two octaves to both sides of one rate for all")
 
-#: The middles of the ranges of learning rates: the best rates of earlier sweeps at the preset `quick`.
+#: The middles of the ranges of learning rates: about the best rates of earlier sweeps at the preset `quick`, of
+#: optimizers without one those of their nearest relatives.
 RATES = {
     "adafactor": 0.04,
     "adagrad": 0.04,

@@ -165,7 +165,12 @@ def chosen_line(search: Search) -> dict[str, str]:
     trial, values = search.chosen, search.chosen.values
     edges = at_edges(search.subject.space(), values)
     losses, rows = search.final_losses(trial), search.finals[trial.number]
-    lr = trial.entry["lr"]
+    # What is said in other units than it was searched in.
+    meant = {
+        "shrinkage": trial.entry.get("weight_decay"),
+        "rest_ratio": float(f"{trial.entry['lr'] * values.get('rest_ratio', 0):.3g}"),
+        "warmup": trial.entry.get("schedule", {}).get("warmup"),
+    }
     line: dict[str, str] = {
         "optimizer": search.cell,
         f"{SHORT[split_of(rows[0])]} {unit(rows)}": estimate(losses).cell(),
@@ -175,10 +180,7 @@ def chosen_line(search: Search) -> dict[str, str]:
     for column, names in COLUMNS.items():
         name = next((name for name in names if name in values), "")
         others.pop(name, None)
-        value = {"shrinkage": trial.entry.get("weight_decay"), "rest_ratio": lr * values.get("rest_ratio", 0)}.get(
-            name, values.get(name)
-        )
-        line[column] = _value(value, edges.get(name, ""))
+        line[column] = _value(meant.get(name, values.get(name)), edges.get(name, ""))
     line[OTHERS] = ", ".join(f"{name} {_value(value, edges.get(name, ''))}" for name, value in others.items())
     return line
 

@@ -24,6 +24,7 @@ from benchmarks.language.presets import RunConfig
 from benchmarks.language.progress import Progress, clock
 from benchmarks.output.records import Row
 from normopt.nn import GPT, anGPT, nGPT
+from normopt.numerics.eigen import LinAlgError
 from normopt.roles.options import entry
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": GPT, "angpt": anGPT, "ngpt": nGPT}
@@ -64,9 +65,10 @@ class Run:
             known = iter([loss])  # the gradient at these weights is set; some optimizers evaluate the closure at others
             try:
                 self.optimizer.step(lambda: next(known, None) or self._gradient(tokens)[0])
-            except torch.linalg.LinAlgError:  # a matrix that no decomposition is found for any more
+            except LinAlgError:  # a matrix that no decomposition is found for any more
                 self.progress.diverged = True
-            self.scheduler.step()
+            else:
+                self.scheduler.step()
         self.progress.optimizer_seconds += clock(self.config.device) - middle
         self.progress.gradient_seconds += middle - start
         self.optimizer.zero_grad()

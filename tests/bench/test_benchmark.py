@@ -240,6 +240,19 @@ def test_divergence_is_a_result(corpus: Corpus, tmp_path: Path) -> None:
     assert read_rows(tmp_path / "rows.jsonl")[row["key"]] == json.loads(json.dumps(row))
 
 
+def test_a_matrix_without_a_decomposition_is_a_divergence(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(config(corpus), corpus)
+
+    def fail(*_: Any) -> None:
+        torch.linalg.cholesky(-torch.eye(2))
+
+    monkeypatch.setattr(run.optimizer, "step", fail)
+    run.train_step()
+    assert run.progress.diverged and training.result_row(run, math.nan)["status"] == "diverged"
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(corpus: Corpus) -> None:
     run = Run(config(corpus), corpus)
     before = training.tensor_hash(run.model.state_dict())

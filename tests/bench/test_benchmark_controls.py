@@ -14,6 +14,7 @@ from torch import Tensor
 import normopt
 from benchmarks import controls
 from benchmarks.__main__ import make_parser
+from benchmarks.harness import PlanError
 from benchmarks.language.data import Corpus
 from benchmarks.language.plan import Plan
 from benchmarks.language.train import make_optimizer
@@ -101,6 +102,12 @@ def test_roles_are_shuffled_among_matrices() -> None:
         if any(p is q for q in g["params"])
     }
     assert found == {**plain, **dealt}
+
+
+def test_controls_that_replace_gradients_want_whole_ones(corpus: Corpus) -> None:
+    arguments = ["compare", "--parallel", "fsdp2", "--optimizers", "control:*", "--data", corpus.name, "--out", "out"]
+    with pytest.raises(PlanError, match=r"control:\S+ needs whole gradients: leave --parallel fsdp2 out"):
+        Plan(make_parser().parse_args(arguments))
 
 
 def test_controls_have_the_options_of_muon_and_its_space(corpus: Corpus) -> None:

@@ -255,6 +255,7 @@ def test_every_optimizer_gets_the_same_trials_and_three_finalists(
     assert inclusion["check"].startswith("loses") and float(inclusion["difference mean"]) > 0.05
     assert len(lines("trials.csv")) == 32 and Path("out/sweep.png").stat().st_size > 10_000
     table = next(line for line in lines("chosen.csv") if line["optimizer"] == "muon")
+    assert float(table["warm-up"]) == chosen["muon"]["schedule"]["warmup"]
     assert float(table["lr"]) == chosen["muon"]["lr"] and table["val nats/byte n"] == "2"
     assert (
         float(table["decay"]) == chosen["muon"]["weight_decay"] and float(table["rest lr"]) == chosen["muon"]["aux_lr"]
