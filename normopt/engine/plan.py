@@ -91,10 +91,11 @@ class Joined(NamedTuple):
 class Plan:
     """Parameters of one group that move together, by their places in ``group["params"]``.
 
-    They have one dtype, device, age and, unless the rule works entry by entry, shape. A plan is all that is remembered
-    between two steps, and it holds numbers only: parameters and state belong to those who hold them. Each parameter's
-    entries in ``optimizer.state`` are views of one tensor for all parameters of the plan, so that a step runs on
-    whole batches without collecting anything but gradients. Whether they still are is asked at every step.
+    They have one dtype, device, age and, unless the rule works entry by entry, shape. Plans, and the fingerprint of
+    ``WarmStep``, are all that is remembered between two steps, and they hold numbers only: parameters and state belong
+    to those who hold them. Each parameter's entries in ``optimizer.state`` are views of one tensor for all parameters
+    of the plan, so that a step runs on whole batches without collecting anything but gradients. Whether they still are
+    is asked at every step.
     """
 
     def __init__(self, group: Mapping[str, Any], members: list[int], rule: Rule) -> None:
