@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = make_parser()
     parsed = parser.parse_args(arguments)
-    missing = [name for name in ("matplotlib", "tabulate", "tqdm") if find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "scipy", "tabulate", "tqdm") if find_spec(name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} not installed: pip install -e '.[bench]'")
     parsed.out = parsed.out or Path("runs") / ("smoke" if parsed.smoke else parsed.preset)
@@ -55,13 +55,20 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     from benchmarks.language.data import DataError
     from benchmarks.language.grid import grid
     from benchmarks.language.norms import norms
+    from benchmarks.language.page import page
     from benchmarks.language.report import report
     from benchmarks.language.sweep import sweep
     from benchmarks.language.transfer import transfer
     from benchmarks.probes.command import probe_all
 
     trained = {"compare": compare, "grid": grid, "sweep": sweep, "norms": norms, "transfer": transfer}
-    run = {**trained, "report": report, "polar": benchmark_polar, "step": benchmark_step, "probes": probe_all}
+    run = {
+        **trained,
+        "report": page if getattr(parsed, "html", False) else report,
+        "polar": benchmark_polar,
+        "step": benchmark_step,
+        "probes": probe_all,
+    }
     run["wire"] = benchmark_wire
     try:
         return run[parsed.command](parsed)
@@ -124,6 +131,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     )
     add("--data", default="shakespeare", help="their text; default: shakespeare")
     add("--readme", type=Path, help="a Markdown file: put the headline between the two comments that mark its place")
+    add("--html", action="store_true", help="one page, report.html, in place of the tables; any texts, all commands")
     add("--out", type=Path, help="folder for tables and plots; default: runs/report")
     parser.set_defaults(preset="report", smoke=False)
 

@@ -15,7 +15,7 @@ from benchmarks.output.palette import color
 from benchmarks.output.palette import lines as drawn_as
 from benchmarks.output.records import Row
 from benchmarks.output.targets import Target
-from benchmarks.output.transfer import Coordinates, Curve, Drift
+from benchmarks.output.transfer import Coordinates, Curve, Drift, differ_in_rate_alone
 
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -55,7 +55,7 @@ def curves(groups: Mapping[str, list[Row]], column: int, x: str, unit: str, titl
 
     The band is from the lowest to the highest seed. Losses of the first `START` of the runs may lie above the picture.
     """
-    figure = new()
+    figure = new(9.4, 4.8)
     axes = figure.subplots()
     found, early = [], []
     for name, style in drawn_as(groups).items():
@@ -85,7 +85,7 @@ def horizons(losses: Mapping[str, Mapping[int, float]], targets: Sequence[Target
     Only optimizers with runs of several lengths are drawn.
     """
     several = {name: by_length for name, by_length in losses.items() if len(by_length) > 1}
-    figure = new()
+    figure = new(9.4, 4.8)
     axes = figure.subplots()
     found = []
     for name, style in drawn_as(several).items():
@@ -105,6 +105,7 @@ def horizons(losses: Mapping[str, Mapping[int, float]], targets: Sequence[Target
 
 
 _SMALL_ABOVE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": "#374151"}
+_SMALL_ABOVE["bbox"] = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1}
 
 
 def intervals(values: Mapping[str, Interval], x: str, reference: float | None = None, log: bool = False) -> Figure:
@@ -123,15 +124,23 @@ def intervals(values: Mapping[str, Interval], x: str, reference: float | None = 
     axes.tick_params(axis="y", length=0)
     if log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: "")
+        ticks = _round_numbers(*axes.get_xlim())
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
     _finish(axes, x, "")
     return figure
 
 
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Round numbers for the ticks of a logarithmic axis."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = [digit * 10.0**decade for decade in decades for digit in (1, 1.5, 2, 3, 4, 6)]
+    return [tick for tick in every if low <= tick <= high]
+
+
 def best_of(expected: Mapping[str, Sequence[float]], unit: str) -> Figure:
     """The expected best loss of 1, 2, ... trials, infinite values left out."""
-    figure = new()
+    figure = new(9.4, 4.8)
     axes = figure.subplots()
     found = []
     for name, style in drawn_as(expected).items():
@@ -141,9 +150,10 @@ def best_of(expected: Mapping[str, Sequence[float]], unit: str) -> Figure:
             axes.plot(ks, losses, marker="o", markersize=3, linewidth=1.8, **style)
             found.append((float(ks[-1]), float(losses[-1]), name, style))
     if found:
-        finite = sorted(loss for values in expected.values() for loss in values if math.isfinite(loss))
-        low = finite[0]
-        axes.set_ylim(low - 0.05, min(finite[-1], low + 1.5) + 0.05)
+        coloured = [name for name, style in drawn_as(expected).items() if style["zorder"] > 1]
+        finite = [loss for name in coloured for loss in expected[name] if math.isfinite(loss)]
+        room = 0.08 * (max(finite) - min(finite)) + 1e-3
+        axes.set_ylim(min(finite) - room, max(finite) + room)
         axes.set_xscale("log", base=2)
         most = max(map(len, expected.values()))
         ticks = [2**i for i in range(most.bit_length()) if 2**i <= most]
@@ -196,8 +206,19 @@ def _rate_panels(groups: Mapping[tuple[str, float], list[Row]], names: Sequence[
         axes.set_title(name, loc="left", fontsize=8.5)
         axes.tick_params(labelsize=7, labelbottom=True, labelleft=place % columns == 0)
         best += [min(mean for mean in means if math.isfinite(mean))] if np.isfinite(means).any() else []
+    top = float(np.median(best)) + 0.6 if best else math.inf
+    for axes, name in zip(panels, names, strict=False):
+        if not any(
+            row["final_loss"] and row["final_loss"] <= top
+            for key, some in groups.items()
+            if key[0] == name
+            for row in some
+        ):
+            axes.text(
+                0.5, 0.5, "above, or diverged", transform=axes.transAxes, fontsize=7, ha="center", color="#6b7280"
+            )
     if best:
-        panels[0].set_ylim(min(best) - 0.05, float(np.median(best)) + 0.6)
+        panels[0].set_ylim(min(best) - 0.05, top)
     for axes in panels[len(names) :]:
         axes.remove()
     figure.supxlabel("learning rate", fontsize=9, color="#374151")
@@ -217,15 +238,6 @@ def _draw_rates(
     dots = [(lr, loss) for lr in xs for loss in runs[lr]]
     axes.scatter([lr for lr, _ in dots], [loss for _, loss in dots], color=style["color"], s=12)
     return xs, means
-
-
-def differ_in_rate_alone(rows: Sequence[Row]) -> bool:
-    """Whether runs have the same options and the same schedule, but for the learning rate."""
-    presets = [row["config"]["preset"] for row in rows]
-    settings = [
-        (row["config"]["options"], p.get("warmup"), p.get("decay")) for row, p in zip(rows, presets, strict=True)
-    ]
-    return all(setting == settings[0] for setting in settings)
 
 
 def step_times(times: Mapping[str, tuple[float, float]]) -> Figure:
@@ -361,12 +373,14 @@ def names_at_lines(axes: Axes, ends: Sequence[tuple[float, float, str, dict[str,
     to_axes = axes.transData + axes.transAxes.inverted()
     high = axes.get_position().height * axes.figure.get_figheight() * 72  # type: ignore[union-attr]
     gap = 1.22 * size / max(high, 1.0)
-    shown = [(float(np.clip(to_axes.transform((x, y))[1], 0, 1)), text, style["color"]) for x, y, text, style in ends]
-    shown.sort(key=lambda end: end[0])
+    ends = [end for end in ends if math.isfinite(end[1])]
+    places = np.clip([to_axes.transform(end[:2]) for end in ends], 0, 1) if ends else np.empty((0, 2))
+    order = np.argsort(places[:, 1], kind="stable")
     beside: dict[str, Any] = {"transform": axes.transAxes}
-    for (at, text, shade), place in zip(shown, spread([end[0] for end in shown], gap), strict=True):
-        axes.plot([1.0, 1.018], [at, place], clip_on=False, linewidth=0.7, color=shade, **beside)
-        axes.text(1.024, place, text, fontsize=size, va="center", color=_ink(shade), **beside)
+    for i, place in zip(order, spread(list(places[order, 1]), gap), strict=True):
+        (x, y), (_, _, text, style) = places[i], ends[i]
+        axes.plot([x, 1.0, 1.018], [y, y, place], clip_on=False, linewidth=0.6, color=style["color"], **beside)
+        axes.text(1.024, place, text, fontsize=size, va="center", color=_ink(style["color"]), **beside)
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:

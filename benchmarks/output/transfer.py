@@ -1,7 +1,7 @@
 """How far a learning rate transfers over width and depth: best rates by size, their drift, activations by width."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -155,6 +155,15 @@ def size_of(row: Row) -> Size:
 def is_coordinates(row: Row) -> bool:
     """Whether a row is of the coordinate check and not of a learning rate's loss."""
     return bool(row.get("norms"))
+
+
+def differ_in_rate_alone(rows: Sequence[Row]) -> bool:
+    """Whether runs have the same options and the same schedule, but for the learning rate."""
+    presets = [row["config"]["preset"] for row in rows]
+    settings = [
+        (row["config"]["options"], p.get("warmup"), p.get("decay")) for row, p in zip(rows, presets, strict=True)
+    ]
+    return all(setting == settings[0] for setting in settings)
 
 
 def axis_rows(rows: list[Row], axis: str) -> dict[str, dict[int, list[Row]]]:
