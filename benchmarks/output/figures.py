@@ -388,10 +388,8 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
     if not values:
         return []
     steps = gap * np.arange(len(values))
-    placed = isotonic_regression(np.array(values) - steps).x + steps
-    placed -= max(0.0, placed[-1] - 1.0)
-    placed += max(0.0, -placed[0])
-    return [float(value) for value in placed]
+    nearest = isotonic_regression(np.array(values) - steps).x
+    return [float(value) for value in np.clip(nearest, 0.0, max(0.0, 1.0 - steps[-1])) + steps]
 
 
 def _ink(shade: Any) -> Any:

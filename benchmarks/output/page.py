@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from benchmarks.output import figures
-from benchmarks.output.intervals import Interval, expected_best, of_difference, of_mean, of_steps
+from benchmarks.output.intervals import Interval, expected_best, final_losses, of_difference, of_mean, of_steps
 from benchmarks.output.palette import BASELINE, BLACK, color, family
 from benchmarks.output.records import RESULTS, Row, read_rows, replacing
 from benchmarks.output.rows import cell_of, group, losses, mean, mean_loss, steps_of, unit
@@ -272,7 +272,7 @@ def full_length(study: Study) -> dict[str, list[Row]]:
 def final_part(study: Study) -> Part | None:
     """The forest of final losses."""
     groups = full_length(study)
-    found = {name: of_mean(losses(rows)) for name, rows in groups.items()}
+    found = {name: of_mean(list(final_losses(rows).values())) for name, rows in groups.items()}
     drawn = {name: _drawable(value) for name, value in found.items() if math.isfinite(value.middle)}
     baseline = groups.get(BASELINE, [])
     lines = []

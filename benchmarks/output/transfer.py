@@ -86,15 +86,30 @@ class Curve:
 def best_rate(rates: list[float], losses: list[float]) -> Best:
     """The best of learning rates in ascending order, see `Best`."""
     place = int(np.argmin(losses))
-    middle = math.log2(rates[place])
     if place in (0, len(rates) - 1):
-        return Best(middle, "<= " if place == 0 else ">= ")
-    x = np.log2(rates[place - 1 : place + 2])
-    y = losses[place - 1 : place + 2]
-    if not np.isfinite(y).all():
-        return Best(middle, "~")
-    curvature, slope, _ = np.polyfit(x - middle, y, 2)
-    return Best(middle) if curvature <= 0 else Best(middle - slope / (2 * curvature))
+        return Best(math.log2(rates[place]), "<= " if place == 0 else ">= ")
+    around = np.array(losses[place - 1 : place + 2])
+    if not np.isfinite(around).all():
+        return Best(math.log2(rates[place]), "~")
+    return Best(float(vertices(np.log2(rates), np.array([losses]))[0]))
+
+
+def vertices(x: Samples, losses: Samples) -> Samples:
+    """The vertex of the parabola through the best and its two neighbours for each row of `losses` (draws, rates).
+
+    The best place itself where it is at an edge, beside a loss that is not finite, or on a straight line.
+    """
+    best = np.argmin(losses, axis=1)
+    if len(x) < 3:
+        return np.asarray(x[best])
+    middle, draws = best.clip(1, len(x) - 2), np.arange(len(losses))
+    before, after = (losses[draws, middle + side] - losses[draws, middle] for side in (-1, 1))
+    left, right = x[middle] - x[middle - 1], x[middle + 1] - x[middle]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        slope = (after * left / right - before * right / left) / (left + right)
+        curvature = (after / right + before / left) / (left + right)
+        found = x[middle] - slope / (2 * curvature)
+    return np.where((middle == best) & np.isfinite(found) & (curvature > 0), found, x[best])
 
 
 @dataclass(frozen=True)
@@ -199,7 +214,7 @@ def _sampled(curves: dict[int, Curve]) -> Samples | None:
         rates = list(curve.means)
         errors = random.standard_t(freedom, (DRAWS, len(rates))) * deviation / math.sqrt(curve.seeds)
         drawn = np.array(list(curve.means.values())) + errors
-        columns.append([best_rate(rates, list(losses)).log2 for losses in drawn])
+        columns.append(vertices(np.log2(rates), drawn))
     return np.array(columns).T
 
 

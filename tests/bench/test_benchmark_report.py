@@ -17,7 +17,7 @@ from benchmarks.language.norms import write_norms
 from benchmarks.language.search import Search
 from benchmarks.language.sweep import write_sweep
 from benchmarks.output.comparison import comparison_line, difference, write_comparison
-from benchmarks.output.plots import MAX_LINES
+from benchmarks.output.figures import MAX_LINES
 from benchmarks.output.records import Row
 from benchmarks.output.targets import Reach, Target, mean_losses, reach
 from tests.support.bench_runs import row
