@@ -371,8 +371,8 @@ def names_at_lines(axes: Axes, ends: Sequence[tuple[float, float, str, dict[str,
         ends = [end for end in ends if end[3].get("zorder", 2) > 1]
     axes.figure.canvas.draw() if False else None
     to_axes = axes.transData + axes.transAxes.inverted()
-    high = axes.get_position().height * axes.figure.get_figheight() * 72  # type: ignore[union-attr]
-    gap = 1.22 * size / max(high, 1.0)
+    points = axes.get_window_extent().height * 72 / matplotlib.rcParams["figure.dpi"]
+    gap = 1.22 * size / max(points, 1.0)
     ends = [end for end in ends if math.isfinite(end[1])]
     places = np.clip([to_axes.transform(end[:2]) for end in ends], 0, 1) if ends else np.empty((0, 2))
     order = np.argsort(places[:, 1], kind="stable")

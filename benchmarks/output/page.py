@@ -165,7 +165,11 @@ def render(folders: Sequence[Folder]) -> str:
         Section("rates", "Sensitivity to the learning rate", RATES, sweep, _parts(rates_part, tuned)),
         Section("time", "Time against steps", TIME, compare, _parts(time_part, compared)),
         Section(
-            "transfer", "Transfer over width and depth", TRANSFER, grown, _parts(transfer_part, _transfers(of_kind))
+            "transfer",
+            "Transfer over width and depth",
+            TRANSFER,
+            grown,
+            _parts(transfer_part, _transfers(of_kind["transfer"])),
         ),
     ]
     rows = [row for folder in folders for row in folder.rows]
@@ -231,26 +235,46 @@ def studies(folders: Iterable[Folder]) -> list[Study]:
 
 
 def _setting(row: Row) -> tuple[Any, ...]:
+    return *_batches(row), *size_of(row), row["config"]["preset"]["n_heads"]
+
+
+def _batches(row: Row) -> tuple[Any, ...]:
+    """The text, the device and the batch of a run."""
     config, preset = row["config"], row["config"]["preset"]
     text = (config["corpus"], config.get("split", "validation"))
-    return *text, *size_of(row), preset["n_heads"], preset["batch"], preset["context"], config["device"]
+    return *text, config["device"], preset["batch"], preset["context"]
 
 
 def _title(rows: Mapping[str, Row]) -> str:
     row = next(iter(rows.values()))
+    preset = row["config"]["preset"]
+    return f"{_models(rows.values())}: width {preset['d_model']}, {preset['n_layers']} layers, {_runs(rows.values())}"
+
+
+def _models(rows: Iterable[Row]) -> str:
+    return ", ".join(sorted({row["config"]["model"] for row in rows}))
+
+
+def _runs(rows: Iterable[Row]) -> str:
+    """The longest runs and their text in words."""
+    row = max(rows, key=steps_of)
     config, preset = row["config"], row["config"]["preset"]
-    models = ", ".join(sorted({row["config"]["model"] for row in rows.values()}))
-    steps = max(map(steps_of, rows.values()))
     return (
-        f"{models}: width {preset['d_model']}, {preset['n_layers']} layers, {steps} steps of {preset['batch']} x "
-        f"{preset['context']} tokens; {config['source']} ({config['corpus'][:8]}), "
-        f"{config.get('split', 'validation')} text"
+        f"{preset['steps']} steps of {preset['batch']} x {preset['context']} tokens; {config['source']} "
+        f"({config['corpus'][:8]}), {config.get('split', 'validation')} text"
     )
 
 
-def _transfers(of_kind: Mapping[str, list[Folder]]) -> list[Study]:
-    """A study for each folder of `transfer`."""
-    return [Study("", folder.rows, [folder]) for folder in of_kind["transfer"]]
+def _transfers(folders: Iterable[Folder]) -> list[Study]:
+    """Studies of all sizes together: a folder's runs of one text, batch and length, with its coordinate checks."""
+    found = []
+    for folder in folders:
+        checks = [row for row in folder.rows if is_coordinates(row)]
+        of_rate = [row for row in folder.rows if not is_coordinates(row)]
+        for key, rows in group(of_rate, lambda row: (*_batches(row), steps_of(row))).items():
+            same = [row for row in checks if _batches(row) == key[:-1]]
+            found.append(Study(f"{_models(rows)}: {_runs(rows)}", [*rows, *same], [folder]))
+    return found
 
 
 def _parts(make: Callable[[Study], Part | None], found: Iterable[Study]) -> list[Part]:

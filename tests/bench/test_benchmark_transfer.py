@@ -6,7 +6,7 @@ import csv
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -157,13 +157,14 @@ class FakePool:
     """In place of training: the loss is a parabola in log2(rate), with its vertex at a rate that falls with width."""
 
     failures = ()
+    last: ClassVar[FakePool]
 
     def __init__(self, out: Path, size: int) -> None:
         self.asked: list[RunConfig] = []
 
     def run(self, configs: list[RunConfig]) -> list[Row]:
         self.asked += configs
-        FakePool.last = self  # type: ignore[attr-defined]
+        FakePool.last = self
         return [self.row(config) for config in configs]
 
     def row(self, of: RunConfig) -> Row:
@@ -180,7 +181,7 @@ def test_grids_grow_until_the_best_rate_has_neighbours(
     monkeypatch.setattr(command, "Pool", FakePool)
     arguments = ["transfer", "--data", corpus.name, "--model", "gpt", "--geometries", "adam", "--widths", "32,64"]
     assert main([*arguments, "--depths", "0", "--out", "out"]) == 0
-    asked = FakePool.last.asked  # type: ignore[attr-defined]
+    asked = FakePool.last.asked
     for width, best in ((32, -4.0), (64, -6.5)):
         rates = sorted({run.lr for run in asked if run.preset.d_model == width and not run.diagnose})
         assert rates[0] < 2.0**best < rates[-1] and 3 <= len(rates) < 8
@@ -197,7 +198,7 @@ def test_rates_of_the_command_line_are_tried_and_no_others(corpus: Corpus, monke
     monkeypatch.setattr(command, "Pool", FakePool)
     arguments = ["transfer", "--data", corpus.name, "--model", "gpt", "--geometries", "adam", "--widths", "32,64"]
     assert main([*arguments, "--depths", "0", "--rates", "0.01,0.02", "--out", "out"]) == 0
-    asked = FakePool.last.asked  # type: ignore[attr-defined]
+    asked = FakePool.last.asked
     assert {run.lr for run in asked} == {0.01, 0.02}
 
 
