@@ -41,6 +41,8 @@ MAX_NAMES = 26
 MAX_LINES = 12
 #: The part of a run, from its start, whose losses may lie above the picture.
 START = 0.15
+#: How far above the largest of the best losses a figure of transfer goes, in the unit of the loss.
+ROOM = 0.45
 
 Interval = tuple[float, float, float]
 
@@ -284,8 +286,7 @@ def transfer(found: Sequence[Drift], unit: str) -> Figure:
     rows = -(-len(found) // columns)
     figure = new(max(4.6, 2.5 * columns), 0.4 + 2.5 * rows)
     panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    lows = [min(c.means.values()) for drift in found for c in drift.curves.values()]
-    finite = [low for low in lows if math.isfinite(low)] or [0.0]
+    bottom, top = _limits(found)
     for axes, drift in zip(panels, found, strict=False):
         names = []
         for place, (size, curve) in enumerate(drift.curves.items()):
@@ -294,7 +295,8 @@ def transfer(found: Sequence[Drift], unit: str) -> Figure:
             if points:
                 axes.plot(*zip(*points, strict=True), color=shade, linewidth=1.7, marker="o", markersize=3)
                 names.append((*points[-1], str(size), {"color": shade}))
-                _mark_best(axes, drift, size, curve, shade)
+                mark = min(curve.means.values()) - 0.06 * (top - bottom)
+                _mark_best(axes, drift, size, mark, shade)
         tried = sorted({rate for curve in drift.curves.values() for rate in curve.means})
         axes.set_xscale("log", base=2)
         step = -(-len(tried) // 4)
@@ -302,7 +304,7 @@ def transfer(found: Sequence[Drift], unit: str) -> Figure:
         axes.minorticks_off()
         axes.tick_params(labelsize=7.5, labelbottom=True)
         axes.set_title(drift.cell, loc="left", fontsize=9.5)
-        axes.set_ylim(min(finite) - 0.12, max(finite) + 0.45)
+        axes.set_ylim(bottom - 0.12 * (top - bottom), top + 0.04 * (top - bottom))
         names_at_lines(axes, names, size=7.5)
     for axes in panels[len(found) :]:
         axes.remove()
@@ -313,15 +315,20 @@ def transfer(found: Sequence[Drift], unit: str) -> Figure:
     return figure
 
 
-def _mark_best(axes: Axes, drift: Drift, size: int, curve: Curve, shade: Any) -> None:
+def _limits(found: Sequence[Drift]) -> tuple[float, float]:
+    """The losses that a figure of transfer shows: from the best on, and no higher than `ROOM` above the worst best."""
+    means = [curve.means.values() for drift in found for curve in drift.curves.values()]
+    lows = [low for low in map(min, means) if math.isfinite(low)] or [0.0]
+    all_finite = [mean for some in means for mean in some if math.isfinite(mean)] or [1.0]
+    return min(lows), max(min(max(all_finite), max(lows) + ROOM), min(lows) + 0.05)
+
+
+def _mark_best(axes: Axes, drift: Drift, size: int, loss: float, shade: Any) -> None:
     """A mark at the best rate, below its line, and a bar for the interval; hollow where it is at the edge."""
-    loss = min(curve.means.values()) - 0.05
-    interval = drift.rate_interval(size)
+    best, interval = drift.curves[size].best, drift.rate_interval(size)
     if interval:
         axes.plot(interval, [loss, loss], color=shade, linewidth=2, alpha=0.5, solid_capstyle="butt")
-    axes.plot(
-        [curve.best.rate], [loss], marker="^", markersize=5, color=shade, mfc="white" if curve.best.bound else shade
-    )
+    axes.plot([best.rate], [loss], marker="^", markersize=5, color=shade, mfc="white" if best.bound else shade)
 
 
 def coordinates(found: Sequence[Coordinates]) -> Figure:
