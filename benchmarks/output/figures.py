@@ -15,7 +15,7 @@ from benchmarks.output.palette import color
 from benchmarks.output.palette import lines as drawn_as
 from benchmarks.output.records import Row
 from benchmarks.output.targets import Target
-from benchmarks.output.transfer import Coordinates, Curve, Drift, differ_in_rate_alone
+from benchmarks.output.transfer import Coordinates, Drift, differ_in_rate_alone
 
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,

@@ -23,7 +23,7 @@ from benchmarks.output.palette import BASELINE, BLACK, color, family
 from benchmarks.output.records import RESULTS, Row, read_rows, replacing
 from benchmarks.output.rows import cell_of, group, losses, mean, mean_loss, steps_of, unit
 from benchmarks.output.tables import command_line
-from benchmarks.output.targets import Target, mean_losses, seconds_a_step
+from benchmarks.output.targets import Reach, Target, mean_losses, seconds_a_step
 from benchmarks.output.transfer import (
     AXES,
     Drift,
@@ -342,17 +342,16 @@ def target_part(study: Study) -> Part | None:
     for name, (steps, interval) in found.items():
         cost = _seconds_a_step(several[name])
         tokens = several[name][0]["config"]["preset"]["batch"] * several[name][0]["config"]["preset"]["context"]
-        share = steps.steps / full
         lines.append(
             [
                 _name(name),
-                Cell(steps.of(1), f"{steps.steps}"),
+                _bounded(steps, 1),
                 _number(interval.low, ".0f"),
                 _number(interval.high, ".0f"),
                 _number(interval.n, "d"),
-                Cell(f"{steps.bound}{share:.2f}", f"{share}"),
-                Cell(steps.of(tokens), f"{steps.steps * tokens}"),
-                Cell(steps.of(cost), f"{steps.steps * cost}"),
+                _bounded(steps, 1 / full, ".2f"),
+                _bounded(steps, tokens),
+                _bounded(steps, cost),
             ]
         )
     exact = {name: _drawable(interval) for name, (steps, interval) in found.items() if not steps.bound}
@@ -576,6 +575,11 @@ def _number(value: float, form: str) -> Cell:
     if isinstance(value, float) and not math.isfinite(value):
         return Cell("" if math.isnan(value) else "diverged", "")
     return Cell(format(value, form), repr(float(value)))
+
+
+def _bounded(found: Reach, unit: float, form: str = ",.0f") -> Cell:
+    """Steps in a unit of which a step takes `unit`, with the bound before them."""
+    return Cell(f"{found.bound}{format(found.steps * unit, form)}", repr(found.steps * unit))
 
 
 def _interval(value: Interval, form: str, count: bool = True) -> list[Cell]:
