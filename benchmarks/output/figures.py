@@ -14,6 +14,7 @@ from scipy.optimize import isotonic_regression
 from benchmarks.output.palette import color
 from benchmarks.output.palette import lines as drawn_as
 from benchmarks.output.records import Row
+from benchmarks.output.rows import group
 from benchmarks.output.targets import Target
 from benchmarks.output.transfer import Coordinates, Drift, differ_in_rate_alone
 
@@ -61,10 +62,10 @@ def curves(groups: Mapping[str, list[Row]], column: int, x: str, unit: str, titl
     axes = figure.subplots()
     found, early = [], []
     for name, style in drawn_as(groups).items():
-        rows = [row for row in groups[name] if row["status"] == "finished"]
-        points = np.array([row["curve"] for row in rows])[:, 1:] if rows else np.empty(0)
-        if not points.size:
+        rows = _alike([row for row in groups[name] if row["status"] == "finished" and len(row["curve"]) > 1])
+        if not rows:
             continue
+        points = np.array([row["curve"] for row in rows])[:, 1:]
         xs, losses = points[:, :, column].mean(axis=0), points[:, :, 2]
         axes.plot(xs, losses.mean(axis=0), linewidth=1.8, **style)
         if len(rows) > 1:
@@ -79,6 +80,12 @@ def curves(groups: Mapping[str, list[Row]], column: int, x: str, unit: str, titl
     _finish(axes, x, f"loss, {unit}", title)
     names_at_lines(axes, found)
     return figure
+
+
+def _alike(rows: Sequence[Row]) -> list[Row]:
+    """The rows whose curves have points at the same steps; where there are several kinds, the most."""
+    kinds = group(list(rows), lambda row: tuple(point[0] for point in row["curve"]))
+    return max(kinds.values(), key=len, default=[])
 
 
 def horizons(losses: Mapping[str, Mapping[int, float]], targets: Sequence[Target], unit: str) -> Figure:

@@ -320,7 +320,7 @@ def final_part(study: Study) -> Part | None:
 def curves_part(study: Study) -> Part | None:
     """The loss against steps."""
     groups = full_length(study)
-    if not any(losses(rows) for rows in groups.values()):
+    if not any(losses(rows) and len(row["curve"]) > 1 for rows in groups.values() for row in rows):
         return None
     picture = figures.curves(groups, 0, "step", unit(study.rows))
     seeds = sorted({len(rows) for rows in groups.values()})

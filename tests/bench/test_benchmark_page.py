@@ -141,6 +141,15 @@ def test_texts_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert Page(written([folder("one", made)])).sections["final"]["svg"] == 3
 
 
+def test_curves_of_other_evaluations_or_none_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fewer, none = row("muon", 2, 2.0), row("muon", 3, 2.0, curve=[])
+    fewer["curve"] = fewer["curve"][::2]
+    made = [row("muon", 0, 2.0), row("muon", 1, 2.0), fewer, none]
+    assert Page(written([folder("one", made)])).sections["curves"]["svg"] == 1
+    assert Page(written([folder("two", [none])])).sections["curves"]["svg"] == 0
+
+
 def test_a_folder_without_runs_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
