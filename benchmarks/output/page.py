@@ -480,7 +480,10 @@ def time_part(study: Study) -> Part | None:
     drawn = [(curves, "The same curves over seconds."), (figures.step_times(times), "A step, the cheapest first.")]
     if points := _shares(study):
         drawn.append(
-            (figures.shares(points, BASELINE), "To the target. Above the diagonal, steps cost more than its own.")
+            (
+                figures.shares(points, BASELINE),
+                f"To the target. Above the diagonal a step costs more than {BASELINE}'s.",
+            )
         )
     return Part(figures=_drawings(*drawn), tables=[Sheet(header, lines)])
 
