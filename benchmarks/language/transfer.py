@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.harness import PlanError
 from benchmarks.language.plan import TUNING_SEED, Plan
-from benchmarks.language.presets import Preset, RunConfig
+from benchmarks.language.presets import PRESETS, Preset, RunConfig
 from benchmarks.language.workers import Pool
 from benchmarks.output.plots import plot_coordinates, plot_transfer
 from benchmarks.output.records import Row
@@ -61,12 +61,9 @@ class Grid:
 
     def config(self, seed: int, rate: float) -> RunConfig:
         """The run at one rate."""
-        plain = self.plan.config(self.cell, seed, rate)
-        size = (self.preset.d_model, self.preset.n_layers, self.preset.n_heads)
-        tokens = (self.preset.curve_tokens, self.preset.final_tokens)
-        of_size = dict(zip(("d_model", "n_layers", "n_heads"), size, strict=True))
-        of_size |= dict(zip(("curve_tokens", "final_tokens"), tokens, strict=True))
-        return replace(plain, preset=replace(plain.preset, **of_size))
+        plain = self.plan.config(self.cell, seed, rate)  # whose schedule is that of the cell
+        schedule = {"warmup": plain.preset.warmup, "decay": plain.preset.decay}
+        return replace(plain, preset=replace(self.preset, **schedule))
 
     def rate(self, place: int) -> float:
         """The rate of an octave, or of a place among the fixed rates."""
@@ -91,7 +88,7 @@ def transfer(arguments: Namespace) -> int:
     defaults = SMOKE if arguments.smoke else DEFAULTS
     vars(arguments).update({name: value for name, value in defaults.items() if getattr(arguments, name) is None})
     arguments.depths = [depth for depth in arguments.depths if depth]
-    arguments.width = max([*arguments.widths, *([arguments.depth_width] if arguments.depths else [])])
+    arguments.width = _largest_width(arguments)
     plan = Plan(arguments)
     presets = dict(_sizes(plan, arguments))
     pool = Pool(arguments.out, plan.workers)
@@ -105,6 +102,18 @@ def transfer(arguments: Namespace) -> int:
     return 1 if pool.failures else 0
 
 
+def _largest_width(arguments: Namespace) -> int:
+    """The largest width of the command line; raises `PlanError` for one that the preset's heads do not divide."""
+    preset = PRESETS["smoke" if arguments.smoke else arguments.preset]
+    d_head = preset.d_model // preset.n_heads
+    named = [("--widths", width) for width in arguments.widths]
+    named += [("--depth-width", arguments.depth_width)] * bool(arguments.depths)
+    for option, width in named:
+        if width % d_head:
+            raise PlanError(f"{option} {width} is no multiple of the preset's heads of {d_head}")
+    return int(max(width for _, width in named))
+
+
 def _sizes(plan: Plan, arguments: Namespace) -> Iterator[tuple[Size, Preset]]:
     """The presets of all sizes: every width at the preset's depth, and every depth at one width.
 
@@ -116,8 +125,6 @@ def _sizes(plan: Plan, arguments: Namespace) -> Iterator[tuple[Size, Preset]]:
     wanted = [(width, largest.n_layers) for width in sorted(arguments.widths)]
     wanted += [(arguments.depth_width, depth) for depth in sorted(arguments.depths)]
     for width, depth in wanted:
-        if width % d_head:
-            raise PlanError(f"--widths {width} is no multiple of the preset's heads of {d_head}")
         yield (width, depth), replace(short, d_model=width, n_layers=depth, n_heads=width // d_head)
 
 
@@ -138,7 +145,7 @@ def _coordinate_runs(grids: list[Grid], widths: list[int], seed: int) -> Iterato
     """A few steps at the full rate, the same for all widths: the best of the grid at the smallest width."""
     for cell in dict.fromkeys(grid.cell for grid in grids):
         of_width = {grid.preset.d_model: grid for grid in reversed(grids) if grid.cell == cell}
-        smallest = of_width[min(of_width)]
+        smallest = of_width[min(widths)]
         best = smallest.rate(min(smallest.losses, key=lambda place: (smallest.losses[place], place)))
         for width in widths:
             config = of_width[width].config(seed, best)
