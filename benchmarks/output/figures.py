@@ -104,17 +104,13 @@ def horizons(losses: Mapping[str, Mapping[int, float]], targets: Sequence[Target
     lengths = sorted({length for by_length in several.values() for length in by_length})
     for target, style in zip(targets, ((0, (5, 3)), (0, (1, 2))), strict=False):
         axes.axhline(target.loss, color="black", linewidth=1, linestyle=style)
-        axes.annotate(target.name, (0, target.loss), (3, 3), xycoords=("axes fraction", "data"), **_SMALL_ABOVE)
+        found.append((max(lengths), target.loss, target.name, {"color": "black"}))
     axes.set_xscale("log")
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.minorticks_off()
     _finish(axes, "steps of an annealed run", f"loss, {unit}")
     names_at_lines(axes, found)
     return figure
-
-
-_SMALL_ABOVE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": "#374151"}
-_SMALL_ABOVE["bbox"] = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1}
 
 
 def intervals(values: Mapping[str, Interval], x: str, reference: float | None = None, log: bool = False) -> Figure:
