@@ -22,6 +22,7 @@ control:* are negative controls, Muon with one thing spoiled.
 torch:Muon takes matrices only: all other tensors get torch's AdamW at half its rate, as under normopt's Muon
 (rest={{"lr_ratio":1.0}} sets options of that AdamW, and pairs any other library's optimizer with it).
 Default: {}"""
+GEOMETRY_NAMES = ("adam", "muon-max1", "muon-adamw", "muon-rms", "scion", "modula", "muonh")
 FAMILIES = ("adamw", "muon", "soap", "shampoo", "prodigy", "lion", "adamp", "adafactor")
 
 
@@ -55,12 +56,20 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     from benchmarks.language.data import DataError
     from benchmarks.language.grid import grid
     from benchmarks.language.norms import norms
+    from benchmarks.language.page import page
     from benchmarks.language.report import report
     from benchmarks.language.sweep import sweep
+    from benchmarks.language.transfer import transfer
     from benchmarks.probes.command import probe_all
 
-    trained = {"compare": compare, "grid": grid, "sweep": sweep, "norms": norms}
-    run = {**trained, "report": report, "polar": benchmark_polar, "step": benchmark_step, "probes": probe_all}
+    trained = {"compare": compare, "grid": grid, "sweep": sweep, "norms": norms, "transfer": transfer}
+    run = {
+        **trained,
+        "report": page if getattr(parsed, "html", False) else report,
+        "polar": benchmark_polar,
+        "step": benchmark_step,
+        "probes": probe_all,
+    }
     run["wire"] = benchmark_wire
     try:
         return run[parsed.command](parsed)
@@ -93,12 +102,30 @@ def make_parser() -> argparse.ArgumentParser:
     norms = commands.add_parser("norms", help="norms inside the models over training: residual stream, rows, alpha")
     _add_shared(norms, seeds=1, optimizers="adamw", models=",".join(MODEL_NAMES))
     norms.add_argument("--lr", type=rates_by_name, default={}, help="learning rates, like adamw@angpt=3e-3")
+    _add_transfer(commands.add_parser("transfer", help="does the best learning rate hold when models grow?"))
     _add_report(commands.add_parser("report", help="tables and plots of runs on file, whatever commands made them"))
     _add_polar(commands.add_parser("polar", help="accuracy and speed of polar factors, without any training"))
     _add_step(commands.add_parser("step", help="what a step costs, beside other libraries, without any training"))
     _add_wire(commands.add_parser("wire", help="bytes that sharded steps send, counted for any number of ranks"))
     _add_probes(commands.add_parser("probes", help="what users take for granted, asked of ours and of other libraries"))
     return parser
+
+
+def _add_transfer(parser: argparse.ArgumentParser) -> None:
+    _add_shared(parser, seeds=2, models="gpt,angpt", sized=False)
+    add = parser.add_argument
+    known = f"of {', '.join(GEOMETRY_NAMES)}, or what --optimizers of compare takes; default: all of these names"
+    add("--geometries", type=list_of(str, "adam,scion"), default=list(GEOMETRY_NAMES), help=known)
+    add(
+        "--widths",
+        type=list_of(positive_int, "64,128"),
+        help="d_model, with heads of one size; default: 64,128,256,512",
+    )
+    depths = "numbers of layers, at --depth-width; 0: none; default: 2,4,8"
+    add("--depths", type=list_of(whole, "2,4"), help=depths)
+    add("--depth-width", type=positive_int, help="d_model of all depths; default: 128")
+    rates = "the same for all; default: the tuned rate and octaves around it, until the best has neighbours"
+    add("--rates", type=list_of(positive_float, "1e-3,2e-3"), help=rates)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +135,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     )
     add("--data", default="shakespeare", help="their text; default: shakespeare")
     add("--readme", type=Path, help="a Markdown file: put the headline between the two comments that mark its place")
+    add("--html", action="store_true", help="one page, report.html, in place of the tables; any texts, all commands")
     add("--out", type=Path, help="folder for tables and plots; default: runs/report")
     parser.set_defaults(preset="report", smoke=False)
 
@@ -154,10 +182,18 @@ def _add_polar(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_shared(
-    parser: argparse.ArgumentParser, seeds: int | None, optimizers: str = DEFAULT_OPTIMIZERS, models: str = "gpt"
+    parser: argparse.ArgumentParser,
+    seeds: int | None,
+    optimizers: str = DEFAULT_OPTIMIZERS,
+    models: str = "gpt",
+    sized: bool = True,
 ) -> None:
+    """Arguments of the commands that train; not `sized`: the command has names for optimizers and sizes of its own."""
     add = parser.add_argument
-    add("--optimizers", type=list_of(str, DEFAULT_OPTIMIZERS), default=optimizers, help=OPTIMIZERS.format(optimizers))
+    if sized:
+        read = list_of(str, DEFAULT_OPTIMIZERS)
+        add("--optimizers", type=read, default=optimizers, help=OPTIMIZERS.format(optimizers))
+        add("--width", type=positive_int, help="d_model, with heads of the preset's size; default: the preset's")
     imported = "a Python file that is imported first, like my_norm.py; may be given several times"
     add("--plugin", type=Path, action="append", default=[], metavar="FILE", help=imported)
     tuned = "options by name, in the place of or beside those of tuned.json; sweep's chosen.json is such a file"
@@ -170,7 +206,6 @@ def _add_shared(
     )
     add("--preset", choices=PRESET_NAMES, default="quick")
     add("--model-options", type=options, default={}, help="arguments of the model, like gate_scale=1.0,lerp=False")
-    add("--width", type=positive_int, help="d_model, with heads of the preset's size; default: the preset's")
     add("--batch", type=positive_int, help="sequences a step; default: the preset's")
     known = "shakespeare (default), sympy, stdlib, a text file, or a pattern of .bin shards"
     add("--data", default="shakespeare", help=known)

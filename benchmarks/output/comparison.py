@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.output.palette import BASELINE
 from benchmarks.output.plots import plot_curves, plot_horizons
 from benchmarks.output.records import Row
 from benchmarks.output.rows import (
@@ -26,8 +27,6 @@ from benchmarks.output.targets import Runs, Target, losses_by_seed, mean_losses
 TABLES = ("compare", "costs", "targets")
 PLOTS = ("loss_steps.png", "loss_seconds.png", "horizons.png")
 FILES = (*(f"{name}.{kind}" for name in TABLES for kind in ("csv", "tex")), *PLOTS)
-#: The optimizer that all other optimizers are compared with.
-BASELINE = "adamw"
 #: The columns of what runs cost, which are a table of their own.
 COSTS = ("lr", "bits/byte", "tok/s", "fwd+bwd ms", "opt ms", "opt %", "state B/param")
 NOTE = (

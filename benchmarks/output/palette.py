@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from normopt.optimizer import SteepestDescent
+from normopt.roles.geometries import GEOMETRIES
+from normopt.roles.options import entry
 from normopt.rule import rule_of
 
 #: What is no optimizer of the library, or not known to be one.
@@ -37,12 +39,17 @@ NO_NORM = "#6a4c93"
 def family(optimizer: str) -> str:
     """The norm, or the direction that is none, under which an optimizer of that name moves a matrix; "" if unknown.
 
-    ``"muon@angpt"`` and ``"muonplus-soap lr=1"`` are members of the families of ``muon`` and ``muonplus``.
+    ``"muon@angpt"`` and ``"muonplus-soap lr=1"`` are members of the families of ``muon`` and ``muonplus``; a geometry
+    has the family of its hidden matrices.
     """
     name = re.split(r"[@ -]", optimizer.lower())[0]
-    if name not in SteepestDescent.registry:
+    weight = torch.zeros(2, 2, requires_grad=True)
+    if name in SteepestDescent.registry:
+        group = SteepestDescent.registry[name]([weight]).param_groups[0]
+    elif name in GEOMETRIES:
+        group = SteepestDescent([{"params": [weight], **entry(GEOMETRIES[name], "linear")}]).param_groups[0]
+    else:
         return ""
-    group = SteepestDescent.registry[name]([torch.zeros(2, 2, requires_grad=True)]).param_groups[0]
     return rule_of(group).norm.cell[0]
 
 
@@ -54,15 +61,26 @@ def color(optimizer: str) -> str:
 
 #: How lines of one colour are told apart.
 DASHES = ("-", "--", ":", "-.")
+#: The optimizer that all other optimizers are compared with: black, and above the other lines.
+BASELINE, BLACK = "adamw", "#000000"
+#: Of more lines than `MANY`, those after the first `MANY` are grey and below the others.
+MANY, GREY = 12, "#c3c8d0"
 
 
 def lines(optimizers: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How each optimizer's line is drawn: its family's colour, dashed by its place in the family, paler after four."""
+    """How each optimizer's line is drawn: its family's colour, dashed by its place in the family, paler after four.
+
+    The baseline is black. Give the best first: where lines are many, the rest is grey.
+    """
     seen: Counter[str] = Counter()
     found: dict[str, dict[str, Any]] = {}
-    for name in optimizers:
-        place = seen[color(name)]
-        seen[color(name)] += 1
-        alpha = 1.0 if place < len(DASHES) else 0.55
-        found[name] = {"color": color(name), "linestyle": DASHES[place % len(DASHES)], "alpha": alpha}
+    for i, name in enumerate(optimizers):
+        shade = BLACK if name == BASELINE else color(name) if i < MANY else GREY
+        place = seen[shade]
+        seen[shade] += 1
+        alpha = 1.0 if place < len(DASHES) or shade == GREY else 0.55
+        dash = "-" if shade == GREY else DASHES[place % len(DASHES)]
+        found[name] = {"color": shade, "linestyle": dash, "alpha": alpha, "zorder": 1 if shade == GREY else 2}
+        if shade == BLACK:
+            found[name]["zorder"] = 3
     return found

@@ -84,10 +84,21 @@ class Runs:
         self.seconds = {s: seconds_a_step(row for row in rows if row["config"]["seed"] == s) for s in seeds}
         self.seconds_a_step = seconds_a_step(rows)
 
+    def steps(self, target: Target) -> tuple[Reach, tuple[float, float] | None]:
+        """Steps to a target, and their interval; ends beyond the runs lie below the shortest or above the longest."""
+        return reach(self.means, target.loss), self._interval(target, lambda steps, seconds: steps)
+
+    def seeds(self, target: Target) -> list[int]:
+        """The seeds behind the interval: those that have runs of every length, and that the target has, too."""
+        return sorted(set.intersection(*map(set, self.losses.values()), set(target.by_seed or self.seconds)))
+
+    def clipped(self, steps: float) -> float:
+        """Steps within the lengths of the runs."""
+        return min(max(steps, min(self.losses)), max(self.losses))
+
     def cells(self, target: Target, tokens: int) -> tuple[Cell, Cell, Cell]:
         """Steps, tokens and seconds to a target; a step takes `tokens` tokens."""
-        found = reach(self.means, target.loss)
-        ends = self._interval(target, lambda steps, seconds: steps)
+        found, ends = self.steps(target)
         shortest, longest = min(self.losses), max(self.losses)
 
         def cell(unit: float, interval: tuple[float, float] | None) -> Cell:
@@ -100,18 +111,14 @@ class Runs:
             low, high = interval
             return Cell(text, value=found.steps * unit, bound=found.bound.strip(), low=low, high=high)
 
-        def clipped(steps: float) -> float:
-            return min(max(steps, shortest), longest)
-
-        of_steps = None if ends is None else (clipped(ends[0]), clipped(ends[1]))
+        of_steps = None if ends is None else (self.clipped(ends[0]), self.clipped(ends[1]))
         of_tokens = None if of_steps is None else (of_steps[0] * tokens, of_steps[1] * tokens)
-        of_seconds = self._interval(target, lambda steps, seconds: clipped(steps) * seconds)
+        of_seconds = self._interval(target, lambda steps, seconds: self.clipped(steps) * seconds)
         return cell(1, of_steps), cell(tokens, of_tokens), cell(self.seconds_a_step, of_seconds)
 
     def _interval(self, target: Target, value: Any) -> tuple[float, float] | None:
         """The interval of `value(steps to the target, seconds a step)`."""
-        of_target = target.by_seed
-        seeds = sorted(set.intersection(*map(set, self.losses.values()), set(of_target or self.seconds)))
+        of_target, seeds = target.by_seed, self.seeds(target)
         goal = [target.loss if of_target is None else of_target[seed] for seed in seeds]
         losses = [[by_seed[seed] for seed in seeds] for by_seed in self.losses.values()]
 

@@ -16,7 +16,7 @@ from benchmarks.language.grid import grid_line, write_grid
 from benchmarks.language.ngram import ngram_loss
 from benchmarks.language.norms import write_norms
 from benchmarks.output.comparison import comparison_lines, write_comparison
-from benchmarks.output.plots import MAX_LINES
+from benchmarks.output.figures import MAX_LINES
 from benchmarks.output.records import Row
 from benchmarks.output.statistics import Estimate, bootstrap, estimate, holm, p_value, paired, ranks
 from benchmarks.output.tables import Cell, write_table
