@@ -82,7 +82,7 @@ def test_every_optimizer_has_a_space_whose_values_reach_it(corpus: Corpus) -> No
     made = plan(corpus, ALL)
     assert set(normopt.list_optimizers()) <= made.cells.keys()
     for cell in made.cells:
-        subject, (trial,) = Subject(made, cell), trials(made, cell, 1)
+        subject, (trial, *others) = Subject(made, cell), trials(made, cell, 8)
         space = subject.space()
         assert {"lr", "warmup", "decay"} <= space.keys() == trial.values.keys(), cell
         for name, span in space.items():
@@ -105,6 +105,8 @@ def test_every_optimizer_has_a_space_whose_values_reach_it(corpus: Corpus) -> No
             expected = trial.values["shrinkage"] / (config.lr * made.preset.steps)
             assert hidden["weight_decay"] == pytest.approx(expected, rel=0.01), cell
             assert head.get("weight_decay", 0) == 0, cell
+        for other in others:
+            make_optimizer(made.config(cell, 0, entry=other.entry), model)
         schedule = (round(trial.values["warmup"] * made.preset.steps), trial.values["decay"])
         assert (config.preset.warmup, config.preset.decay) == schedule, cell
 
