@@ -14,8 +14,8 @@ from normopt.ingredient.stage import Context
 def due(context: Context, shape: Sequence[int], frequency: int, staggered: bool) -> Tensor:
     """Which matrices of a batch of ``shape`` (..., m, n) have their turn, a mask of shape ``(...)`` on the host.
 
-    All of them at the multiples of ``frequency``; with ``staggered`` each as many steps later as its number among all
-    matrices, modulo ``frequency``, says, wherever it is computed. So about as many have their turn at every step.
+    All of them at the multiples of ``frequency``; with ``staggered`` each as many steps later as its number, modulo
+    ``frequency``, says, wherever it is computed. So about as many have their turn at every step.
     """
     step, leading = int(context.step), tuple(shape[:-2])
     if not staggered or context.turns is None or not leading:

@@ -180,9 +180,9 @@ class Batch:
         return found if chunk is None else found[chunk]
 
     def turns(self) -> list[int]:
-        """A number for each matrix, from its parameter's place among all of them, for what is done in turn."""
-        known = self.group.get("turns")  # where parameters are parts of others
-        each = [self._place + i if known is None else known[i] for i in self.plan.members]
+        """A number for each matrix, from its parameter's :func:`number_of`, for what is done in turn."""
+        known = self.group.get("numbered")  # where parameters are parts of others
+        each = [known[i][0] if known else number_of(self.group, self._place, i) for i in self.plan.members]
         return [turn + i for turn, size in zip(each, self.plan.sizes, strict=True) for i in range(size)]
 
     def _find_kernel(self) -> Kernel | None:

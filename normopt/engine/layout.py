@@ -453,7 +453,6 @@ class ShardedWave(Wave):
                 local |= {"rule": rule, "counts": counts, "params": [self._stand_ins[home] for home in homes]}
                 local["labels"] = [labels[home.index] for home in homes]
                 local["numbered"] = [self._layout.numbered(home) for home in homes]
-                local["turns"] = [home.place + home.index for home in homes]
                 if group["state_dtype"] == "parameter":  # that of the parameter, which the stand-in need not have
                     local["state_dtype"] = None if dtype == torch.float64 else str(dtype).removeprefix("torch.")
                 yield local

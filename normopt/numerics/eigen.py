@@ -97,6 +97,8 @@ def power_iteration_(basis: Tensor, gram: Tensor, ordered: bool = True) -> Tenso
         The new order as indices of the old columns, shape ``(..., n)``: by Rayleigh quotient, the largest first; 0, 1,
         2 ... unless ``ordered``.
     """
+    if not basis.numel():
+        return torch.arange(basis.shape[-1], device=basis.device).expand(basis.shape[:-1])
     largest = gram.abs().amax(dim=(-2, -1), keepdim=True)
     product = (gram / torch.where(largest == 0, 1.0, largest)) @ basis
     order = torch.arange(basis.shape[-1], device=basis.device).expand(basis.shape[:-1])

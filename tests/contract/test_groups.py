@@ -17,7 +17,7 @@ from normopt import SteepestDescent
 from normopt.engine import plan
 from normopt.rule import rule_of
 from tests.support.models import Net
-from tests.support.optimizers import LOCAL, Make, everyone, everyone_at_once, local_at_once, whole
+from tests.support.optimizers import LOCAL, Make, everyone, everyone_at_once, local_at_once, whole, whole_at_once
 from tests.support.steps import assert_equal, give_gradients, run, snapshot, tensors
 
 
@@ -38,7 +38,7 @@ def test_groups_have_their_own_options_and_ingredients(make: Make) -> None:
     assert_equal(together, apart)
 
 
-@whole
+@whole_at_once
 def test_groups_that_agree_are_one_group(make: Make) -> None:
     """Also where all tensors are looked at before one moves."""
     together, apart = tensors(), tensors()

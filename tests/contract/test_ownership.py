@@ -735,6 +735,8 @@ def test_a_parameter_that_is_appended_by_hand_trains(make: Make, what: str) -> N
     """As one that was there all the time and had no gradient before."""
     if what == "unnamed" and "state_dtype" in getattr(make, "keywords", {}):
         pytest.skip("without names, random bits of rounding go by the place in the group, which is another one now")
+    if what == "unnamed" and "staggered" in type(make([torch.zeros(2, 2)])).__init__.__annotations__:
+        pytest.skip("without names, turns go by the place in the group, which is another one now")
     run, twin = Run(make, what), Run(make, what)
     new = run["mid.weight"]
     group, _ = _group(run, new)

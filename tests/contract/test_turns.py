@@ -37,7 +37,7 @@ def parameters(count: int = 8, shape: tuple[int, int] = (6, 5)) -> list[nn.Param
     return [nn.Parameter(torch.randn(shape, generator=noise, dtype=torch.float64)) for _ in range(count)]
 
 
-def make(name: str, params: list[nn.Parameter], **options: Any) -> SteepestDescent:
+def make(name: str, params: list[Any], **options: Any) -> SteepestDescent:
     # With so large an eps that Shampoo's roots fit every gradient until their turn.
     more = {"eps": 1e3} if name == "shampoo" else {}
     return normopt.create(name, params, lr=1e-3, **{PERIODS[name]: PERIOD}, **more, **options)
@@ -103,6 +103,22 @@ def test_all_matrices_have_their_turn_at_once_where_that_is_wanted(name: str) ->
         step(optimizer, params, i)
     found = renewed(optimizer, params, range(2, 2 + 2 * PERIOD))
     assert sorted(map(len, found)) == [0] * 2 * (PERIOD - 1) + [len(params)] * 2
+
+
+@turned
+def test_names_say_when_a_matrix_has_its_turn(name: str) -> None:
+    """Whichever others there are: each moves as it does alone."""
+    together, apart = parameters(), parameters()
+    names = [f"layers.{i}.weight" for i in range(len(together))]
+    optimizer = make(name, [*zip(names, together, strict=True)])
+    alone = [make(name, [pair]) for pair in zip(names, apart, strict=True)]
+    for i in range(9):
+        step(optimizer, together, i)
+        for p, q, single in zip(together, apart, alone, strict=True):
+            q.grad = p.grad
+            single.step()
+    for p, q in zip(together, apart, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
 
 
 @turned
