@@ -51,6 +51,7 @@ class InputWhitened(Direction):
     sees_weights = False
     needs_matrix = True
     reads_inputs = True
+    decides_on_host = True
     cell = like("direction")
     degree = like("direction")
     sets_length = like("direction")
@@ -68,10 +69,6 @@ class InputWhitened(Direction):
         check_count(self, "frequency", self.frequency)
         if self.direction.looks_first:
             raise ValueError(f"InputWhitened: {self.direction} has to see the first gradient before it moves")
-
-    @property
-    def decides_on_host(self) -> bool:
-        return True
 
     @property
     def averages(self) -> frozenset[str]:
