@@ -272,7 +272,7 @@ def test_every_argument_that_is_read_says_what_is_wrong(capsys: pytest.CaptureFi
     checked = 0
     for name, command in commands.choices.items():
         for action in command._actions:
-            if action.type not in (None, Path) and action.dest not in ("optimizers", "runs"):
+            if action.type not in (None, Path) and action.dest not in ("geometries", "optimizers", "runs"):
                 with pytest.raises(SystemExit):
                     command.parse_args([action.option_strings[0], "?"])
                 error = capsys.readouterr().err.splitlines()[-1]
