@@ -89,7 +89,10 @@ def transfer(arguments: Namespace) -> int:
     vars(arguments).update({name: value for name, value in defaults.items() if getattr(arguments, name) is None})
     arguments.depths = [depth for depth in arguments.depths if depth]
     arguments.width = _largest_width(arguments)
-    plan = Plan(arguments)
+    try:
+        plan = Plan(arguments)
+    except PlanError as error:  # geometries are names of optimizers, or what stands for one
+        raise PlanError(str(error).replace("--optimizers", "--geometries")) from None
     presets = dict(_sizes(plan, arguments))
     pool = Pool(arguments.out, plan.workers)
     seeds = range(TUNING_SEED, TUNING_SEED + arguments.seeds)

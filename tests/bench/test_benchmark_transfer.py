@@ -208,7 +208,7 @@ def test_rates_of_the_command_line_are_tried_and_no_others(corpus: Corpus, monke
         (["--widths", "64,100", "--depths", "0"], "--widths 100 is no multiple of the preset's heads of 32"),
         (["--depth-width", "100"], "--depth-width 100 is no multiple of the preset's heads of 32"),
         (["--widths", "0"], "argument --widths: '0' is not a whole number from 1 up"),
-        (["--geometries", "adam,moun"], "unknown optimizer 'moun': did you mean 'muon'?"),
+        (["--geometries", "adam,moun"], "--geometries: unknown optimizer 'moun': did you mean 'muon'?"),
         (["--rates", "-1"], "argument --rates"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normopt import SteepestDescent, optimizer, zoo
-from tests.support.optimizers import ZOO, Make, by_family
+from tests.support.optimizers import ZOO, Make
 
 
 def parameters() -> list[nn.Parameter]:
@@ -36,7 +36,7 @@ def cold_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return taken
 
 
-@pytest.mark.parametrize("name", by_family(ZOO))
+@pytest.mark.parametrize("name", ZOO)
 def test_warm_steps_are_cold_ones_to_the_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make: Make = ZOO[name]
     runs = [parameters(), parameters()]

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, weight_norm
 import normopt
 from normopt import Spectral, SteepestDescent, View, infer_roles, param_groups
 from normopt.rule import rule_of
-from tests.support.optimizers import EVERY
+from tests.support.optimizers import EVERY, at_once
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -270,7 +270,7 @@ def rules_see_parts(optimizer: SteepestDescent) -> bool:
 
 @pytest.mark.parametrize("name", [*EVERY, "stormplus"])
 def test_parts_of_unequal_height_move_as_parameters_of_their_own(name: str) -> None:
-    make = EVERY.get(name) or partial(normopt.create, name)
+    make = at_once(EVERY).get(name) or partial(normopt.create, name)
     noise = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(sum(HEIGHTS), 12, generator=noise) for _ in range(5))
     fused, separate = GroupedQuery(start, fused=True), GroupedQuery(start, fused=False)

@@ -63,7 +63,7 @@ WHOLE = ZOO | {name: partial(normopt.create, name) for name in LOOK_BACK}
 ALL = EVERY | WHOLE
 
 
-def _at_once(makes: dict[str, Make]) -> dict[str, Make]:
+def at_once(makes: dict[str, Make]) -> dict[str, Make]:
     """All decompositions renewed at once: where each matrix has its turn depends on which others there are."""
     takes = {name for name, cls in SteepestDescent.registry.items() if "staggered" in signature(cls).parameters}
     of_zoo = {name for name in makes if name in ZOO and name.rstrip("+") in takes and name not in BARE}
@@ -72,10 +72,10 @@ def _at_once(makes: dict[str, Make]) -> dict[str, Make]:
 
 zoo = pytest.mark.parametrize("make", ZOO.values(), ids=ZOO)
 local = pytest.mark.parametrize("make", LOCAL.values(), ids=LOCAL)
-local_at_once = pytest.mark.parametrize("make", _at_once(LOCAL).values(), ids=LOCAL)
+local_at_once = pytest.mark.parametrize("make", at_once(LOCAL).values(), ids=LOCAL)
 every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 # For tests that give a closure, so that those which look back can take them too.
 whole = pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE)
 everyone = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
-everyone_at_once = pytest.mark.parametrize("make", _at_once(ALL).values(), ids=ALL)
-whole_at_once = pytest.mark.parametrize("make", _at_once(WHOLE).values(), ids=WHOLE)
+everyone_at_once = pytest.mark.parametrize("make", at_once(ALL).values(), ids=ALL)
+whole_at_once = pytest.mark.parametrize("make", at_once(WHOLE).values(), ids=WHOLE)
