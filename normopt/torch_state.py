@@ -14,6 +14,7 @@ from normopt.constraints import L2, Constraint, WeightDecay
 from normopt.directions import Identity, Smoothed
 from normopt.engine.checkpoint import VERSION, check_whole, difference
 from normopt.engine.checks import name_of
+from normopt.engine.names import plain
 from normopt.engine.plan import state_shapes
 from normopt.momentum import EMA, HeavyBall, LionMomentum, Momentum, WarmNesterov
 from normopt.norms import Max, Spectral
@@ -109,7 +110,7 @@ def from_torch_state(
 
 
 def _by_name(optimizer: SteepestDescent, state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, str]:
-    names = {p: _plain(name) for name, p in model.named_parameters()}
+    names = {p: plain(name) for name, p in model.named_parameters()}
     check_whole([{"params": list(names)}], state_dict)
     saved = _named_groups(state_dict, model)
     if not saved.keys() & names.values():
@@ -144,12 +145,6 @@ def _by_name(optimizer: SteepestDescent, state_dict: Mapping[str, Any], model: n
     return anew
 
 
-def _plain(name: str) -> str:
-    """A parameter's name without what DistributedDataParallel, FSDP and torch.compile put into it."""
-    wrappers = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-    return ".".join(part for part in name.split(".") if part not in wrappers)
-
-
 def _named_groups(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[Options, Mapping[str, Any]]]:
     """Each parameter's saved param group and state, by name."""
     groups = state_dict["param_groups"]
@@ -169,7 +164,7 @@ def _named_groups(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, 
                 "model.named_parameters(), or put the names into each saved group, as a list param_names"
             )
         for name, key in zip(names, keys, strict=True):
-            found[_plain(name)] = group, state_dict["state"].get(key) or {}
+            found[plain(name)] = group, state_dict["state"].get(key) or {}
     return found
 
 

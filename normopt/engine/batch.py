@@ -18,6 +18,7 @@ from torch._C._nn import unflatten_dense_tensors
 from normopt.engine import plan as plans
 from normopt.engine.checks import name_of
 from normopt.engine.kernels import Kernel
+from normopt.engine.names import plain
 from normopt.engine.plan import Joined, Plan, State, age
 from normopt.ingredient.stage import Context, Rate
 from normopt.ingredient.view import is_small
@@ -395,7 +396,7 @@ class Batch:
 def number_of(group: Mapping[str, Any], place: int, index: int) -> int:
     """A parameter's number: by its name, else by where it is, whichever others come and go."""
     names = group.get("param_names")
-    return zlib.crc32(names[index].encode()) if names else (place << 20) + index
+    return zlib.crc32(plain(names[index]).encode()) if names else (place << 20) + index
 
 
 def rate_and_shrink(rule: Rule, lr: Rate, step: Any, shared: Numbers) -> tuple[Rate, Rate]:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 #: What a param group has for each of its parameters, in their order.
 ALONGSIDE = ("param_names", "reasons")
+
+#: What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+@cache
+def plain(name: str) -> str:
+    """A parameter's name without what wrappers of modules put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def learn_names(known: MutableMapping[Tensor, list[Any]], group: dict[str, Any]) -> None:

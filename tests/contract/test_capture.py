@@ -32,7 +32,7 @@ SQUARES: list[tuple[int, ...]] = [(3, 3), (3, 3)]
 
 #: What decides by numbers: decompositions, first gradients that only prepare, gradients of the past, rare refreshes.
 HOST = {"aro", "asgo", "dion", "klshampoo", "muonplusplus", "nadam", "novograd", "nucleardescent", "shampoo", "soap"}
-HOST |= {"stormplus", "htmuon", "numuon", "spectra", "splus"}
+HOST |= {"cosmos", "moso", "stormplus", "htmuon", "numuon", "spectra", "splus"}
 #: What else is compiled in the slow tests.
 MORE = ["muon", "adafactor", "adamp", "prodigy", "scion", "normuon", "lamb", "dadaptadam"]
 

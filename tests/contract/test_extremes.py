@@ -340,7 +340,7 @@ def test_adafactor_without_eps_stays_where_nothing_has_happened() -> None:
     assert torch.equal(p, torch.ones(4, 3))
 
 
-@pytest.mark.parametrize("name", ["adamp", "lamb", "soap", "rmsprop"])
+@pytest.mark.parametrize("name", ["adamp", "lamb", "soap", "novograd"])
 @pytest.mark.parametrize("size", [1.0, 1e12, 1e17, 1e30])
 def test_only_gradients_whose_squares_may_overflow_are_cut_off(
     name: str, size: float, monkeypatch: pytest.MonkeyPatch
