@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 from normopt.constraints.base import Constraint
 from normopt.ingredient import Context, check_count, check_range
 from normopt.ingredient.view import is_small
+from normopt.numerics.sharded import is_sharded, whole
 from normopt.optimizer import SteepestDescent
 from normopt.rule import Rule, rule_of
 
@@ -297,7 +298,7 @@ def _mixed(state: dict[str, Tensor], share: float) -> Tensor:
 
 def _placed(x: Tensor, p: Tensor) -> Tensor:
     """A copy of ``x``, which may be whole or a DTensor, placed as ``p`` is."""
-    if type(x) is Tensor and not hasattr(p, "full_tensor"):
+    if type(x) is Tensor and not is_sharded(p):
         return x.to(p.device, copy=True)
     from normopt.engine import mesh  # which takes a while to import
 
@@ -317,7 +318,7 @@ def _to_bounds(optimizer: SteepestDescent, held: Mapping[Tensor, Any]) -> None:
         bounded |= {p: (rule, bounds, group.get("role", "")) for p in moved if bounds}
     known = _state_of_bounds(optimizer, bounded)
     for p, (rule, bounds, role) in bounded.items():
-        wide = _whole(p).to(torch.promote_types(p.dtype, torch.float32))
+        wide = whole(p).to(torch.promote_types(p.dtype, torch.float32))
         w, state = rule.view.apply(wide), known[p]
         context = Context(w, w, 1, 0.0, None, w.clone, is_vector=is_small(p.shape, role))
         for bound in bounds:
@@ -339,9 +340,4 @@ def _state_of_bounds(
         from normopt.engine import sharded_state
 
         found |= sharded_state.saved(layout, found)
-    return {p: {name: _whole(x).clone() for name, x in state.items()} for p, state in found.items()}
-
-
-def _whole(x: Tensor) -> Tensor:
-    """All of a sharded tensor, on every rank: they must call together."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+    return {p: {name: whole(x).clone() for name, x in state.items()} for p, state in found.items()}

@@ -17,6 +17,7 @@ from normopt.ingredient import check_range
 from normopt.ingredient.stage import is_of_inputs
 from normopt.numerics.autocast import _without_autocast
 from normopt.numerics.eigen import average_
+from normopt.numerics.sharded import is_sharded
 from normopt.optimizer import SteepestDescent
 from normopt.rule import rule_of
 
@@ -122,7 +123,7 @@ class InputStatistics:
 
 def _watched(group: dict[str, Any], p: Tensor, layers: dict[Tensor, list[nn.Linear]]) -> _Watched:
     name, rule = name_of(group, p), rule_of(group).at(group)
-    if hasattr(p, "full_tensor"):
+    if is_sharded(p):
         raise ValueError(f"{name} is sharded; statistics of inputs are kept for whole parameters alone")
     if p not in layers:
         raise ValueError(

@@ -21,6 +21,7 @@ from normopt.norms.entrywise import Euclidean
 from normopt.norms.spectral import Spectral
 from normopt.numerics.autocast import _without_autocast
 from normopt.numerics.lengths import euclidean
+from normopt.numerics.sharded import whole
 from normopt.numerics.singular import largest_singular_value
 from normopt.rule import Rule, rule_of
 from normopt.stepsize.base import double
@@ -136,7 +137,7 @@ class Metrics:
 def _measured(rule: Rule, norm: Norm, before: Tensor, p: Tensor, gradient: Tensor) -> list[Tensor]:
     """The numbers of one tensor after ``effective_lr``, in the order of ``MEASURES``."""
     working = torch.promote_types(p.dtype, torch.float32)
-    old, w, g = (rule.view.apply(_whole(x.detach()).to(working)) for x in (before, p, gradient))
+    old, w, g = (rule.view.apply(whole(x.detach()).to(working)) for x in (before, p, gradient))
     u = w - old
     duals = [norm.dual_norm(x) if x.is_cpu else norm.steepness(x, {}) for x in rule.view.cut(_finite(g))]
     sizes = [torch.stack([_size(norm, part).amax() for part in rule.view.cut(_finite(x))]).amax() for x in (w, u)]
@@ -147,11 +148,6 @@ def _measured(rule: Rule, norm: Norm, before: Tensor, p: Tensor, gradient: Tenso
         ranks = [(euclidean(x, (-2, -1)) / largest_singular_value(x)).square() for x in rule.view.cut(_finite(w))]
         rank = torch.where(w.isfinite().all(), torch.stack(ranks).mean(), math.nan)
     return [_rms(u), *sizes, _rms(u) / _rms(old), rank]
-
-
-def _whole(x: Tensor) -> Tensor:
-    """All of a sharded tensor."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def _size(norm: Norm, x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.optimizer import Optimizer
 
+from normopt.numerics.sharded import is_sharded, whole
+
 
 def softmax_limited_step(
     optimizer: Optimizer, model: nn.Module, *inputs: Any, target: float = 1.0, process_group: Any = None
@@ -50,16 +52,16 @@ def softmax_limited_step(
     params = {name: p for name, p in model.named_parameters() if id(p) in moved}
     if not params:
         raise ValueError("softmax_limited_step: the optimizer moves no parameter of the model")
-    is_sharded = any(hasattr(p, "full_tensor") for p in params.values())
+    any_sharded = any(map(is_sharded, params.values()))
     before = {name: p.detach().clone() for name, p in params.items()}
     optimizer.step()
     with torch.no_grad():
         step = {name: p - before[name] for name, p in params.items()}
-        slopes = (_differences if is_sharded else _slopes)(model, params, before, step, inputs)
+        slopes = (_differences if any_sharded else _slopes)(model, params, before, step, inputs)
         largest = (slopes.amax(dim=-1) - slopes.amin(dim=-1)).max().double()
         spread = float(_largest_of_all(largest, params, process_group))
         share = min(1.0, target * math.pi / spread) if spread > 0 else 1.0
-        if share < 1 or is_sharded:
+        if share < 1 or any_sharded:
             _put(params, before, step, share)
     return spread / math.pi
 
@@ -96,9 +98,7 @@ def _differences(model: nn.Module, params: Named, before: Named, step: Named, in
     steps that are shorter are taken whole.
     """
     eps = max(torch.finfo(p.dtype).eps for p in params.values())
-    length, travelled = (
-        sum(float(_whole(x.double().square().sum())) for x in each.values()) for each in (before, step)
-    )
+    length, travelled = (sum(float(whole(x.double().square().sum())) for x in each.values()) for each in (before, step))
     share = min(1.0, eps ** (1 / 3) * math.sqrt(length / travelled)) if travelled else 1.0
     was_training = model.training
     model.eval()
@@ -106,7 +106,7 @@ def _differences(model: nn.Module, params: Named, before: Named, step: Named, in
         found = []
         for way in (share, -share):
             _put(params, before, step, way)
-            found.append(_whole(model(*inputs)).clone())
+            found.append(whole(model(*inputs)).clone())
             _reshard(model)
     finally:
         model.train(was_training)
@@ -132,8 +132,3 @@ def _largest_of_all(x: Tensor, params: Named, process_group: Any) -> Tensor:
     if process_group is not None:
         dist.all_reduce(x, dist.ReduceOp.MAX, process_group)
     return x
-
-
-def _whole(x: Any) -> Any:
-    """All of a DTensor, on every rank."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x

@@ -8,7 +8,7 @@ import glob
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,19 +134,22 @@ def load_or_fall_back(source: str) -> Corpus:
 
 
 def _shakespeare() -> Corpus:
-    try:
-        works = shakespeare.works()
-    except ValueError as error:
-        raise DataError(str(error)) from None
-    return _text("shakespeare", *_split(works, shakespeare.VALIDATION, shakespeare.TEST))
+    return _by_parts("shakespeare", shakespeare.works, shakespeare.VALIDATION, shakespeare.TEST)
 
 
 def _sympy() -> Corpus:
+    return _by_parts("sympy", sympy_sources.packages, sympy_sources.VALIDATION, sympy_sources.TEST)
+
+
+def _by_parts(
+    source: str, read: Callable[[], dict[str, bytes]], validation: Sequence[str], test: Sequence[str]
+) -> Corpus:
+    """A text in named parts, some of which are held out."""
     try:
-        packages = sympy_sources.packages()
+        parts = read()
     except ValueError as error:
         raise DataError(str(error)) from None
-    return _text("sympy", *_split(packages, sympy_sources.VALIDATION, sympy_sources.TEST))
+    return _text(source, *_split(parts, validation, test))
 
 
 def _split(texts: Mapping[str, bytes], validation: Sequence[str], test: Sequence[str]) -> tuple[bytes, bytes, bytes]:

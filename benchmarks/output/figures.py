@@ -379,7 +379,6 @@ def names_at_lines(axes: Axes, ends: Sequence[tuple[float, float, str, dict[str,
     """
     if len(ends) > MAX_NAMES:
         ends = [end for end in ends if end[3].get("zorder", 2) > 1]
-    axes.figure.canvas.draw() if False else None
     to_axes = axes.transData + axes.transAxes.inverted()
     points = axes.get_window_extent().height * 72 / matplotlib.rcParams["figure.dpi"]
     gap = 1.22 * size / max(points, 1.0)

@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,19 @@ BOUNDS = (RowBound, Sphere, FrobeniusSphere, Ball)
 
 #: How many tensors are few, and from how many entries on they are large, for foreach calls to be the faster way.
 FEW_TENSORS, LARGE = 16, 4096
+
+
+class Given(NamedTuple):
+    """What a kernel takes a step with: tensors in the parameters' order, and the step's numbers."""
+
+    params: list[Tensor]
+    gradients: list[Tensor]
+    #: Each parameter's entries by name, ``"step"`` with this step's number among them.
+    state: Mapping[str, list[Tensor]]
+    #: This step's number, from 1; a tensor where the host does not read it.
+    step: Any
+    lr: float | Tensor
+    maximize: bool
 
 
 class Kernel(ABC):
@@ -60,16 +73,8 @@ class Kernel(ABC):
         )
 
     @abstractmethod
-    def __call__(
-        self,
-        params: list[Tensor],
-        gradients: list[Tensor],
-        state: Mapping[str, list[Tensor]],
-        step: Any,
-        lr: float | Tensor,
-        maximize: bool,
-    ) -> None:
-        """Take a step; ``state`` has each parameter's entries by name, ``"step"`` with this step's number, from 1."""
+    def __call__(self, given: Given) -> None:
+        """Take a step."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,8 @@ class AdamKernel(Kernel):
     def reads(self) -> list[str]:
         return ["momentum", "second_moment", *(["max_second_moment"] if self.amsgrad else [])]
 
-    def __call__(
-        self,
-        params: list[Tensor],
-        gradients: list[Tensor],
-        state: Mapping[str, list[Tensor]],
-        step: Any,
-        lr: float | Tensor,
-        maximize: bool,
-    ) -> None:
+    def __call__(self, given: Given) -> None:
+        params, gradients, state, step, lr, maximize = given
         steps = state["step"]
         if steps[0].device != params[0].device:  # the host counts for a device
             steps = [torch.as_tensor(step, dtype=torch.float32, device=params[0].device)] * len(params)
@@ -131,15 +129,8 @@ class SGDKernel(Kernel):
     def reads(self) -> list[str]:
         return ["momentum"] if self.beta else []
 
-    def __call__(
-        self,
-        params: list[Tensor],
-        gradients: list[Tensor],
-        state: Mapping[str, list[Tensor]],
-        step: Any,
-        lr: float | Tensor,
-        maximize: bool,
-    ) -> None:
+    def __call__(self, given: Given) -> None:
+        params, gradients, state, step, lr, maximize = given
         torch._fused_sgd_(
             params,
             gradients,
@@ -182,15 +173,8 @@ class SignKernel(ListKernel):
     def reads(self) -> list[str]:
         return [] if self.beta is None else ["momentum"]
 
-    def __call__(
-        self,
-        params: list[Tensor],
-        gradients: list[Tensor],
-        state: Mapping[str, list[Tensor]],
-        step: Any,
-        lr: float | Tensor,
-        maximize: bool,
-    ) -> None:
+    def __call__(self, given: Given) -> None:
+        params, gradients, state, _, lr, maximize = given
         g = torch._foreach_neg(gradients) if maximize else gradients
         if self.beta is None:
             signs = torch._foreach_sign(g)
@@ -218,15 +202,8 @@ class RMSKernel(ListKernel):
     def reads(self) -> list[str]:
         return ["0.second_moment", *(["1.momentum"] if self.momentum else [])]
 
-    def __call__(
-        self,
-        params: list[Tensor],
-        gradients: list[Tensor],
-        state: Mapping[str, list[Tensor]],
-        step: Any,
-        lr: float | Tensor,
-        maximize: bool,
-    ) -> None:
+    def __call__(self, given: Given) -> None:
+        params, gradients, state, _, lr, maximize = given
         g, squares = torch._foreach_neg(gradients) if maximize else gradients, state["0.second_moment"]
         if self.weight_decay:
             g = torch._foreach_add(g, params, alpha=self.weight_decay)

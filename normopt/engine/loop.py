@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.engine.batch import Batch
-from normopt.engine.kernels import Kernel, shrink_
+from normopt.engine.kernels import Given, Kernel, shrink_
 from normopt.engine.totals import Everywhere, Totals
 from normopt.ingredient.stage import Context, Rate
 from normopt.stepsize.base import Shared
@@ -104,7 +104,7 @@ def write_weights(batch: Batch, context: Context, new: Tensor) -> None:
 def run_kernel(batch: Batch, kernel: Kernel) -> None:
     """The whole step in one pass over memory, and what bounds say of the new weights, at which alone they look."""
     entries = {name: batch.entries(name) for name in batch.plan.layouts}
-    kernel(batch.params, batch.gradients, entries, batch.number, batch.rate, batch.group["maximize"])
+    kernel(Given(batch.params, batch.gradients, entries, batch.number, batch.rate, batch.group["maximize"]))
     if batch.moves and batch.rule.acting("weight"):
         nothing = torch.empty(0)
         context = Context(nothing, nothing, batch.number, batch.rate, None, batch.weights, is_vector=batch.is_vector)

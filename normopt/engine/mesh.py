@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
+from normopt.numerics.sharded import whole
+
 #: A part of a tensor: for each dimension the runs of indices ``(begin, end)`` that it has, in order.
 Part = tuple[tuple[tuple[int, int], ...], ...]
 
@@ -48,7 +50,7 @@ def placed_as(p: Tensor, x: Tensor) -> Tensor:
     Where ``x`` is a DTensor that is placed otherwise all ranks must call together.
     """
     if not isinstance(p, DTensor):
-        return x.full_tensor() if isinstance(x, DTensor) else x
+        return whole(x)
     if isinstance(x, DTensor):
         return x if x.placements == p.placements else x.redistribute(p.device_mesh, p.placements)
     part = part_of(p.shape, p.placements, tuple(p.device_mesh.shape), place_in(p.device_mesh))
