@@ -1,6 +1,7 @@
 """Whether the folder of the results is writable and its disk has enough free space, checked before any training."""
 
 import shutil
+import uuid
 from pathlib import Path
 
 from benchmarks.language.presets import Preset
@@ -19,7 +20,7 @@ def check_room(out: Path, preset: Preset, vocab_size: int, workers: int) -> None
         benchmarks.output.records.WriteError: if that fails, or if less than `room_needed` is free on the disk.
     """
     for folder in (out, out / "checkpoints"):
-        probe = folder / ".probe"
+        probe = folder / f".probe-{uuid.uuid4().hex[:8]}"  # ranks of one job look at the same time
         with replacing(probe) as partial:
             partial.write_bytes(b"can this be written?")
         probe.unlink()

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from benchmarks.language import train as training
 from benchmarks.language import workers
 from benchmarks.language.data import Corpus
 from benchmarks.language.presets import PRESETS
-from benchmarks.language.room import RESULTS_BYTES, room_needed
+from benchmarks.language.room import RESULTS_BYTES, check_room, room_needed
 from benchmarks.language.train import Run, train
 from benchmarks.output.records import RESULTS, WriteError, append_row, read_rows, replacing
 from normopt.nn import GPT
@@ -84,7 +85,7 @@ def test_rows_that_cannot_be_added_to_and_checkpoints_that_cannot_be_made(
     assert f"a/{RESULTS}: Is a directory" in refusal("compare", corpus, tmp_path / "a", monkeypatch, capsys)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "checkpoints").write_text("a file")
-    assert "b/checkpoints/.probe: " in refusal("compare", corpus, tmp_path / "b", monkeypatch, capsys)
+    assert "b/checkpoints/.probe-" in refusal("compare", corpus, tmp_path / "b", monkeypatch, capsys)
 
 
 def test_the_look_at_the_folder_leaves_nothing_behind(
@@ -95,6 +96,13 @@ def test_the_look_at_the_folder_leaves_nothing_behind(
     assert main(["compare", "--data", corpus.name, "--smoke", "--out", str(tmp_path / "out")]) == 0
     found = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*"))
     assert found == ["checkpoints", RESULTS] and read_rows(tmp_path / "out" / RESULTS) == {"a": {"key": "a"}}
+
+
+def test_the_ranks_of_a_job_look_at_the_same_time(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(lambda _: check_room(tmp_path, PRESETS["smoke"], 256, 1), range(200)):
+            pass
+    assert [*tmp_path.rglob("*")] == [tmp_path / "checkpoints"]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])

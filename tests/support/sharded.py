@@ -629,6 +629,12 @@ def create(name: str, **options: Any) -> Make:
     return lambda model, **more: normopt.create(name, model, **{"lr": 1e-2, **options}, **more)
 
 
+def unequal(model: nn.Module) -> tuple[int, int, int]:
+    """A half, a third and a sixth of the rows of ``qkv.weight``."""
+    rows = model.get_parameter("qkv.weight").shape[0]
+    return rows // 2, rows // 3, rows // 6
+
+
 def viewed(view: dict[str, Any], **other: Any) -> dict[str, Any]:
     return {"overrides": {"qkv.weight": {"view": view}, **other}}
 
@@ -677,7 +683,7 @@ FLOAT32: dict[str, Make] = {
     "low rank": descent(norm=LowRank(0.5)),
     "Sinkhorn": descent(norm=Sinkhorn()),
     "split": create("muon", **viewed({"split": 3})),
-    "unequal split": create("muon", **viewed({"split": (15, 10, 5)})),
+    "unequal split": lambda model, **more: create("muon", **viewed({"split": unequal(model)}))(model, **more),
     "rows, split": lambda model, **more: SteepestDescent(
         model,
         lr=1e-2,
