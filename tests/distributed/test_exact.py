@@ -31,14 +31,16 @@ def test_every_optimizer_in_every_layout(ranks_of: Of, layout: str) -> None:
     check(NAMES, ranks_of(LAYOUTS[layout]).run(of_optimizers, NAMES, layout, 20))
 
 
+#: The layouts in which most is cut, and in which nothing is.
+HARDEST = ("fsdp+tp 2x2", "mesh 2")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_optimizer_of_each_family_in_every_layout(ranks_of: Of, layout: str) -> None:
+@pytest.mark.parametrize("layout", HARDEST)
+def test_one_optimizer_of_each_family(ranks_of: Of, layout: str) -> None:
     check(FAMILIES, ranks_of(LAYOUTS[layout]).run(of_optimizers, [*FAMILIES], layout, 20))
 
 
-#: The layouts in which most is cut, and in which nothing is.
-HARDEST = ("fsdp+tp 2x2", "mesh 2")
 OTHERS = [
     pytest.param(layout, marks=pytest.mark.slow if layout in HARDEST else pytest.mark.exhaustive) for layout in LAYOUTS
 ]

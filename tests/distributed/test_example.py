@@ -10,7 +10,7 @@ import pytest
 from tests.support.torchrun import ROOT, run
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_example_of_fsdp2_continues_with_other_processes(tmp_path: Path) -> None:
     example = [str(ROOT / "examples" / "fsdp2.py")]
     whole = run(2, [*example, "--folder", "whole"], tmp_path)
