@@ -16,6 +16,8 @@ import normopt
 from benchmarks import controls, peers
 from benchmarks.harness import PlanError
 
+#: Between the name of a recipe and that of the part that is left out.
+WITHOUT = "-without-"
 #: The optimizer that is made of ingredients alone, beside the named ones.
 BARE = "steepestdescent"
 
@@ -36,7 +38,8 @@ def read_contenders(texts: Iterable[str], variants: Iterable[str]) -> list[Conte
     """The contenders that the parts of `--optimizers` name, without repetitions; `variants` are names of `tuned.json`.
 
     A part is `all` (every optimizer of normopt), a pattern like `*muon*` or `torch:*`, a name, `torch:AdamW`, or
-    `NAME=OPTIMIZER(option=value,...)`, of which `NAME=` and the options may be left out.
+    `NAME=OPTIMIZER(option=value,...)`, of which `NAME=` and the options may be left out. Recipes without one of their
+    parts are matched by patterns that say so, like `*-without-*`.
 
     Raises:
         PlanError: an unknown name, with the nearest known one; a text that cannot be read; a name that is given twice.
@@ -77,7 +80,9 @@ def _matching(pattern: str, names: list[str]) -> list[str]:
     if of_library:
         found = [f"{library}:{name}" for name in sorted(peers.classes(library)) if fnmatchcase(name, of_class)]
     else:
-        found = [name for name in names if fnmatchcase(name, pattern.lower())]
+        found = [
+            name for name in names if fnmatchcase(name, pattern.lower()) and (WITHOUT in pattern or WITHOUT not in name)
+        ]
     if not found:
         known = f"{library}'s are {', '.join(sorted(peers.classes(library)))}" if of_library else f"{', '.join(names)}"
         raise PlanError(f"--optimizers {pattern} matches none: choose from {known}")

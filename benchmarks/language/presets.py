@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contenders import WITHOUT
 from benchmarks.harness import PlanError
 from benchmarks.output.rows import cell_name
 
@@ -88,13 +90,19 @@ def read_tuned(own: Path | None = None, preset: str = "quick") -> Tuned:
     """The entries of `tuned.json`, with those of the file `own` in their place or beside them.
 
     `own` holds what `tuned.json` holds, or the entries of `preset` alone, as in the `chosen.json` that `sweep` writes.
+    An entry with "parts", options by the name of each part, is a recipe: it stands for the entry with all of them, and
+    for one more entry without each, called `muonplus-soap-without-heads`.
 
     Raises:
         PlanError: if `own` cannot be read, or an entry is not a dict with a positive learning rate.
     """
     tuned: Tuned = json.loads(TUNED.read_text())
-    if own is None:
-        return tuned
+    for name, entries in (_given(own, preset) if own else {}).items():
+        tuned[name] = {**tuned.get(name, {}), **entries}
+    return {name: with_ablations(entries) for name, entries in tuned.items()}
+
+
+def _given(own: Path, preset: str) -> Tuned:
     try:
         given = json.loads(own.read_text(encoding="utf-8"))
     except OSError as error:
@@ -105,13 +113,41 @@ def read_tuned(own: Path | None = None, preset: str = "quick") -> Tuned:
         raise PlanError(
             f'--tuned {own} is not like {{"quick": {{"muon": {{"lr": 0.04}}}}}} or {{"muon": {{"lr": 0.04}}}}'
         )
-    for name, entries in (given if given.keys() <= PRESETS.keys() else {preset: given}).items():
+    found = given if given.keys() <= PRESETS.keys() else {preset: given}
+    for entries in found.values():
         for optimizer, entry in entries.items():
             lr = entry.get("lr") if isinstance(entry, dict) else None
             if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
                 raise PlanError(f"--tuned {own}: {optimizer} has no positive number as its lr")
-        tuned[name] = {**tuned.get(name, {}), **entries}
-    return tuned
+            parts = entry.get("parts", {})
+            if not isinstance(parts, dict) or not all(isinstance(options, dict) for options in parts.values()):
+                raise PlanError(
+                    f'--tuned {own}: the parts of {optimizer} are not like {{"decay": {{"weight_decay": 0}}}}'
+                )
+    return found
+
+
+def with_ablations(entries: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The entries, with those without each of its parts beside every recipe, see `read_tuned`."""
+    found = {}
+    for name, entry in entries.items():
+        parts = entry.get("parts", {})
+        own = {key: value for key, value in entry.items() if key != "parts"}
+        found[name] = _merged([own, *parts.values()])
+        for left_out in parts:
+            kept = [options for part, options in parts.items() if part != left_out]
+            found[f"{name}{WITHOUT}{left_out}"] = _merged([own, *kept])
+    return found
+
+
+def _merged(several: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One dict of several: what is a dict in two of them is merged too, of other values the last counts."""
+    merged: dict[str, Any] = {}
+    for each in several:
+        for name, value in each.items():
+            both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+            merged[name] = _merged([merged[name], value]) if both else value
+    return merged
 
 
 def tuned_options(preset: str, optimizer: str, tuned: Tuned | None = None) -> tuple[dict[str, Any], bool]:

@@ -90,6 +90,19 @@ def names(text: list[str]) -> list[str]:
 # Which optimizers a text names
 
 
+def test_recipes_without_each_of_their_parts() -> None:
+    recipe = QUICK["muonplus-soap"]
+    assert names(["muonplus-soap-without-*"]) == sorted(f"muonplus-soap-without-{part}" for part in recipe["parts"])
+    assert names(["muonplus-soap-without-decay"]) == ["muonplus-soap-without-decay"]
+    entries = read_tuned()["quick"]
+    whole, bare = entries["muonplus-soap"], entries["muonplus-soap-without-decay"]
+    assert "parts" not in whole and bare == {key: x for key, x in whole.items() if key != "weight_decay"}
+    bare = entries["muonplus-soap-without-embedding"]
+    assert whole["geometry"].keys() - bare["geometry"].keys() == {"embedding"} and whole["lr"] == bare["lr"]
+    bare = entries["muonplus-soap-without-heads"]
+    assert whole["overrides"].keys() - bare["overrides"].keys() == {"*.qkv.weight"}
+
+
 def test_all_patterns_and_names() -> None:
     assert names(["all"]) == normopt.list_optimizers()
     assert names(["muon*"]) == sorted([*normopt.list_optimizers("muon*"), "muonplus-soap"])
@@ -252,6 +265,7 @@ def test_any_optimizer_can_be_paired(corpus: Corpus) -> None:
         (["--tuned", "text.txt"], "--tuned text.txt is not JSON"),
         (["--tuned", "list.json"], "--tuned list.json is not like {"),
         (["--tuned", "rate.json"], "--tuned rate.json: muon has no positive number as its lr"),
+        (["--tuned", "parts.json"], "--tuned parts.json: the parts of muon are not like {"),
         (["--plugin", "none.py"], "none.py cannot be read: No such file"),
         (["--plugin", "text.txt"], "text.txt is no Python file"),
         (["--plugin", "wrong.py"], "wrong.py cannot be imported: ZeroDivisionError: division by zero, line 2"),
@@ -262,6 +276,7 @@ def test_errors_name_the_argument_and_the_choices(
 ) -> None:
     Path("list.json").write_text("[1]")
     Path("rate.json").write_text('{"muon": {"lr": "fast"}}')
+    Path("parts.json").write_text('{"muon": {"lr": 0.1, "parts": {"decay": 0.1}}}')
     Path("wrong.py").write_text("\n1 / 0")
     assert message in refused(arguments, corpus, monkeypatch, capsys)
 
