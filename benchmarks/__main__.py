@@ -167,7 +167,9 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     some = f"of {', '.join(STEP_SETS)} (see docs/benchmark.md); default: all but gpt2"
     add("--sets", type=among(STEP_SETS), default=STEP_SETS[:-1], help=some)
     add("--families", type=among(FAMILIES), default=FAMILIES, help=f"of {', '.join(FAMILIES)}; default: all")
-    most = "turns of each optimizer at most, a multiple of 10; where a step is long, fewer, but 10; default: 30"
+    most = (
+        "turns of each optimizer at most, a multiple of 10; where steps are long, 5, or 10 with refreshes; default: 30"
+    )
     add("--rounds", type=tens, default=30, help=most)
     add("--compile", action="store_true", help="time normopt's compiled too, which takes minutes to compile")
     _add_threads(parser)

@@ -17,6 +17,7 @@ Parameters = nn.Module | list[nn.Parameter]
 Maker = Callable[[Parameters], Optimizer]
 
 REFRESH = 10  # steps between two refreshes of SOAP's bases and Shampoo's roots
+REFRESHED = ("soap", "shampoo")  # families whose steps are not all alike, therefore
 LARGEST = 4096  # longer sides have no basis in SOAP, so the vocabulary side of an embedding has none
 
 # Options that several libraries name alike; what differs by name is beside each contender.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cost.contenders import REFRESH, Maker, Parameters, installed, tensors
+from benchmarks.cost.contenders import REFRESH, REFRESHED, Maker, Parameters, installed, tensors
 from benchmarks.cost.machine import Clock, clock_of, machine, refuse_sleeping_threads, threads_text
 from benchmarks.cost.step_report import write_step
 from benchmarks.harness import PlanError, in_new_process, state_bytes
@@ -48,7 +48,8 @@ COUNTS, SMOKE_COUNTS = (10, 100, 1000, 5000), (2, 20)
 GRADIENTS = 3
 #: Seconds: shorter steps are timed in blocks of at least that length; what a contender's turns take together, unless
 #: these are the fewest; and the most steps of a block.
-SHORT, BUDGET, LONGEST_BLOCK = 1e-3, 3.0, 100
+SHORT, BUDGET, LONGEST_BLOCK = 1e-3, 2.0, 100
+FEWEST = 5  # turns of a contender, of one with refreshes a period
 
 
 def benchmark_step(parsed: argparse.Namespace) -> int:
@@ -125,9 +126,10 @@ def block_of(seconds: float) -> int:
     return 1 if seconds >= SHORT else min(LONGEST_BLOCK, REFRESH * math.ceil(SHORT / (REFRESH * seconds)))
 
 
-def rounds_within(seconds: float, rounds: int) -> int:
-    """How many turns of that length are made, a multiple of `REFRESH`: `rounds`, or fewer where `BUDGET` is less."""
-    return max(1, min(rounds // REFRESH, int(BUDGET / (REFRESH * seconds)))) * REFRESH
+def rounds_within(seconds: float, rounds: int, refreshes: bool) -> int:
+    """How many turns of that length are made: `rounds`, or what `BUDGET` allows; with refreshes, whole periods."""
+    within = min(rounds, int(BUDGET / seconds))
+    return max(1, within // REFRESH) * REFRESH if refreshes else max(FEWEST, within)
 
 
 def settle_allocator() -> None:
@@ -183,7 +185,7 @@ def measure_family(
         blocks[entry.name] = block_of(ordinary), ordinary
     longest = max(block * ordinary for block, ordinary in blocks.values())
     order, shuffle = list(entries), random.Random(0)
-    for i in range(rounds_within(longest, rounds)):
+    for i in range(rounds_within(longest, rounds, family in REFRESHED)):
         shuffle.shuffle(order)
         for entry in order:
             renew(shared, given[i % GRADIENTS])
@@ -215,7 +217,7 @@ def row_of(entry: Entry, flops: int, columns: Row) -> Row:
         "first": entry.first,
         "quartiles": statistics.quantiles(took, n=4, method="inclusive"),
         "mean": statistics.fmean(took),
-        "worst": max(statistics.median(place) for place in entry.by_place),
+        "worst": max(statistics.median(place) for place in entry.by_place if place),
         "flops": flops,
         "state_bytes_per_parameter": state_bytes(state) / parameters,
         "parameters": parameters,
