@@ -97,7 +97,7 @@ def plot_scale(rows: list[Row], title: str, path: Path) -> None:
     """A panel for each family: microseconds a tensor against the number of tensors."""
     families = list(dict.fromkeys(str(row["family"]) for row in rows))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.4 * len(families), 3.6), layout="constrained")
+        figure = Figure(figsize=(3.4 * len(families), 4.8), layout="constrained")
         for axes, family in zip(figure.subplots(1, len(families), squeeze=False)[0], families, strict=True):
             here = [row for row in rows if row["family"] == family]
             seen: dict[str, int] = {}
@@ -117,7 +117,7 @@ def plot_scale(rows: list[Row], title: str, path: Path) -> None:
             axes.yaxis.set_major_formatter(PLAIN)
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_title(family, loc="left", fontsize=11)
-            axes.legend(fontsize=7, handlelength=3)
+            axes.legend(fontsize=8, handlelength=3, loc="upper center", bbox_to_anchor=(0.45, -0.2))
         figure.supylabel("microseconds a tensor", fontsize=10)
         figure.suptitle(f"Median step, {title}", fontsize=11)
         save(figure, path)
