@@ -34,8 +34,10 @@ torch:Muon takes matrices only: all other tensors get torch's AdamW at half its 
 (rest={{"lr_ratio":1.0}} sets options of that AdamW, and pairs any other library's optimizer with it).
 Default: {}"""
 GEOMETRY_NAMES = ("adam", "muon-max1", "muon-adamw", "muon-rms", "scion", "modula", "muonh")
-FAMILIES = ("adamw", "sgd", "signum", "rmsprop", "muon", "normuon", "scion", "soap", "shampoo", "prodigy", "lion")
-FAMILIES += ("adamp", "adafactor")
+FAMILIES = (
+    *("adamw", "sgd", "signum", "rmsprop", "muon", "normuon", "scion", "soap", "shampoo", "prodigy", "lion", "adamp"),
+    "adafactor",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
