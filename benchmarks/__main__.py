@@ -5,14 +5,25 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.arguments import among, list_of, options, positive_float, positive_int, rates_by_name, share, whole
+from benchmarks.arguments import (
+    among,
+    list_of,
+    options,
+    positive_float,
+    positive_int,
+    rates_by_name,
+    share,
+    tens,
+    threads,
+    whole,
+)
 from benchmarks.output.records import BusyError, WriteError
 
 DEFAULT_OPTIMIZERS = "adamw,muon,scion,signum"
 MODEL_NAMES = ("gpt", "angpt", "ngpt")
 PRESET_NAMES = ("quick", "standard", "gpt2")
 PARALLEL = ("ddp", "fsdp2", "fsdp2+tp")
-STEP_SETS = ("quick", "small", "wide", "gpt2")
+STEP_SETS = ("two", "many", "matrices", "quick", "small", "wide", "scale", "gpt2")
 WIRE_MODELS = ("gpt2-124m", "gpt2-1.5b", "llama3-8b")
 WIRE_RANKS = (2, 4, 8, 16, 64, 256, 1024)
 OPTIMIZERS = """names, separated by commas, of: all (those of normopt); patterns like '*muon*'; optimizers of torch and
@@ -23,7 +34,10 @@ torch:Muon takes matrices only: all other tensors get torch's AdamW at half its 
 (rest={{"lr_ratio":1.0}} sets options of that AdamW, and pairs any other library's optimizer with it).
 Default: {}"""
 GEOMETRY_NAMES = ("adam", "muon-max1", "muon-adamw", "muon-rms", "scion", "modula", "muonh")
-FAMILIES = ("adamw", "muon", "soap", "shampoo", "prodigy", "lion", "adamp", "adafactor")
+FAMILIES = (
+    *("adamw", "sgd", "signum", "rmsprop", "muon", "normuon", "scion", "soap", "shampoo", "prodigy", "lion", "adamp"),
+    "adafactor",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -152,13 +166,18 @@ def _add_probes(parser: argparse.ArgumentParser) -> None:
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--sets", type=among(STEP_SETS), default=STEP_SETS[:3], help=f"of {', '.join(STEP_SETS)}; default: the first 3")
+    some = f"of {', '.join(STEP_SETS)} (see docs/benchmark.md); default: all but gpt2"
+    add("--sets", type=among(STEP_SETS), default=STEP_SETS[:-1], help=some)
     add("--families", type=among(FAMILIES), default=FAMILIES, help=f"of {', '.join(FAMILIES)}; default: all")
-    add("--rounds", type=positive_int, default=20, help="steps of each optimizer that are timed; default: 20")
+    most = (
+        "turns of each optimizer at most, a multiple of 10; where steps are long, 5, or 10 with refreshes; default: 30"
+    )
+    add("--rounds", type=tens, default=30, help=most)
     add("--compile", action="store_true", help="time normopt's compiled too, which takes minutes to compile")
-    add("--threads", type=positive_int, default=2, help="default: 2")
+    _add_threads(parser)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--out", type=Path, help="folder for the results; default: runs/step")
-    add("--smoke", action="store_true", help="a tiny set and three rounds: does everything work?")
+    add("--smoke", action="store_true", help="tiny sets and ten rounds: does everything work?")
     parser.set_defaults(preset="step")
 
 
@@ -176,9 +195,15 @@ def _add_polar(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--sizes", type=list_of(positive_int, "64,128"), help="shorter sides; default: 64,128,256,512")
     add("--repeats", type=positive_int, default=15, help="timings of each method; default: 15")
+    _add_threads(parser)
     add("--out", type=Path, help="folder for the results; default: runs/polar")
     add("--smoke", action="store_true", help="small matrices and two repeats: does everything work?")
     parser.set_defaults(preset="polar")
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    said = "numbers of threads, each measured in processes of its own; default is torch's; default: default,1"
+    parser.add_argument("--threads", type=list_of(threads, "default,1"), default=[None, 1], help=said)
 
 
 def _add_shared(

@@ -41,9 +41,15 @@ def number(convert: Callable[[str], Value], holds: Callable[[Value], bool], mean
 
 
 positive_int = number(int, lambda value: value > 0, "a whole number from 1 up")
+tens = number(int, lambda value: value > 0 and value % 10 == 0, "a multiple of 10 from 10 up")
 whole = number(int, lambda value: value >= 0, "a whole number from 0 up")
 positive_float = number(float, lambda value: 0 < value < float("inf"), "a positive number")
 share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def threads(text: str) -> int | None:
+    """A number of threads, or `None` for "default", which is torch's choice."""
+    return None if text == "default" else number(int, lambda value: value > 0, "default or a number from 1 up")(text)
 
 
 def list_of(convert: Callable[[str], Value], like: str) -> Callable[[str], list[Value]]:

@@ -1,10 +1,11 @@
 """What all benchmarks share: processes with a fixed number of threads, imports of peers, columns, and `PlanError`."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,15 +22,33 @@ class PlanError(ValueError):
 
 
 def limit_threads(count: int) -> None:
-    """Processes started after this call have `count` threads, which sleep while idle."""
+    """Processes started after this call have `count` threads, which sleep while idle.
+
+    For processes side by side, which would wait for each other's cores. Nothing is timed so: users' threads spin.
+    """
     os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(count)})
 
 
-def in_new_process(threads: int, function: Callable[..., Answer], *arguments: Any) -> Answer:
-    """The answer of a function that is called in a new process with `threads` threads."""
-    limit_threads(threads)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+def in_new_process(threads: int | None, function: Callable[..., Answer], *arguments: Any) -> Answer:
+    """The answer of a function that is called in a new process with `threads` threads, `None` for torch's default.
+
+    Everything else in the environment is the caller's.
+    """
+    variables = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    with _environment(variables), multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """A block with these environment variables."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def imported(package: str, name: str) -> Any:

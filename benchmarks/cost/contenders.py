@@ -4,63 +4,100 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import normopt
+from benchmarks import peers
 from benchmarks.harness import imported
-from benchmarks.peers import Several, hidden, rest
 
-#: Makes an optimizer from a model; raises ImportError if its library is not installed.
-Maker = Callable[[nn.Module], Optimizer]
+#: What is optimized: a model, or a plain list of matrices, all of which are hidden ones.
+Parameters = nn.Module | list[nn.Parameter]
+#: Makes an optimizer; raises ImportError if its library is not installed.
+Maker = Callable[[Parameters], Optimizer]
 
 REFRESH = 10  # steps between two refreshes of SOAP's bases and Shampoo's roots
+REFRESHED = ("soap", "shampoo")  # families whose steps are not all alike, therefore
 LARGEST = 4096  # longer sides have no basis in SOAP, so the vocabulary side of an embedding has none
+
+# Options that several libraries name alike; what differs by name is beside each contender.
+SGD = {"lr": 1e-2, "momentum": 0.9}
+MUON = {"lr": 1e-3, "weight_decay": 0.1}
+ADAMW_OF_MUON = {"lr": 5e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}  # what normopt's Muon has at `lr` 1e-3
+NORMUON = {"lr": 1e-3}
+# A distance that stays: it would overflow, as the same few gradients come again and again.
+PRODIGY = {"d0": 1e-3, "d_coef": 1e-12}
+
+
+def tensors(parameters: Parameters) -> list[Tensor]:
+    """All parameters."""
+    return list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
+
+
+def hidden(parameters: Parameters) -> list[Tensor]:
+    """The hidden matrices: of a model by their roles, of a list all."""
+    return peers.hidden(parameters) if isinstance(parameters, nn.Module) else tensors(parameters)
+
+
+def rest(parameters: Parameters) -> list[Tensor]:
+    """All other parameters."""
+    return peers.rest(parameters) if isinstance(parameters, nn.Module) else []
 
 
 def ours(name: str, **options: Any) -> Maker:
-    """An optimizer of normopt for a whole model."""
-    return lambda model: normopt.create(name, model, **options)
-
-
-def torchs(name: str, **options: Any) -> Maker:
-    """An optimizer of torch.optim."""
-    return lambda model: getattr(torch.optim, name)(model.parameters(), **options)
+    """An optimizer of normopt."""
+    return lambda parameters: normopt.create(name, parameters, **options)
 
 
 def peer(package: str, name: str, **options: Any) -> Maker:
     """An optimizer of another package, for all parameters."""
+    return lambda parameters: cast(Optimizer, imported(package, name)(tensors(parameters), **options))
 
-    def make(model: nn.Module) -> Optimizer:
-        return cast(Optimizer, imported(package, name)(list(model.parameters()), **options))
+
+def torchs(name: str, **options: Any) -> Maker:
+    """An optimizer of torch.optim."""
+    return peer("torch.optim", name, **options)
+
+
+def matrices_and_adamw(package: str, name: str, adamw: dict[str, Any], **options: Any) -> Maker:
+    """An optimizer of matrices for the hidden matrices, torch's fused AdamW for all other parameters, if any."""
+
+    def make(parameters: Parameters) -> Optimizer:
+        own = cast(Optimizer, imported(package, name)(hidden(parameters), **options))
+        others = rest(parameters)
+        return peers.Several(own, torch.optim.AdamW(others, fused=True, **adamw)) if others else own
 
     return make
 
 
-def matrices_and_adamw(package: str, name: str, **options: Any) -> Maker:
-    """An optimizer of matrices for the hidden matrices, torch's AdamW for all other parameters."""
+def flagged(name: str, **options: Any) -> Maker:
+    """An optimizer of pytorch-optimizer whose param groups say whether they are of hidden matrices."""
 
-    def make(model: nn.Module) -> Several:
-        return Several(imported(package, name)(hidden(model), **options), torch.optim.AdamW(rest(model), foreach=True))
+    def make(parameters: Parameters) -> Optimizer:
+        groups = [{"params": hidden(parameters), "use_muon": True}, {"params": rest(parameters), "use_muon": False}]
+        chosen = [group for group in groups if group["params"]]
+        return cast(Optimizer, imported("pytorch_optimizer", name)(chosen, **options))
 
     return make
 
 
-def _muon_of_pytorch_optimizer(model: nn.Module) -> Optimizer:
-    from pytorch_optimizer import Muon
+def _scion_of_pytorch_optimizer(parameters: Parameters) -> Optimizer:
+    """With the norms of normopt's Scion for each role: columns of embeddings, signs in the head, RMS of vectors."""
+    scion, norms = imported("pytorch_optimizer", "SCION"), imported("pytorch_optimizer.optimizer.scion", "LMONorm")
+    by_role: dict[str, dict[str, Any]] = {
+        "linear": {"norm_type": norms.SPECTRAL},
+        "embedding": {"norm_type": norms.COL, "norm_kwargs": {"transpose": True}},
+        "unembedding": {"norm_type": norms.SIGN, "scale": 60.0},
+        "vector": {"norm_type": norms.BIAS},
+    }
+    if not isinstance(parameters, nn.Module):
+        return cast(Optimizer, scion(parameters, **by_role["linear"]))
+    roles = {name: role.name for name, role in normopt.infer_roles(parameters).items()}
+    members = {role: [p for name, p in parameters.named_parameters() if roles[name] == role] for role in by_role}
+    return cast(Optimizer, scion([{"params": members[role], **by_role[role]} for role in by_role if members[role]]))
 
-    groups = [{"params": hidden(model), "use_muon": True}, {"params": rest(model), "use_muon": False}]
-    return cast(Optimizer, Muon(groups))
 
-
-def _shampoo_of_pytorch_optimizer(model: nn.Module) -> Several:
-    from pytorch_optimizer import Shampoo
-
-    own = Shampoo(hidden(model), preconditioning_compute_steps=REFRESH)
-    return Several(own, torch.optim.AdamW(rest(model), foreach=True))
-
-
-#: Contenders by family, normopt's first; each row is compared with the fastest peer of its family.
+#: Contenders by family, normopt's default first; each is compared with the fastest peer of its family.
 FAMILIES: dict[str, dict[str, Maker]] = {
     "adamw": {
         "normopt AdamW": ours("adamw"),
@@ -69,13 +106,38 @@ FAMILIES: dict[str, dict[str, Maker]] = {
         "torch AdamW, foreach": torchs("AdamW", foreach=True),
         "torch AdamW, fused": torchs("AdamW", fused=True),
     },
+    "sgd": {
+        "normopt SGD": ours("sgd", **SGD),
+        "normopt SGD, unchecked": ours("sgd", **SGD, nonfinite="propagate"),
+        "torch SGD": torchs("SGD", **SGD),
+        "torch SGD, foreach": torchs("SGD", **SGD, foreach=True),
+        "torch SGD, fused": torchs("SGD", **SGD, fused=True),
+        "pytorch-optimizer SGDW": peer("pytorch_optimizer", "SGDW", **SGD),
+    },
+    "signum": {
+        "normopt Signum": ours("signum"),
+        "pytorch-optimizer SignSGD": peer("pytorch_optimizer", "SignSGD"),
+    },
+    "rmsprop": {
+        "normopt RMSprop": ours("rmsprop"),
+        "torch RMSprop": torchs("RMSprop"),
+        "torch RMSprop, foreach": torchs("RMSprop", foreach=True),
+    },
     "muon": {
-        "normopt Muon": ours("muon"),
-        "normopt Muon, bfloat16": ours("muon", orthogonalize_dtype=torch.bfloat16),
-        "normopt Muon, auto": ours("muon", orthogonalize="auto", orthogonalize_dtype=None),
-        "torch Muon + AdamW": matrices_and_adamw("torch.optim", "Muon"),
-        "pytorch-optimizer Muon": _muon_of_pytorch_optimizer,
+        "normopt Muon": ours("muon", **MUON),
+        "normopt Muon, bfloat16": ours("muon", **MUON, orthogonalize_dtype=torch.bfloat16),
+        "normopt Muon, auto": ours("muon", **MUON, orthogonalize="auto", orthogonalize_dtype=None),
+        "torch Muon + fused AdamW": matrices_and_adamw("torch.optim", "Muon", ADAMW_OF_MUON, **MUON),
+        "pytorch-optimizer Muon": flagged("Muon", **MUON, adamw_lr=5e-4),
         "timm Muon": peer("timm.optim", "Muon"),
+    },
+    "normuon": {
+        "normopt NorMuon": ours("normuon", **NORMUON, aux_lr=5e-4),
+        "pytorch-optimizer NorMuon": flagged("NorMuon", **NORMUON, adamw_lr=5e-4),
+    },
+    "scion": {
+        "normopt Scion": ours("scion"),
+        "pytorch-optimizer SCION": _scion_of_pytorch_optimizer,
     },
     "soap": {
         "normopt SOAP": ours("soap", precondition_frequency=REFRESH, max_precond_dim=LARGEST),
@@ -86,12 +148,14 @@ FAMILIES: dict[str, dict[str, Maker]] = {
     },
     "shampoo": {
         "normopt Shampoo": ours("shampoo", betas=(0.9, 0.95), graft="adam", preconditioning_frequency=REFRESH),
-        "pytorch-optimizer Shampoo + AdamW": _shampoo_of_pytorch_optimizer,
+        "pytorch-optimizer Shampoo + fused AdamW": matrices_and_adamw(
+            "pytorch_optimizer", "Shampoo", {}, preconditioning_compute_steps=REFRESH
+        ),
     },
     "prodigy": {
-        "normopt Prodigy": ours("prodigy"),
-        "prodigyopt Prodigy": peer("prodigyopt", "Prodigy"),
-        "pytorch-optimizer Prodigy": peer("pytorch_optimizer", "Prodigy"),
+        "normopt Prodigy": ours("prodigy", **PRODIGY),
+        "prodigyopt Prodigy": peer("prodigyopt", "Prodigy", **PRODIGY),
+        "pytorch-optimizer Prodigy": peer("pytorch_optimizer", "Prodigy", **PRODIGY),
     },
     "lion": {
         "normopt Lion": ours("lion"),
@@ -107,6 +171,12 @@ FAMILIES: dict[str, dict[str, Maker]] = {
         "normopt Adafactor": ours("adafactor"),
         "torch Adafactor": torchs("Adafactor"),
         "torch Adafactor, foreach": torchs("Adafactor", foreach=True),
+        "pytorch-optimizer AdaFactor": peer(
+            "pytorch_optimizer", "AdaFactor", lr=1e-2, betas=(None, 0.999), relative_step=False
+        ),
+        "transformers Adafactor": peer(
+            "transformers.optimization", "Adafactor", lr=1e-2, relative_step=False, scale_parameter=True
+        ),
     },
 }
 
@@ -115,13 +185,17 @@ FAMILIES: dict[str, dict[str, Maker]] = {
 COMPILED = {name: ours(name, compile=True) for name in ("muon", "prodigy", "lion", "adamp", "adafactor")}
 
 
+def is_ours(name: str) -> bool:
+    """Whether a contender is normopt's."""
+    return name.startswith("normopt ")
+
+
 def installed(families: list[str], compiled: bool = False) -> Iterator[tuple[str, str, Maker]]:
     """Family, name and maker of every contender whose library is installed."""
-    probe = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     for family in families:
         for name, maker in FAMILIES[family].items():
             try:
-                maker(probe)
+                maker([nn.Parameter(torch.zeros(4, 4))])
             except ImportError:
                 continue
             yield family, name, maker

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.cost.machine import machine, refuse_sleeping_threads, threads_text
 from benchmarks.cost.polar_report import MUON, write_polar
-from benchmarks.harness import dtype_name, in_new_process, origin
+from benchmarks.harness import dtype_name, in_new_process
 from benchmarks.output.records import Row, append_row
 from normopt.polar import FOUR_STEPS, METHODS, PolarCoefficients, choose, polar
 
@@ -41,10 +42,13 @@ class Contender:
 
 
 def benchmark_polar(parsed: argparse.Namespace) -> int:
-    """The command: measure all cases in a new process with one thread, then write the table and the plots."""
+    """The command: measure all cases in a new process for each thread setting, then write the tables and the plots."""
+    refuse_sleeping_threads()
     sizes = tuple(parsed.sizes or (SMOKE_SIZES if parsed.smoke else SIZES))
     repeats, counts = (2, SMOKE_COUNTS) if parsed.smoke else (parsed.repeats, COUNTS)
-    rows = in_new_process(1, measure_all, cases(sizes, counts), repeats, parsed.out)
+    rows: list[Row] = []
+    for threads in parsed.threads:
+        rows += in_new_process(threads, measure_all, cases(sizes, counts), repeats, threads, parsed.out)
     write_polar(rows, parsed.out)
     return 0
 
@@ -56,21 +60,22 @@ def cases(sizes: tuple[int, ...], counts: tuple[int, ...]) -> list[Case]:
     return list(dict.fromkeys(one + [(count, many, 4 * many) for count in counts]))
 
 
-def measure_all(shapes: list[Case], repeats: int, out: Path) -> list[Row]:
+def measure_all(shapes: list[Case], repeats: int, threads: int | None, out: Path) -> list[Row]:
     """Body of the process: the rows of all cases, each appended to `polar.jsonl` as soon as it is measured."""
-    torch.set_num_threads(1)
-    rows = []
+    if threads is not None:
+        torch.set_num_threads(threads)
+    columns, rows = machine(threads), []
     with torch.no_grad():
         for shape in shapes:
-            print("measuring", " x ".join(map(str, shape)), flush=True)
-            for row in measure(shape, repeats):
+            print(f"{threads_text(columns)}: {' x '.join(map(str, shape))}", flush=True)
+            for row in measure(shape, repeats, columns):
                 append_row(out / "polar.jsonl", row)
                 rows.append(row)
     return rows
 
 
-def measure(shape: Case, repeats: int) -> list[Row]:
-    """One row for each contender on matrices of one shape."""
+def measure(shape: Case, repeats: int, columns: Row) -> list[Row]:
+    """One row for each contender on matrices of one shape, with `columns` of the machine."""
     torch.manual_seed(0)
     g = torch.randn(shape)
     contenders = contenders_for(shape)
@@ -86,7 +91,7 @@ def measure(shape: Case, repeats: int) -> list[Row]:
         took = seconds[contender]
         rows.append(
             {
-                "key": f"{contender.name}-{contender.dtype}-{shape}",
+                "key": f"{contender.name}-{contender.dtype}-{shape}-{columns['asked']}",
                 "method": contender.name,
                 "dtype": contender.dtype,
                 "form": contender.form,
@@ -97,7 +102,7 @@ def measure(shape: Case, repeats: int) -> list[Row]:
                 "product_rate": product / min(seconds[getattr(torch, contender.dtype)]),
                 **accuracy(contender, test_matrices),
                 "repeats": repeats,
-                **origin(),
+                **columns,
             }
         )
     return rows

@@ -9,14 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from benchmarks.cost.machine import setting, threads_text
 from benchmarks.output.plots import COLORS, STYLE, save
 from benchmarks.output.records import Row
-from benchmarks.output.tables import publish, set_aside
+from benchmarks.output.tables import drawn, publish_text, set_aside, show
 
 NOTES = (
     "Shapes are matrices x short x long sides, in float32; dtype is that of the products. Time is a ratio to "
     "torch.optim.Muon's Newton-Schulz in bfloat16, one matrix at a time, measured in turn in the same process "
-    "(medians, one thread). GEMM limit: the time that the method's FLOPs take at the best rate of a product in that "
+    "(medians). GEMM limit: the time that the method's FLOPs take at the best rate of a product in that "
     "dtype in the same run, over the method's time. low, high: singular values of the result over directions of at "
     "least 1e-2 of the largest, the worst of a Gaussian matrix and of spectra 1/k and log-uniform in [1e-3, 1]; "
     "ascent: <g, d> over the nuclear norm, the worst; distance: from the exact factor, relative, Gaussian."
@@ -25,19 +26,28 @@ NOTES = (
 MUON = "normopt's Muon"
 #: Methods whose dtype is chosen by the shape.
 CHOSEN = ("auto", MUON)
+PLOTS = ("pareto", "width", "count")
 MARKERS = {"float32": "o", "bfloat16": "s"}
 EIGHT_COLORS = STYLE | {"axes.prop_cycle": COLORS.concat(cycler(color=["#b07d62", "#8fbcbb"]))}
 
 
 def write_polar(rows: list[Row], out: Path) -> None:
-    """Print the table, and write `polar.md`, `polar_pareto.png`, `polar_width.png` and `polar_count.png`."""
-    rates = {row["dtype"]: max(r["product_rate"] for r in rows if r["dtype"] == row["dtype"]) for row in rows}
-    table = [line(row, rates[row["dtype"]]) for row in rows]
-    setting = f"torch {rows[0]['torch']}, {rows[0]['repeats']} repeats. {NOTES}"
-    set_aside(out / "polar.md", "polar_pareto.png", "polar_width.png", "polar_count.png")
-    plot_pareto(rows, out)
-    plot_growth(rows, out)
-    publish(table, setting, out / "polar.md", [f"![{name}](polar_{name}.png)" for name in ("pareto", "width", "count")])
+    """Print the tables, and write `polar.md` and, for each thread setting, the three plots of `PLOTS` beside it."""
+    settings = list(dict.fromkeys(str(row["asked"]) for row in rows))
+    suffixes = {asked: "" if asked == settings[0] else f"_{asked}" for asked in settings}
+    set_aside(out / "polar.md", *(f"polar_{name}{suffix}.png" for name in PLOTS for suffix in suffixes.values()))
+    paragraphs = [f"{setting(rows)} {rows[0]['repeats']} repeats. {NOTES}"]
+    for asked, suffix in suffixes.items():
+        here = [row for row in rows if row["asked"] == asked]
+        rates = {row["dtype"]: max(r["product_rate"] for r in here if r["dtype"] == row["dtype"]) for row in here}
+        table = [line(row, rates[row["dtype"]]) for row in here]
+        plot_pareto(here, out / f"polar_pareto{suffix}.png")
+        plot_growth(here, out / f"polar_width{suffix}.png", out / f"polar_count{suffix}.png")
+        title = f"On {threads_text(here[0])}"
+        show(table, title)
+        paragraphs += [f"## {title}", drawn(table, "github")]
+        paragraphs += [f"![{name}](polar_{name}{suffix}.png)" for name in PLOTS]
+    publish_text(paragraphs, out / "polar.md")
 
 
 def line(row: Row, rate: float) -> dict[str, str]:
@@ -58,7 +68,7 @@ def line(row: Row, rate: float) -> dict[str, str]:
     }
 
 
-def plot_pareto(rows: list[Row], out: Path) -> None:
+def plot_pareto(rows: list[Row], path: Path) -> None:
     """Time against the largest deviation from 1, a panel for each aspect ratio of the largest size."""
     single = [row for row in rows if row["shape"][0] == 1]
     size = max(row["shape"][1] for row in single)
@@ -73,7 +83,7 @@ def plot_pareto(rows: list[Row], out: Path) -> None:
         panels[0].set_ylabel("largest deviation from 1")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
-        save(figure, out / "polar_pareto.png")
+        save(figure, path)
 
 
 def _scatter(axes: Axes, rows: list[Row]) -> None:
@@ -89,14 +99,14 @@ def _scatter(axes: Axes, rows: list[Row]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def plot_growth(rows: list[Row], out: Path) -> None:
+def plot_growth(rows: list[Row], by_width: Path, by_count: Path) -> None:
     """Time against the width of one square matrix, and against the number of matrices."""
     square = [row for row in rows if row["shape"][0] == 1 and row["shape"][1] == row["shape"][2]]
-    _growth(square, lambda row: row["shape"][1], "width of a square matrix", out / "polar_width.png")
+    _growth(square, lambda row: row["shape"][1], "width of a square matrix", by_width)
     sides = max(rows, key=lambda row: row["shape"][0])["shape"][1:]
     many = sorted((row for row in rows if row["shape"][1:] == sides), key=lambda row: row["shape"][0])
     label = f"matrices of {sides[0]} x {sides[1]}"
-    _growth(many, lambda row: row["shape"][0], label, out / "polar_count.png")
+    _growth(many, lambda row: row["shape"][0], label, by_count)
 
 
 def _growth(rows: list[Row], x: Callable[[Row], int], label: str, path: Path) -> None:

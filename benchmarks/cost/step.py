@@ -1,9 +1,11 @@
 """`python -m benchmarks step`: the time of `optimizer.step()`, normopt's and the peers' in turn in one process."""
 
 import argparse
+import math
 import random
 import statistics
-import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,67 +13,123 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cost.contenders import Maker, installed
+from benchmarks.cost.contenders import REFRESH, REFRESHED, Maker, Parameters, installed, tensors
+from benchmarks.cost.machine import Clock, clock_of, machine, refuse_sleeping_threads, threads_text
 from benchmarks.cost.step_report import write_step
-from benchmarks.harness import dtype_name, in_new_process, origin, state_bytes
+from benchmarks.harness import PlanError, in_new_process, state_bytes
 from benchmarks.output.records import Row, append_row
 from normopt.nn import GPT
 
-#: Parameters of a GPT: vocabulary, width, layers, heads, width of the MLP. The model never runs.
-SETS: dict[str, tuple[int, int, int, int, int]] = {
-    "smoke": (16, 8, 2, 2, 32),
-    "quick": (256, 96, 4, 3, 384),
-    "small": (512, 64, 12, 2, 256),
-    "wide": (8192, 512, 6, 8, 2048),
-    "gpt2": (50304, 768, 12, 12, 2048),
+
+def gpt(vocabulary: int, width: int, layers: int, heads: int, inner: int) -> nn.Module:
+    """A GPT, for its parameters: the model never runs."""
+    return GPT(vocabulary, width, layers, heads, d_ff=inner)
+
+
+def matrices(count: int, m: int, n: int) -> list[nn.Parameter]:
+    """A plain list of `count` matrices, m x n."""
+    return [nn.Parameter(torch.randn(m, n) / math.sqrt(n)) for _ in range(count)]
+
+
+#: Makers of the parameters by the name of the set.
+SETS: dict[str, Callable[[], Parameters]] = {
+    "two": partial(matrices, 2, 8, 6),
+    "many": partial(matrices, 200, 16, 16),
+    "matrices": partial(matrices, 48, 64, 64),
+    "quick": partial(gpt, 256, 96, 4, 3, 384),
+    "small": partial(gpt, 512, 64, 12, 2, 256),
+    "wide": partial(gpt, 8192, 512, 6, 8, 2048),
+    "gpt2": partial(gpt, 50304, 768, 12, 12, 2048),
+    "smoke": partial(gpt, 16, 8, 2, 2, 32),
 }
-WARMUPS, GRADIENTS = 3, 3
+#: The set that is measured at several numbers of matrices, their sides, and its families.
+SCALE, SIDE, SCALE_FAMILIES = "scale", 16, ("adamw", "sgd", "muon", "lion")
+COUNTS, SMOKE_COUNTS = (10, 100, 1000, 5000), (2, 20)
+GRADIENTS = 3
+#: Seconds: shorter steps are timed in blocks of at least that length; what a contender's turns take together, unless
+#: these are the fewest; and the most steps of a block.
+SHORT, BUDGET, LONGEST_BLOCK = 1e-3, 2.0, 100
+FEWEST = 5  # turns of a contender, of one with refreshes a period
 
 
 def benchmark_step(parsed: argparse.Namespace) -> int:
-    """The command: time all contenders, in a new process for each set, then write the table and the plot."""
-    sets, rounds = (["smoke"], 3) if parsed.smoke else (parsed.sets, parsed.rounds)
+    """The command: a new process for each thread setting and set; then the tables and the plots."""
+    refuse_sleeping_threads()
+    if parsed.device.startswith("cuda") and not torch.cuda.is_available():
+        raise PlanError(f"--device {parsed.device}: torch sees no GPU here. Leave the option out to time the CPU")
+    sets, rounds = (["smoke", SCALE], REFRESH) if parsed.smoke else (parsed.sets, parsed.rounds)
+    counts = SMOKE_COUNTS if parsed.smoke else COUNTS
     parsed.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    for name in sets:
-        arguments = (name, parsed.families, parsed.compile, rounds, parsed.threads, parsed.out)
-        rows += in_new_process(parsed.threads, measure_set, *arguments)
+    for threads in parsed.threads:
+        for name in sets:
+            arguments = (parsed.families, counts, parsed.compile, rounds, threads, parsed.device, parsed.out)
+            rows += in_new_process(threads, measure_set, name, *arguments)
     write_step(rows, parsed.out)
     return 0
 
 
 class Entry:
-    """A contender with a model of its own, and the seconds of its steps."""
+    """A contender with parameters of its own, and the seconds of its steps."""
 
-    def __init__(self, family: str, name: str, maker: Maker, sizes: tuple[int, ...]) -> None:
+    def __init__(self, family: str, name: str, maker: Maker, make: Callable[[], Parameters], device: str = "cpu"):
         torch.manual_seed(0)
-        self.family, self.name, self.model = family, name, make_parameters(sizes)
-        self.optimizer = maker(self.model)
-        self.seconds: list[float] = []
+        with torch.device(device):
+            made = make()
+        self.family, self.name, self.tensors = family, name, tensors(made)
+        self.optimizer = maker(made)
+        self.clock: Clock = clock_of(device)
+        #: Steps that were made, and the seconds of those that count, a list for each turn.
+        self.made, self.turns = 0, list[list[float]]()
+        #: The same seconds by the step's place between two refreshes.
+        self.by_place: list[list[float]] = [[] for _ in range(REFRESH)]
         #: Seconds of the first step, in which state is made, products are measured and compiled steps are compiled.
         self.first = 0.0
 
-    def step(self, gradients: list[Tensor]) -> float:
-        """One step from new gradients, copied before the clock starts; returns its seconds."""
-        for p, g in zip(self.model.parameters(), gradients, strict=True):
-            p.grad = g.clone() if p.grad is None else p.grad.copy_(g)
-        start = time.perf_counter()
-        self.optimizer.step()
-        return time.perf_counter() - start
+    def steps(self, count: int) -> list[float]:
+        """The seconds of steps, one after the other from the same gradients."""
+        stamps = [self.clock.stamp()]
+        for _ in range(count):
+            self.optimizer.step()
+            stamps.append(self.clock.stamp())
+        self.made += count
+        return self.clock.seconds(stamps)
 
-    def flops(self, gradients: list[Tensor]) -> int:
+    def warm_up(self) -> float:
+        """The first steps; returns the seconds of an ordinary one, the shortest of four or of what 1 second allows."""
+        (self.first,) = self.steps(1)
+        took = self.steps(1)
+        while len(took) < 4 and sum(took) < 1.0:
+            took += self.steps(1)
+        return min(took)
+
+    def turn(self, block: int) -> None:
+        """Time a block of steps. One of several steps is a warm one: a step that does not count goes before."""
+        if block > 1:
+            self.steps(1)
+        place, took = self.made, self.steps(block)
+        self.turns.append(took)
+        for i, seconds in enumerate(took):
+            self.by_place[(place + i) % REFRESH].append(seconds)
+
+    def flops(self) -> int:
         """Operations of the matrix products of one step; 0 for compiled steps, which torch cannot count."""
         if getattr(self.optimizer, "compiles", False):
             return 0
         with FlopCounterMode(display=False) as counter:
-            self.step(gradients)
+            self.steps(1)
         return int(counter.get_total_flops())
 
 
-def make_parameters(sizes: tuple[int, ...]) -> nn.Module:
-    """The parameters of a GPT."""
-    vocabulary, width, layers, heads, inner = sizes
-    return GPT(vocabulary, width, layers, heads, d_ff=inner)
+def block_of(seconds: float) -> int:
+    """How many steps of that length are timed together: one, or as many tens as take `SHORT`, up to `LONGEST_BLOCK`."""
+    return 1 if seconds >= SHORT else min(LONGEST_BLOCK, REFRESH * math.ceil(SHORT / (REFRESH * seconds)))
+
+
+def rounds_within(seconds: float, rounds: int, refreshes: bool) -> int:
+    """How many turns of that length are made: `rounds`, or what `BUDGET` allows; with refreshes, whole periods."""
+    within = min(rounds, int(BUDGET / seconds))
+    return max(1, within // REFRESH) * REFRESH if refreshes else max(FEWEST, within)
 
 
 def settle_allocator() -> None:
@@ -82,62 +140,87 @@ def settle_allocator() -> None:
     torch.ones(7 << 20)
 
 
-def measure_set(name: str, families: list[str], compiled: bool, rounds: int, threads: int, out: Path) -> list[Row]:
-    """Body of the process: one row for each contender, timed in rounds of one step each, in random order."""
-    torch.set_num_threads(threads)
+def measure_set(
+    name: str,
+    families: list[str],
+    counts: tuple[int, ...],
+    compiled: bool,
+    rounds: int,
+    threads: int | None,
+    device: str,
+    out: Path,
+) -> list[Row]:
+    """Body of the process: one row for each contender, written when its family is done; `counts` are of the scale."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     settle_allocator()
-    entries = [Entry(*contender, SETS[name]) for contender in installed(families, compiled)]
-    gradients = [[1e-2 * torch.randn_like(p) for p in entries[0].model.parameters()] for _ in range(GRADIENTS)]
-    for i in range(WARMUPS):
-        for entry in entries:
-            took = entry.step(gradients[i])
-            entry.first = took if i == 0 else entry.first
-    flops = {entry.name: entry.flops(gradients[0]) for entry in entries}
-    order, shuffle = list(entries), random.Random(0)
-    for i in range(rounds):
-        shuffle.shuffle(order)
-        print(f"{name}: round {i + 1} of {rounds}", flush=True)
-        for entry in order:
-            entry.seconds.append(entry.step(gradients[i % GRADIENTS]))
-    rate = product_rate(SETS[name][1])
-    rows = [row_of(name, entry, flops[entry.name], rate, threads) for entry in entries]
-    for row in rows:
-        append_row(out / "step.jsonl", row)
+    columns, rows = {"set": name, **machine(threads, device)}, []
+    makers = [partial(matrices, count, SIDE, SIDE) for count in counts] if name == SCALE else [SETS[name]]
+    for make in makers:
+        for family in families:
+            if name == SCALE and family not in SCALE_FAMILIES:
+                continue
+            for entry, flops in measure_family(family, make, compiled, rounds, device):
+                rows.append(row_of(entry, flops, columns))
+                append_row(out / "step.jsonl", rows[-1])
+            print(f"{threads_text(columns)}, {name}, {rows[-1]['tensors']} tensors: {family}", flush=True)
     return rows
 
 
-def row_of(set_name: str, entry: Entry, flops: int, rate: dict[str, float], threads: int) -> Row:
-    """The results of one contender."""
-    parameters = sum(p.numel() for p in entry.model.parameters())
-    low, median, high = statistics.quantiles(entry.seconds, n=4, method="inclusive")
+def measure_family(
+    family: str, make: Callable[[], Parameters], compiled: bool, rounds: int, device: str
+) -> Iterator[tuple[Entry, int]]:
+    """The contenders of a family with their operations, after rounds in which each has a turn, in random order."""
+    entries = [Entry(*contender, make, device) for contender in installed([family], compiled)]
+    shared = [torch.empty_like(p) for p in entries[0].tensors]
+    for entry in entries:
+        for p, gradient in zip(entry.tensors, shared, strict=True):
+            p.grad = gradient
+    given = [[1e-2 * torch.randn_like(g) for g in shared] for _ in range(GRADIENTS)]
+    blocks, flops = {}, {}
+    for entry in entries:
+        renew(shared, given[0])
+        ordinary = entry.warm_up()
+        flops[entry.name] = entry.flops()
+        blocks[entry.name] = block_of(ordinary), ordinary
+    longest = max(block * ordinary for block, ordinary in blocks.values())
+    order, shuffle = list(entries), random.Random(0)
+    for i in range(rounds_within(longest, rounds, family in REFRESHED)):
+        shuffle.shuffle(order)
+        for entry in order:
+            renew(shared, given[i % GRADIENTS])
+            entry.turn(blocks[entry.name][0])
+    return ((entry, flops[entry.name]) for entry in entries)
+
+
+def renew(shared: list[Tensor], gradients: list[Tensor]) -> None:
+    """Copy new gradients to where the gradients of all contenders are."""
+    for g, new in zip(shared, gradients, strict=True):
+        g.copy_(new)
+
+
+def row_of(entry: Entry, flops: int, columns: Row) -> Row:
+    """The results of one contender.
+
+    `seconds`: the mean step of each turn; `quartiles` and `mean`: of all steps that count; `worst`: the step at the
+    slowest place between two refreshes, by medians over the periods.
+    """
+    took = [seconds for turn in entry.turns for seconds in turn]
+    parameters = sum(p.numel() for p in entry.tensors)
     state: Any = entry.optimizer
     return {
-        "key": f"{set_name}-{entry.name}-{threads}",
-        "set": set_name,
+        "key": "-".join([columns["set"], str(len(entry.tensors)), entry.name, columns["asked"], columns["device"]]),
         "family": entry.family,
         "name": entry.name,
-        "seconds": entry.seconds,
+        "seconds": [statistics.fmean(turn) for turn in entry.turns],
+        "block": len(entry.turns[0]),
         "first": entry.first,
-        "quartiles": [low, median, high],
-        "mean": statistics.fmean(entry.seconds),
+        "quartiles": statistics.quantiles(took, n=4, method="inclusive"),
+        "mean": statistics.fmean(took),
+        "worst": max(statistics.median(place) for place in entry.by_place if place),
         "flops": flops,
-        "product_rate": rate,
         "state_bytes_per_parameter": state_bytes(state) / parameters,
         "parameters": parameters,
-        "threads": threads,
-        **origin(),
+        "tensors": len(entry.tensors),
+        **columns,
     }
-
-
-def product_rate(width: int, seconds: float = 0.3) -> dict[str, float]:
-    """Operations a second of (width x width) by (width x 4 width) products, the best of those made in `seconds`."""
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(width, width).to(dtype), torch.randn(width, 4 * width).to(dtype)
-        took, end = [], time.perf_counter() + seconds
-        while time.perf_counter() < end or len(took) < 3:
-            start = time.perf_counter()
-            torch.mm(a, b)
-            took.append(time.perf_counter() - start)
-        rates[dtype_name(dtype)] = 8 * width**3 / min(took)
-    return rates

@@ -1,82 +1,94 @@
-"""The table and the plot of `python -m benchmarks step`."""
+"""The tables of `python -m benchmarks step`."""
 
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
-from benchmarks.output.plots import STYLE, save
+from benchmarks.cost.machine import setting, threads_text
+from benchmarks.cost.step_figures import plot_scale, plot_step
+from benchmarks.cost.step_goals import fastest_peer, goals_table, statistic_of
 from benchmarks.output.records import Row
-from benchmarks.output.tables import publish, set_aside
+from benchmarks.output.tables import Table, drawn, publish_text, set_aside, show
 
-OURS = "normopt"
+SCALED = "scale"
 NOTES = (
-    "`optimizer.step()` alone, new gradients before every step, all contenders in turn in one process, in random "
-    "order. Ratios are of means, which refreshes of bases and roots count in, to the fastest peer of the family on the "
-    "same set. GFLOPs: matrix products of an ordinary step, without refreshes. GEMM limit: the time that they take at "
-    "the best rate of a product (for Muon in whichever of bfloat16 and float32 is faster, else in float32) measured in "
-    "the same process, over the mean. First: the first step, in which state is made, products are measured and steps "
-    "are compiled. Like a backward pass, the process has freed large tensors before."
+    "`optimizer.step()` alone; the optimizers of a family in turn in one process, in random order, the same new "
+    "gradients before every turn. A turn is one step, or, where a step takes less than a millisecond, one that does "
+    "not count and then as many tens of steps as take a millisecond, from the same gradients. Peers are made as a user "
+    "makes them, for the same work: options agree, but under some a model's vectors decay, and for some matrices that "
+    "stack several (query, key and value) are one. Ratios are to the fastest peer of the family, medians to medians "
+    "and means to means. Worst: the step at the slowest of the ten places between two refreshes. GFLOPs: matrix "
+    "products of an ordinary step, without refreshes; GEMM limit: the time that they take at the best rate above (for "
+    "Muon, NorMuon and Scion of either dtype, else in float32), over the median. First: the first step, in which state "
+    "is made, products are measured and steps are compiled. Like a backward pass, the process has freed large tensors "
+    "before."
 )
+#: Families whose products are made in the faster of float32 and bfloat16.
+EITHER_DTYPE = ("muon", "normuon", "scion")
 
 
 def write_step(rows: list[Row], out: Path) -> None:
-    """Print the table, and write `step.md` and `step.png`."""
-    table = [line(row, rows) for row in rows]
-    first = rows[0]
-    set_aside(out / "step.md", "step.png")
-    setting = f"torch {first['torch']}, {first['threads']} threads, {len(first['seconds'])} rounds. {NOTES}"
-    plot_step(rows, out)
-    publish(table, setting, out / "step.md", ["![ratios](step.png)"])
-
-
-def reference(row: Row, rows: list[Row]) -> Row | None:
-    """The fastest peer of a row's family on its set; `None` where no peer is installed."""
-    peers = [r for r in rows if r["set"] == row["set"] and r["family"] == row["family"] and not is_ours(r)]
-    return min(peers, key=lambda r: float(r["mean"])) if peers else None
-
-
-def is_ours(row: Row) -> bool:
-    """Whether the optimizer is normopt's."""
-    return str(row["name"]).startswith(OURS)
+    """Print the tables, and write them to `step.md`, and the plots `step*.png` and `scale*.png` beside it."""
+    settings = list(dict.fromkeys(str(row["asked"]) for row in rows))
+    suffixes = {asked: "" if asked == settings[0] else f"_{asked}" for asked in settings}
+    set_aside(out / "step.md", *(f"{what}{suffix}.png" for what in ("step", SCALED) for suffix in suffixes.values()))
+    fixed = [row for row in rows if row["set"] != SCALED]
+    scaled = [row for row in rows if row["set"] == SCALED]
+    paragraphs = [setting(rows), NOTES]
+    goals, met, cells = goals_table(fixed)
+    if goals:
+        title = f"Targets: {met} of {cells} met"
+        show(goals, title)
+        paragraphs += [f"## {title}", drawn(goals, "github")]
+    for asked, suffix in suffixes.items():
+        for some, plot, what in ((fixed, plot_step, "step"), (scaled, plot_scale, SCALED)):
+            here = [row for row in some if row["asked"] == asked]
+            if here:
+                plot(here, threads_text(here[0]), out / f"{what}{suffix}.png")
+                title = f"{'Steps' if what == 'step' else 'Microseconds a tensor'} on {threads_text(here[0])}"
+                table = [line(row, here) for row in here] if what == "step" else scale_table(here)
+                show(table, title)
+                paragraphs += [f"## {title}", f"![{what}]({what}{suffix}.png)", drawn(table, "github")]
+    publish_text(paragraphs, out / "step.md")
 
 
 def line(row: Row, rows: list[Row]) -> dict[str, str]:
-    """One line of the table."""
+    """One line of the table of steps."""
     low, median, high = (1e3 * q for q in row["quartiles"])
-    fastest = reference(row, rows)
-    rates = row["product_rate"]
-    rate = max(rates.values()) if row["family"] == "muon" else rates["float32"]
+    rates = row["gemm"]
+    rate = max(rates.values()) if row["family"] in EITHER_DTYPE else rates["float32"]
     return {
-        "parameters": f"{row['set']}: {row['parameters'] / 1e6:.2f} M",
+        "parameters": f"{row['set']}: {_count(row['parameters'])}",
         "optimizer": row["name"],
         "median ms": f"{median:.3g}",
         "quartiles": f"{low:.3g} .. {high:.3g}",
+        "/ fastest peer": _ratio(row, rows, "median"),
         "mean ms": f"{1e3 * row['mean']:.3g}",
-        "/ fastest peer": f"{row['mean'] / fastest['mean']:.2f}" if fastest else "",
+        "mean / fastest": _ratio(row, rows, "mean"),
+        "worst / mean": f"{row['worst'] / row['mean']:.2f}",
+        "turns": f"{len(row['seconds'])} x {row['block']}",
         "first ms": f"{1e3 * row['first']:.3g}",
         "state B/param": f"{row['state_bytes_per_parameter']:.2f}",
         "GFLOPs": f"{row['flops'] / 1e9:.3g}" if row["flops"] else "",
-        "GEMM limit": f"{100 * row['flops'] / rate / row['mean']:.0f}%" if row["flops"] else "",
+        "GEMM limit": f"{1e5 * row['flops'] / rate / median:.0f}%" if row["flops"] else "",
     }
 
 
-def plot_step(rows: list[Row], out: Path) -> None:
-    """Bars of the ratios to the fastest peer, with quartiles, a panel for each set."""
-    sets = list(dict.fromkeys(str(row["set"]) for row in rows))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2 * len(sets), 0.34 * len(rows) / len(sets) + 1.2), layout="constrained")
-        for axes, name in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
-            shown = [(row, fastest) for row in rows if row["set"] == name and (fastest := reference(row, rows))]
-            for i, (row, fastest) in enumerate(shown):
-                low, median, high = (q / fastest["mean"] for q in row["quartiles"])
-                color = "C1" if is_ours(row) else "C0"
-                spread = [[median - low], [high - median]]
-                axes.barh(i, median, xerr=spread, color=color, alpha=0.85, error_kw={"linewidth": 1})
-                axes.plot(row["mean"] / fastest["mean"], i, marker="|", color="black", markersize=9)
-            axes.set_yticks(range(len(shown)), [row["name"] for row, _ in shown], fontsize=8)
-            axes.invert_yaxis()
-            axes.axvline(1, color="black", linewidth=0.8)
-            axes.set_title(f"{name}, {shown[0][0]['parameters'] / 1e6:.2f} M parameters", loc="left", fontsize=11)
-        figure.supxlabel("step time / mean of the fastest peer (bar: median, mark: mean)", fontsize=9)
-        save(figure, out / "step.png")
+def _ratio(row: Row, rows: list[Row], statistic: str) -> str:
+    fastest = fastest_peer(row, rows, statistic)
+    return f"{statistic_of(row, statistic) / statistic_of(fastest, statistic):.2f}" if fastest else ""
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else str(parameters)
+
+
+def scale_table(rows: list[Row]) -> Table:
+    """A line for each optimizer, a column for each number of tensors: the median step over that number."""
+    counts = sorted({int(row["tensors"]) for row in rows})
+    by_place = {(row["name"], row["tensors"]): row for row in rows}
+    return [
+        {
+            "optimizer": name,
+            **{f"{n} tensors": f"{1e6 * statistic_of(by_place[name, n], 'median') / n:.3g}" for n in counts},
+        }
+        for name in dict.fromkeys(str(row["name"]) for row in rows)
+    ]

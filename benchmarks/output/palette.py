@@ -84,3 +84,12 @@ def lines(optimizers: Iterable[str]) -> dict[str, dict[str, Any]]:
         if shade == BLACK:
             found[name]["zorder"] = 3
     return found
+
+
+#: The colours of libraries, where optimizers of one family are compared across them; any other is `OTHER`.
+LIBRARIES = {"normopt": "#d1495b", "torch": "#1d3557", "pytorch-optimizer": "#2a9d8f"}
+
+
+def library_color(name: str) -> str:
+    """The colour of the library that a timed optimizer's name, like "torch AdamW, fused", begins with."""
+    return LIBRARIES.get(name.partition(" ")[0], OTHER)

@@ -53,9 +53,13 @@ def drawn(table: Table, style: str) -> str:
 def publish(table: Table, setting: str, path: Path, notes: list[str]) -> None:
     """Print a table, and write it with the command, the setting and notes to a Markdown file."""
     show(table)
+    publish_text([setting, drawn(table, "github"), *notes], path)
+
+
+def publish_text(paragraphs: list[str], path: Path) -> None:
+    """Write the command and paragraphs to a Markdown file."""
     with replacing(path) as partial:
-        text = "\n\n".join([f"`{command_line()}`", setting, drawn(table, "github"), *notes])
-        partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_text("\n\n".join([f"`{command_line()}`", *paragraphs]) + "\n", encoding="utf-8")
     print(f"Written to {path.parent}: {path.name}, all rows as JSON lines, and the plots")
 
 

@@ -73,11 +73,12 @@ def test_the_share_of_the_limit() -> None:
 
 @pytest.mark.slow
 def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["polar", "--smoke", "--sizes", "6", "--out", str(tmp_path)]) == 0
+    assert main(["polar", "--smoke", "--sizes", "6", "--threads", "1,2", "--out", str(tmp_path)]) == 0
     rows = list(read_rows(tmp_path / "polar.jsonl").values())
     shapes = {tuple(row["shape"]) for row in rows}
     assert shapes == {(1, 6, 6), (1, 6, 12), (1, 6, 24), (1, 6, 48), (2, 6, 24)}
-    assert len(rows) == len(shapes) * len(bench.contenders_for((1, 6, 6)))
+    assert len(rows) == 2 * len(shapes) * len(bench.contenders_for((1, 6, 6)))
+    assert {(row["asked"], row["threads"]) for row in rows} == {("1", 1), ("2", 2)}
     for row in rows:
         assert all(
             math.isfinite(x) and x > 0 for x in (row["seconds"], row["ratio"], row["flops"], row["product_rate"])
@@ -86,7 +87,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert row["method"] != "auto" or row["form"] == choose(row["shape"], torch.float32, "cpu").form
         json.dumps(row, allow_nan=False)
     table = (tmp_path / "polar.md").read_text()
-    assert table.count("\n|") == len(rows) + 2 and "time / torch" in capfd.readouterr().out
-    for name in ("pareto", "width", "count"):
+    assert table.count("\n|") == len(rows) + 4 and "time / torch" in capfd.readouterr().out
+    for name in ("pareto", "width", "count", "pareto_2", "width_2", "count_2"):
         assert f"polar_{name}.png" in table
         assert (tmp_path / f"polar_{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import normopt
-from benchmarks.output.palette import COLORS, NO_NORM, OTHER, color, family, lines
+from benchmarks.output.palette import COLORS, LIBRARIES, NO_NORM, OTHER, color, family, library_color, lines
 from normopt.ingredient import choices
 from normopt.norms import Norm
 
@@ -24,3 +24,8 @@ def test_variants_are_of_their_optimizers_family() -> None:
 def test_lines_of_one_family_differ() -> None:
     drawn = lines(["muon", "normuon", "scion", "shampoo", "muonplus", "muonh", "adamw"])
     assert len({tuple(style.values()) for style in drawn.values()}) == len(drawn)
+
+
+def test_libraries_have_fixed_colours() -> None:
+    assert library_color("torch AdamW, fused") == LIBRARIES["torch"] and library_color("adamp AdamP") == OTHER
+    assert len({*LIBRARIES.values(), OTHER}) == len(LIBRARIES) + 1
