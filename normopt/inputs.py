@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -123,27 +123,48 @@ class InputStatistics:
     def _learn(self, layout: Layout | None) -> None:
         """Take what the layers have seen since the last step into the averages."""
         homes = _homes(layout)
-        for p, _, shapes in self._watched:
-            home, size = homes.get(p), p.shape[-1]
-            group = home.group if home is not None and self.process_group is None else self.process_group
-            wide = torch.promote_types(p.dtype, torch.float32)
-            none = torch.zeros(size, size, dtype=wide, device=p.device), 0
-            total, rows = self._sums.pop(p, none)
-            count = torch.full((), rows, dtype=torch.float64, device="cpu" if group is None else p.device)
-            if group is not None:
-                dist.all_reduce(total, group=group)
-                dist.all_reduce(count, group=group)
-            mean = total / float(count)  # NaN if nobody has seen anything
-            if not mean.isfinite().all():
+        together: dict[Any, list[_Watched]] = defaultdict(list)
+        for watched in self._watched:
+            together[self._group_of(homes.get(watched.p))].append(watched)
+        for group, several in together.items():
+            for watched, rows in zip(several, self._rows(several, group), strict=True):
+                if rows:
+                    self._take(watched, rows, group, homes.get(watched.p))
+
+    def _group_of(self, home: Home | None) -> Any:
+        """The process group whose inputs are averaged together; ``None`` where this process stands alone."""
+        return self.process_group if home is None or self.process_group is not None else home.group
+
+    def _rows(self, several: Sequence[_Watched], group: Any) -> list[float]:
+        """How many rows the ranks of the process group have seen of each input."""
+        mine = [self._sums[watched.p][1] if watched.p in self._sums else 0 for watched in several]
+        rows = torch.tensor(mine, dtype=torch.float64, device="cpu" if group is None else several[0].p.device)
+        if group is not None:
+            dist.all_reduce(rows, group=group)
+        return rows.tolist()
+
+    def _take(self, watched: _Watched, rows: float, group: Any, home: Home | None) -> None:
+        """Take what the ranks of the process group have seen of one input into its average, where that is kept."""
+        p, size = watched.p, watched.p.shape[-1]
+        if p in self._sums:
+            total = self._sums.pop(p)[0]
+        else:
+            total = torch.zeros(size, size, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        mean = total / rows
+        if not mean.isfinite().all():
+            return
+        state = self._optimizer.state[p]
+        state.setdefault("step", torch.tensor(0.0))
+        for name, shape in watched.shapes.items():
+            if home is not None and not home.is_here:
+                state.setdefault(name, mean.new_empty(0))
                 continue
-            state = self._optimizer.state[p]
-            state.setdefault("step", torch.tensor(0.0))
-            for name, shape in shapes.items():
-                if home is not None and not home.is_here:
-                    state.setdefault(name, mean.new_empty(0))
-                    continue
-                new = mean.expand(math.prod(shape) // mean.numel(), size, size).reshape(shape)  # one for each matrix
-                state[name] = state[name].lerp_(new, 1 - self.beta) if name in state else new.clone()
+            new = mean.expand(math.prod(shape) // mean.numel(), size, size).reshape(shape)  # one for each matrix
+            # The first step may have been one without statistics, that makes room for a checkpoint.
+            has_begun = name in state and (state["step"] > 1 or bool(state[name].any()))
+            state[name] = state[name].lerp_(new, 1 - self.beta) if has_begun else new.clone()
 
 
 def _homes(layout: Layout | None) -> dict[Tensor, Home]:
