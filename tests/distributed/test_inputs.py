@@ -21,7 +21,7 @@ from tests.support.watched import (
 
 Of = Callable[[int], Ranks]
 
-FEW = ("fsdp 2", "shard(1) 2", "tp 2", "replicate 2", "mesh 2", "ddp 2")
+FEW = ("fsdp 2", "fsdp 2, every layer", "shard(1) 2", "tp 2", "replicate 2", "mesh 2", "ddp 2")
 MANY = ("fsdp 4", "shard(1) 4", "hsdp 2x2", "fsdp+tp 2x2", "tp 2x2", "mesh 4")
 EVERY = [*FEW, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MANY)]
 

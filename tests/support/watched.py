@@ -59,13 +59,14 @@ class Watched:
     """A model in a layout whose ranks have parts of each batch, and its optimizer.
 
     Args:
-        layout: one of ``LAYOUTS`` of ``tests.support.sharded``, ``"ddp"``, ``"tp 2"``, or ``"plain"``: one process.
+        layout: one of ``LAYOUTS`` of ``tests.support.sharded``, on so many ranks; ``"ddp"``; with ``"every layer"``
+            each is sharded by itself; ``"plain"`` is one process.
     """
 
     def __init__(self, layout: str) -> None:
         torch.manual_seed(0)
         self.layout, kind = layout, layout.split()[0]
-        self.model: nn.Module = laid_out(Net(), layout, plan=PLAN)
+        self.model: nn.Module = laid_out(Net(), layout, "every layer" in layout, PLAN)
         self.data: Any = None  # the ranks that have parts of a batch
         self.parts, self.part = (1, 0) if kind == "plain" else (dist.get_world_size(), dist.get_rank())
         if kind in ("tp", "fsdp+tp"):
