@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import Ranks
+from tests.support.sharded import LAYOUTS
 from tests.support.watched import (
     apart,
     beside_one_process,
@@ -22,12 +23,12 @@ from tests.support.watched import (
 Of = Callable[[int], Ranks]
 
 FEW = ("fsdp 2", "fsdp 2, every layer", "shard(1) 2", "tp 2", "replicate 2", "mesh 2", "ddp 2")
-MANY = ("fsdp 4", "shard(1) 4", "hsdp 2x2", "fsdp+tp 2x2", "tp 2x2", "mesh 4")
+MANY = tuple(layout for layout in LAYOUTS if layout not in FEW)
 EVERY = [*FEW, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MANY)]
 
 
 def size_of(layout: str) -> int:
-    return 2 if layout in FEW else 4
+    return LAYOUTS.get(layout, 2)
 
 
 @pytest.mark.parametrize("layout", EVERY)
