@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,16 +16,19 @@ from normopt.engine.plan import state_shapes
 from normopt.ingredient import check_range
 from normopt.ingredient.stage import is_of_inputs
 from normopt.numerics.autocast import _without_autocast
-from normopt.numerics.eigen import average_
-from normopt.numerics.sharded import is_sharded
+from normopt.numerics.sharded import is_sharded, whole
 from normopt.optimizer import SteepestDescent
 from normopt.rule import rule_of
+
+if TYPE_CHECKING:
+    from normopt.engine.layout import Home, Layout
 
 
 class _Watched(NamedTuple):
     """A parameter whose rule reads the inputs of its layers: the pieces of state that they are in, and their shapes."""
 
     p: Tensor
+    name: str
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -38,16 +41,24 @@ class InputStatistics:
     which starts with the first one, in float32 or better. Passes of several micro-batches count as one. An average is a
     part of ``optimizer.state``, so that ``state_dict`` saves it; after loading make this object anew.
 
+    Of sharded weights, and of plain ones that are moved under the optimizer's ``mesh``, all ranks of their device mesh
+    add up what they have seen, also where only some have seen anything, and the rank that moves the weight keeps the
+    average. Ranks that see the same input, as in tensor parallelism, count it several times, which no average shows;
+    an input that is cut along its features, as that of a row-wise layer is, is gathered for it.
+
     Args:
-        model: whose layers are watched.
+        model: whose layers are watched; sharded before.
         optimizer: with rules that read inputs.
         beta: decay rate of the average, in [0, 1).
         process_group: where several ranks have a part of each batch, as under DistributedDataParallel: the ranks whose
-            inputs are averaged together.
+            inputs are averaged together; by default, of a weight on a device mesh, the ranks of the mesh.
+
+    Memory: ``in^2`` numbers for each matrix on every rank from the forward pass to the step, beside the average.
 
     Raises:
         ValueError: no rule reads inputs; a parameter with such a rule is the weight of no ``nn.Linear`` of the model,
-            is seen otherwise than as ``(out, in)``, or is sharded; several processes without a ``process_group``.
+            or is seen otherwise than as ``(out, in)``; without a ``process_group``, several processes of which some
+            have no part in a parameter.
     """
 
     def __init__(
@@ -68,18 +79,27 @@ class InputStatistics:
         ]  # fmt: skip
         if not self._watched:
             raise ValueError("InputStatistics: no ingredient of the optimizer reads inputs, as InputWhitened does")
-        if process_group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ValueError(
-                "InputStatistics: each of several processes would keep statistics of its own inputs; name the "
-                "process_group of the ranks that have parts of one batch"
-            )
+        if process_group is None and dist.is_available() and dist.is_initialized():
+            self._check_all_share(_homes(optimizer.layout()))
+        #: Whose input each layer's is: while a layer is at work FSDP2 has another tensor in its weight's place.
+        self._weights = {module: watched.p for watched in self._watched for module in layers[watched.p]}
         self._sums: dict[Tensor, tuple[Tensor, int]] = {}
         disable: Callable[..., Any] = torch.compiler.disable
         see = disable(self._see)  # a compiled model is cut here
-        self._hooks = [
-            module.register_forward_pre_hook(see) for watched in self._watched for module in layers[watched.p]
-        ]
+        self._hooks = [module.register_forward_pre_hook(see) for module in self._weights]
         optimizer._learners.append(self._learn)
+
+    def _check_all_share(self, homes: Mapping[Tensor, Home]) -> None:
+        """Raise a ``ValueError`` for a parameter that some processes have no part in."""
+        every = dist.get_world_size()
+        for p, name, _ in self._watched:
+            mesh = homes[p].mesh if p in homes else None
+            several = 1 if mesh is None else mesh.size()
+            if several < every:
+                raise ValueError(
+                    f"InputStatistics: each {several} of {every} processes would keep statistics of their own inputs "
+                    f"of {name}; name the process_group of the ranks that have parts of one batch"
+                )
 
     def remove(self) -> None:
         """Watch the layers no longer; the averages stay what they are."""
@@ -89,42 +109,70 @@ class InputStatistics:
             self._optimizer._learners.remove(self._learn)
 
     def _see(self, module: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        is_watched = any(module.weight is watched.p for watched in self._watched)  # and not that of a copy
-        if is_watched and module.training and torch.is_grad_enabled():
+        p = self._weights.get(module)  # of a copy of the layer, none
+        if p is None or not (is_sharded(p) or module.weight is p):
+            return
+        if module.training and torch.is_grad_enabled():
             with torch.no_grad(), _without_autocast():
-                x = inputs[0].flatten(0, -2)
-                x = x.to(torch.promote_types(module.weight.dtype, torch.float32))
-                total, rows = self._sums.get(module.weight, (0.0, 0))
-                self._sums[module.weight] = total + x.mT @ x, rows + len(x)
+                x = whole(inputs[0]).flatten(0, -2)
+                x = x.to(torch.promote_types(p.dtype, torch.float32))
+                total, rows = self._sums.get(p, (0.0, 0))
+                self._sums[p] = total + x.mT @ x, rows + len(x)
 
     @torch.no_grad()
-    def _learn(self) -> None:
+    def _learn(self, layout: Layout | None) -> None:
         """Take what the layers have seen since the last step into the averages."""
-        for p, shapes in self._watched:
-            size = p.shape[-1]
-            wide = torch.promote_types(p.dtype, torch.float32)
-            none = torch.zeros(size, size, dtype=wide, device=p.device), 0
-            total, rows = self._sums.pop(p, none)
-            count = torch.full((), rows, dtype=torch.float64, device="cpu" if self.process_group is None else p.device)
-            if self.process_group is not None:
-                dist.all_reduce(total, group=self.process_group)
-                dist.all_reduce(count, group=self.process_group)
-            if not count:
+        homes = _homes(layout)
+        together: dict[Any, list[_Watched]] = defaultdict(list)
+        for watched in self._watched:
+            together[self._group_of(homes.get(watched.p))].append(watched)
+        for group, several in together.items():
+            for watched, rows in zip(several, self._rows(several, group), strict=True):
+                if rows:
+                    self._take(watched, rows, group, homes.get(watched.p))
+
+    def _group_of(self, home: Home | None) -> Any:
+        """The process group whose inputs are averaged together; ``None`` where this process stands alone."""
+        return self.process_group if home is None or self.process_group is not None else home.group
+
+    def _rows(self, several: Sequence[_Watched], group: Any) -> list[float]:
+        """How many rows the ranks of the process group have seen of each input."""
+        mine = [self._sums[watched.p][1] if watched.p in self._sums else 0 for watched in several]
+        rows = torch.tensor(mine, dtype=torch.float64, device="cpu" if group is None else several[0].p.device)
+        if group is not None:
+            dist.all_reduce(rows, group=group)
+        return rows.tolist()
+
+    def _take(self, watched: _Watched, rows: float, group: Any, home: Home | None) -> None:
+        """Take what the ranks of the process group have seen of one input into its average, where that is kept."""
+        p, size = watched.p, watched.p.shape[-1]
+        if p in self._sums:
+            total = self._sums.pop(p)[0]
+        else:
+            total = torch.zeros(size, size, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        mean = total / rows
+        if not mean.isfinite().all():
+            return
+        state = self._optimizer.state[p]
+        state.setdefault("step", torch.tensor(0.0))
+        for name, shape in watched.shapes.items():
+            if home is not None and not home.is_here:
+                state.setdefault(name, mean.new_empty(0))
                 continue
-            state, mean = self._optimizer.state[p], total / float(count)
-            for name, shape in shapes.items():
-                new = mean.expand(math.prod(shape) // mean.numel(), size, size).reshape(shape)  # one for each matrix
-                if name in state:
-                    average_(state[name], new, self.beta)
-                elif bool(new.isfinite().all()):
-                    state.setdefault("step", torch.tensor(0.0))
-                    state[name] = new.clone()
+            new = mean.expand(math.prod(shape) // mean.numel(), size, size).reshape(shape)  # one for each matrix
+            # The first step may have been one without statistics, that makes room for a checkpoint.
+            has_begun = name in state and (state["step"] > 1 or bool(state[name].any()))
+            state[name] = state[name].lerp_(new, 1 - self.beta) if has_begun else new.clone()
+
+
+def _homes(layout: Layout | None) -> dict[Tensor, Home]:
+    return {} if layout is None else {home.p: home for home in layout.homes}
 
 
 def _watched(group: dict[str, Any], p: Tensor, layers: dict[Tensor, list[nn.Linear]]) -> _Watched:
     name, rule = name_of(group, p), rule_of(group).at(group)
-    if is_sharded(p):
-        raise ValueError(f"{name} is sharded; statistics of inputs are kept for whole parameters alone")
     if p not in layers:
         raise ValueError(
             f"{name} moves by {rule.norm}, which reads the inputs of a linear layer; it is the weight of no nn.Linear"
@@ -132,4 +180,4 @@ def _watched(group: dict[str, Any], p: Tensor, layers: dict[Tensor, list[nn.Line
     shapes = {n: shape for n, shape in state_shapes(p, rule).items() if is_of_inputs(n)}
     if rule.view.transpose or any(shape[-1] != p.shape[-1] for shape in shapes.values()):
         raise ValueError(f"{name} is seen through {rule.view}; statistics of inputs are for weights seen as (out, in)")
-    return _Watched(p, shapes)
+    return _Watched(p, name, shapes)

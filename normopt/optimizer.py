@@ -217,7 +217,7 @@ class SteepestDescent(Optimizer):
         self._mesh, self._process_group = mesh, process_group
         self._names: MutableMapping[Tensor, list[Any]] = WeakTensorKeyDictionary()
         #: Called after the closure, before anything is checked: statistics of the model that rules read.
-        self._learners: list[Callable[[], None]] = []
+        self._learners: list[Callable[[Layout | None], None]] = []
         self._forget_steps()
         fixed = {"lr": lr, "maximize": maximize, "nonfinite": nonfinite, "capturable": capturable, "rule": repr(rule)}
         super().__init__(params, {**fixed, "state_dtype": dtype_name(state_dtype), "products": "", **numbers})
@@ -458,9 +458,9 @@ class SteepestDescent(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for learn in self._learners:
-            learn()
         layout = self.layout()
+        for learn in self._learners:
+            learn(layout)
         if layout is None:
             self._check(None)
             self._take(Wave(self.param_groups, self.state, self._plans), closure)

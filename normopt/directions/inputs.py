@@ -81,7 +81,7 @@ class InputWhitened(Direction):
 
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         if self.frequency > 1:
-            in_turn(self._due(x, context), self._renew, state["root"], state["inputs"])
+            in_turn(self._due(x, state["root"], context), self._renew, state["root"], state["inputs"])
         root = self._root(state)
         there = dataclasses.replace(context, g=self._whitened(context.g, root))
         return self.direction(self._whitened(x, root), substate(state, "direction."), there)
@@ -91,8 +91,10 @@ class InputWhitened(Direction):
         there = dataclasses.replace(context, g=self._whitened(context.g, root))
         return self.direction.apply(self._whitened(x, root), substate(state, "direction."), there)
 
-    def _due(self, x: Tensor, context: Context) -> Tensor:
+    def _due(self, x: Tensor, root: Tensor, context: Context) -> Tensor:
         mask = due(context, x.shape, self.frequency, self.staggered)
+        if context.step == 2:  # the first may have been one without statistics, that makes room for a checkpoint
+            mask |= (root == 0).all(dim=-1).all(dim=-1).to(mask.device)
         return torch.ones_like(mask) if context.step == 1 else mask
 
     def _renew(self, root: Tensor, inputs: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from normopt.ingredient.registry import nearest
 from normopt.ingredient.stage import is_of_inputs
+from normopt.numerics.sharded import here
 from normopt.polar.choice import from_text
 from normopt.rule import INGREDIENTS, Rule, rule_of
 
@@ -196,10 +197,17 @@ def check_gradients(group: Mapping[str, Any]) -> None:
 
 
 def check_inputs(group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
-    """Raise a ``ValueError`` for a parameter whose rule reads statistics of inputs that nobody has put in the state."""
+    """Raise a ``ValueError`` for a parameter whose rule reads statistics of inputs that nobody has put in the state.
+
+    A first step of gradients that are 0, at the learning rate 0, is none: torch.distributed.checkpoint takes it to make
+    the state that it loads into.
+    """
     rule = rule_of(group)
+    may_lack = not state and group["lr"] == 0
     for p in group["params"] if rule.reads_inputs else ():
-        if p.grad is not None and not any(map(is_of_inputs, state.get(p, ()))):
+        if p.grad is None or (may_lack and not here(p.grad).any()):
+            continue
+        if not any(map(is_of_inputs, state.get(p, ()))):
             raise ValueError(
                 f"{name_of(group, p)} moves by {rule.norm}, and there are no statistics of its layer's inputs: make "
                 "normopt.InputStatistics(model, optimizer) before the forward pass, in training mode"

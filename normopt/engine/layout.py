@@ -69,6 +69,16 @@ class Home:
         return meshes.is_replicated(self.placements)
 
     @property
+    def is_here(self) -> bool:
+        """Whether this rank moves it, or what it has of it, and so keeps its state."""
+        return self.is_local or self.is_mine
+
+    @property
+    def group(self) -> Any:
+        """All ranks of its mesh, see :func:`normopt.engine.mesh.group_of`; ``None`` if it has none."""
+        return None if self.mesh is None else meshes.group_of(self.mesh)
+
+    @property
     def moves_weights(self) -> bool:
         """Whether the owner has the weights; else it makes the update alone, which starts from 0."""
         return self.sees_weights or self.is_whole_here
@@ -400,7 +410,7 @@ class ShardedWave(Wave):
         self._shrinks = self._shrinks_of(groups, state)
         for home in self._homes:
             age(state, home.p)
-            wanted = self._layout.state_shapes(home) if home.is_local or home.is_mine else {}
+            wanted = self._layout.state_shapes(home) if home.is_here else {}
             for name, held in state.get(home.p, {}).items():
                 if isinstance(held, Tensor) and held.shape != wanted.get(name, held.shape):
                     raise ValueError(

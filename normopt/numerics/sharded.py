@@ -12,6 +12,11 @@ def is_sharded(x: Tensor) -> bool:
     return hasattr(x, "full_tensor")
 
 
+def here(x: Any) -> Any:
+    """What this rank has of a tensor, all of it unless it is a ``DTensor``."""
+    return x.to_local() if is_sharded(x) else x
+
+
 def whole(x: Any) -> Any:
     """All of a tensor. Of a ``DTensor`` every rank gets it, and all must call together."""
     return x.full_tensor() if is_sharded(x) else x

@@ -1,4 +1,4 @@
-"""What stands around optimizers, on several ranks: averages, steps within the softmax's radius, inputs of layers."""
+"""What stands around optimizers, on several ranks: averages, and steps within the softmax's radius."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from tests.support.sharded import (
     averaged,
     evaluated_between_steps,
     softmax_limited,
-    watched_together,
 )
 
 Of = Callable[[int], Ranks]
@@ -59,11 +58,3 @@ def test_softmax_limited_step(ranks_of: Of, layout: str) -> None:
         assert plain > 2  # steps are cut
         assert sharded == pytest.approx(plain, rel=1e-3)
         assert distance <= 1e-3
-
-
-def test_statistics_of_inputs(ranks_of: Of) -> None:
-    """Of all ranks' parts of the batch; sharded models, and ranks that know nothing of each other, are refused."""
-    for distance, alone, sharded in ranks_of(2).run(watched_together):
-        assert distance <= 1e-5
-        assert "name the process_group of the ranks that have parts of one batch" in alone
-        assert "qkv.weight' is sharded; statistics of inputs are kept for whole parameters alone" in sharded

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import normopt
 from normopt import EMA, Averaged, Chain, InputStatistics, InputWhitened, Max, Smoothed, Spectral, SteepestDescent
@@ -120,6 +121,38 @@ def test_a_compiled_model_is_watched() -> None:
         if not step:
             x = batch(0)[0].flatten(0, 1)
             assert_close(optimizer.state[model.up.weight]["inputs"].squeeze(), x.mT @ x / len(x), 1e-12)
+
+
+@pytest.mark.parametrize("frequency", [1, 64])
+def test_room_made_for_a_checkpoint_changes_no_step(frequency: int) -> None:
+    """torch.distributed.checkpoint asks a new optimizer for its state, for which that takes a step without inputs."""
+    norm = InputWhitened(Spectral("max1", "exact"), -1.0, 0.2, False, frequency, staggered=False)
+    moved = []
+    for asks in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 4, bias=False).double()
+        optimizer = SteepestDescent(model, 0.1, norm, geometry={"*": {}})
+        InputStatistics(model, optimizer)
+        before = model.weight.detach().clone()
+        if asks:
+            state = get_optimizer_state_dict(model, optimizer)["state"]["weight"]
+            assert isinstance(state, dict) and state["inputs"].shape == (1, 5, 5)
+            assert torch.equal(model.weight, before)
+        for step in range(3):
+            optimizer.zero_grad()
+            backward(model, step)
+            optimizer.step()
+        moved.append(model.weight.detach() - before)
+    assert_close(moved[1], moved[0], 1e-12)
+
+
+def test_a_learning_rate_of_0_does_not_hide_that_there_are_no_statistics() -> None:
+    """Schedules begin there."""
+    model = Two().double()
+    optimizer = normopt.create("muon", model, lr=0.0, overrides=HEAD)
+    backward(model, 0)
+    with pytest.raises(ValueError, match=r"head\.weight' .*no statistics of its layer's inputs"):
+        optimizer.step()
 
 
 def test_inputs_that_are_not_finite_stay_out() -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import normopt
 from normopt import (
@@ -145,14 +145,16 @@ def mesh_of(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
     return _MESHES[shape, names]
 
 
-PLAN = {
+PLAN: dict[str, ParallelStyle] = {
     **dict.fromkeys(("up", "narrow", "qkv"), ColwiseParallel()),
     **dict.fromkeys(("down", "wide", "emb"), RowwiseParallel()),
 }
 
 
-def laid_out(model: nn.Module, layout: str, every_module: bool = False) -> nn.Module:
-    """The model in one of ``LAYOUTS``, in place."""
+def laid_out(
+    model: nn.Module, layout: str, every_module: bool = False, plan: Mapping[str, ParallelStyle] = PLAN
+) -> nn.Module:
+    """The model in one of ``LAYOUTS``, in place; ``plan`` says which layers tensor parallelism cuts."""
     kind, world = layout.split()[0], dist.get_world_size()
     if kind in ("fsdp", "shard(1)"):
         if every_module:
@@ -164,7 +166,7 @@ def laid_out(model: nn.Module, layout: str, every_module: bool = False) -> nn.Mo
         fully_shard(model, mesh=mesh_of(2, world // 2, names=("replicate", "shard")))
     elif kind in ("tp", "fsdp+tp"):
         both = mesh_of(world // 2, 2, names=("dp", "tp"))
-        parallelize_module(model, both["tp"], dict(PLAN))
+        parallelize_module(model, both["tp"], dict(plan))
         if kind == "fsdp+tp":
             fully_shard(model, mesh=both["dp"])
     elif kind == "replicate":
@@ -455,13 +457,13 @@ def fault(name: str, layout: str, kind: str, policy: str, deferred: bool) -> Fau
         p = pair.model.get_parameter("up.weight")
         if dist.get_rank() == 1:
             _spoil(p, kind, pair.many)
-        error = _error(pair.many.step)
-        late = _error(pair.many.state_dict)
+        error = error_of(pair.many.step)
+        late = error_of(pair.many.state_dict)
         if kind == "state" and dist.get_rank() == 1:
             pair.many.state[p]["step"] = torch.tensor(2.0)
         if deferred and policy == "raise":
             pair._gradients(pair.plain, pair.model, 2)
-            late = _error(pair.many.step)
+            late = error_of(pair.many.step)
         has_moved = not torch.equal(weights, whole(pair.model.parameters()))
         has_counted = not equal(state, states(pair.many))
         pair.step(2)
@@ -476,7 +478,7 @@ def nan_at_the_first_step(name: str, layout: str) -> tuple[str, int]:
     pair._gradients(pair.plain, pair.model, 0)
     if dist.get_rank() == 1:
         _spoil(pair.model.get_parameter("up.weight"), "nan", pair.many)
-    return _error(pair.many.step), len(pair.many.state)
+    return error_of(pair.many.step), len(pair.many.state)
 
 
 def _spoil(p: Tensor, kind: str, optimizer: SteepestDescent) -> None:
@@ -489,7 +491,7 @@ def _spoil(p: Tensor, kind: str, optimizer: SteepestDescent) -> None:
         optimizer.state[p]["step"] = torch.tensor(-1.0)
 
 
-def _error(call: Callable[[], Any]) -> str:
+def error_of(call: Callable[[], Any]) -> str:
     try:
         call()
     except ValueError as error:
@@ -606,8 +608,8 @@ def of_own_ingredients(layout: str) -> dict[str, float | str]:
         "undeclared": outcome(descent(norm=Undeclared()), layout, 3).distance,
         "sums": outcome(descent(norm="spectral", step_size=Said()), layout, 3).distance,
     }
-    found["wrong"] = _error(lambda: Pair(descent(norm=Wrong()), layout).step(0))
-    found["silent"] = _error(lambda: Pair(descent(norm="spectral", step_size=Silent()), layout).step_many(0))
+    found["wrong"] = error_of(lambda: Pair(descent(norm=Wrong()), layout).step(0))
+    found["silent"] = error_of(lambda: Pair(descent(norm="spectral", step_size=Silent()), layout).step_many(0))
     return found
 
 
@@ -805,34 +807,3 @@ def evaluated_between_steps(layout: str) -> tuple[list[float], list[float]]:
             model.reshard()
         found.append([*losses, float(loss_of(model, 9).detach())])
     return found[0], found[1]
-
-
-# Inputs of layers -----------------------------------------------------------------------------------------------------
-
-
-def watching(model: nn.Module, **options: Any) -> SteepestDescent:
-    """Newton-Muon on hidden matrices of the model, which watches its layers."""
-    whitened = normopt.InputWhitened(Spectral(), -1.0, 0.2)
-    optimizer = normopt.create("muon", model, geometry={"linear": {"norm": whitened}})
-    normopt.InputStatistics(model, optimizer, **options)
-    return optimizer
-
-
-def watched_together() -> tuple[float, str, str]:
-    """How far several ranks with parts of a batch are from one with all of it, and what is said of other models."""
-    plain, model = net(), net()
-    one = watching(plain, process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True))
-    many = watching(model, process_group=dist.group.WORLD)
-    start = whole(plain.parameters())
-    for step in range(3):
-        Pair._gradients(plain, plain, step)
-        with torch.enable_grad():
-            model(batch(step)[0].chunk(dist.get_world_size())[dist.get_rank()])
-        hand_over(plain, model)
-        one.step()
-        many.step()
-    distance = (whole(model.parameters()) - whole(plain.parameters())).norm() / (
-        whole(plain.parameters()) - start
-    ).norm()
-    alone = _error(lambda: watching(net()))
-    return float(distance), alone, _error(lambda: watching(laid_out(net(), f"fsdp {dist.get_world_size()}")))
