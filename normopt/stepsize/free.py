@@ -64,7 +64,8 @@ class Prodigy(LearningRateFree):
 
     Args:
         d0: the first estimate, positive.
-        growth_rate: the largest factor by which ``d`` may grow in one step, at least 1.
+        growth_rate: the largest factor by which ``d`` may grow in one step, at least 1. The first estimate above ``d0``
+            is taken whole.
         radius: the length of this tensor's steps relative to the others: the step is ``lr d radius``, the dual norm is
             ``radius`` times as large, and the distance is the largest of all ``norm(w - w_0) / radius``.
         bias_correction: the betas of Adam whose correction ``sqrt(1 - beta2^step) / (1 - beta1^step)`` multiplies the
@@ -126,7 +127,9 @@ class Prodigy(LearningRateFree):
         numerator = self.beta3 * shared["d_numerator"] + sums["numerator"]
         estimate = torch.where(sums["denominator"] > 0, self.d_coef * numerator / sums["denominator"], shared["d"])
         largest = torch.maximum(shared["d_max"], estimate)
-        d = torch.minimum(largest, shared["d"] * self.growth_rate)
+        # The first estimate above d0 is taken whole; from there d grows by no more than growth_rate a step.
+        before = torch.where(shared["d"] == self.d0, torch.maximum(shared["d"], estimate), shared["d"])
+        d = torch.minimum(largest, before * self.growth_rate)
         return {"d": d, "d_max": largest, "d_numerator": numerator, "previous": shared["d"]}
 
     def weigh(self, g: Tensor, context: Context, shared: Numbers) -> Weighed:

@@ -30,6 +30,8 @@ PRODIGY: list[dict[str, Any]] = [
     {},
     {"d_coef": 2.0, "slice_p": 3},
     {"growth_rate": 1.5, "d0": 1e-3},
+    {"growth_rate": 1.02},
+    {"growth_rate": 1.0},
     {"beta3": 0.9, "eps": 1e-4},
     {"weight_decay": 0.1},
     {"weight_decay": 0.1, "decouple": False},
