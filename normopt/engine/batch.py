@@ -188,9 +188,7 @@ class Batch:
 
     def _find_kernel(self) -> Kernel | None:
         kernel = self.plan.kernel
-        if kernel is None or not (kernel.in_place or self.plan.shape.numel() <= plans.FLAT_ENTRIES):
-            return None  # a large parameter is worked through in chunks
-        return kernel if kernel.takes(self.params, self.gradients) else None
+        return kernel if kernel is not None and kernel.takes(self.params, self.gradients) else None
 
     # Numbers ----------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,6 +33,9 @@ BOUNDS = (RowBound, Sphere, FrobeniusSphere, Ball)
 #: How many tensors are few, and from how many entries on they are large, for foreach calls to be the faster way.
 FEW_TENSORS, LARGE = 16, 4096
 
+#: How many entries foreach calls work on at a time: what one of them has written is in the caches for the next one.
+RUN = 1 << 20
+
 
 class Given(NamedTuple):
     """What a kernel takes a step with: tensors in the parameters' order, and the step's numbers."""
@@ -46,19 +49,30 @@ class Given(NamedTuple):
     lr: float | Tensor
     maximize: bool
 
+    def of(self, places: Sequence[int], entries: slice | None = None) -> Given:
+        """The same with the tensors at these places, or with some of their entries, end to end."""
+
+        def picked(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensors[i] if entries is None else tensors[i].detach().view(-1)[entries] for i in places]
+
+        state = {name: x if name == "step" else picked(x) for name, x in self.state.items()}
+        return self._replace(params=picked(self.params), gradients=picked(self.gradients), state=state)
+
 
 class Kernel(ABC):
     """A step that torch takes in few passes over memory, for contiguous tensors of one dtype."""
 
     #: Whether the learning rate must be a number.
     needs_numbers: ClassVar[bool] = False
-    #: Whether it makes no tensor, so that it takes many entries as well as few.
-    in_place: ClassVar[bool] = True
 
     @property
     @abstractmethod
     def reads(self) -> list[str]:
         """The names of the state that it reads and writes."""
+
+    def suits(self, sizes: Sequence[int]) -> bool:
+        """Whether the kernel is the fastest way for tensors with so many entries."""
+        return True
 
     def takes(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
         """Whether the kernel can be had for these tensors."""
@@ -150,11 +164,37 @@ class ListKernel(Kernel):
     """A step of torch's foreach calls, where tensors are few, or large on average; else all are laid end to end."""
 
     needs_numbers = True
-    in_place = False
 
-    def takes(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
-        fit = len(params) <= FEW_TENSORS or sum(map(Tensor.numel, params)) >= LARGE * len(params)
-        return fit and super().takes(params, gradients)
+    def suits(self, sizes: Sequence[int]) -> bool:
+        return len(sizes) <= FEW_TENSORS or sum(sizes) >= LARGE * len(sizes)
+
+    def __call__(self, given: Given) -> None:
+        for run in _runs(given):
+            self.move(run)
+
+    @abstractmethod
+    def move(self, given: Given) -> None:
+        """Take a step of a few entries."""
+
+
+def _runs(given: Given) -> Iterator[Given]:
+    """The tensors in runs of at most ``RUN`` entries; larger ones are cut."""
+    sizes = [p.numel() for p in given.params]
+    if sum(sizes) <= RUN:
+        yield given
+        return
+    together: list[int] = []
+    for i, size in enumerate(sizes):
+        if together and size + sum(sizes[j] for j in together) > RUN:
+            yield given.of(together)
+            together = []
+        if size <= RUN:
+            together.append(i)
+            continue
+        for start in range(0, size, RUN):
+            yield given.of([i], slice(start, start + RUN))
+    if together:
+        yield given.of(together)
 
 
 @dataclass(frozen=True)
@@ -173,7 +213,7 @@ class SignKernel(ListKernel):
     def reads(self) -> list[str]:
         return [] if self.beta is None else ["momentum"]
 
-    def __call__(self, given: Given) -> None:
+    def move(self, given: Given) -> None:
         params, gradients, state, _, lr, maximize = given
         g = torch._foreach_neg(gradients) if maximize else gradients
         if self.beta is None:
@@ -202,7 +242,7 @@ class RMSKernel(ListKernel):
     def reads(self) -> list[str]:
         return ["0.second_moment", *(["1.momentum"] if self.momentum else [])]
 
-    def __call__(self, given: Given) -> None:
+    def move(self, given: Given) -> None:
         params, gradients, state, _, lr, maximize = given
         g, squares = torch._foreach_neg(gradients) if maximize else gradients, state["0.second_moment"]
         if self.weight_decay:

@@ -146,6 +146,8 @@ class Plan:
         if kernel is None or {dtype for _, dtype, _ in self.kinds} != {self.working}:
             return None
         shapes = [shape for shape, *_ in self.kinds]
+        if not kernel.suits([shape.numel() for shape in shapes]):
+            return None
         read = [self.layouts[name] for name in kernel.reads]
         fit = all(x.is_contiguous and x.dtype == self.working and x.shapes == shapes for x in read)
         return kernel if fit else None
@@ -262,9 +264,9 @@ def partition(group: Mapping[str, Any], members: Iterable[int], rule: Rule, stat
         shape = () if rule.elementwise else (p.ndim < 2, *rule.view.shape(p.shape)[1:])
         kinds.setdefault((shape, p.dtype, p.device, age(state, p)), []).append(i)
     kernel = kernels.find(rule)
-    has_kernel = kernel is not None and kernel.in_place
     for (_, dtype, *_), alike in kinds.items():
-        is_whole = rule.norm.reduces == "matrix" or (has_kernel and dtype in (torch.float32, torch.float64))
+        suits = kernel is not None and kernel.suits([params[i].numel() for i in alike])
+        is_whole = rule.norm.reduces == "matrix" or (suits and dtype in (torch.float32, torch.float64))
         limit = MAX_ENTRIES if is_whole else FLAT_ENTRIES
         entries, part = 0, list[int]()
         for i in alike:

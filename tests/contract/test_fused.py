@@ -28,9 +28,10 @@ from normopt import (
     WeightDecay,
     zoo,
 )
-from normopt.engine import plan
+from normopt.engine import kernels as engine_kernels
 from normopt.engine.kernels import Kernel, find
 from tests.support.engine import batches
+from tests.support.steps import give_gradients, tensors
 
 SHAPES: list[tuple[int, ...]] = [(6, 4), (4, 6), (7,), (), (0, 3), (2, 3, 2, 2)]
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -213,8 +214,8 @@ def test_tensors_without_a_kernel_take_the_long_way(what: str) -> None:
 
 
 @pytest.mark.parametrize("rule", [LION, RMS], ids=["signs", "rms"])
-def test_lists_of_tensors_are_few_or_large(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And moved at a rate that is a number; a single one that is very large goes in chunks."""
+def test_lists_of_tensors_are_few_or_large(rule: Rule) -> None:
+    """And moved at a rate that is a number."""
 
     def has(params: list[Tensor], lr: float | Tensor = 0.1) -> bool:
         for p in params:
@@ -224,8 +225,24 @@ def test_lists_of_tensors_are_few_or_large(rule: Rule, monkeypatch: pytest.Monke
     few, many, large = ([nn.Parameter(torch.zeros(n)) for _ in range(k)] for n, k in ((5, 3), (5, 40), (5000, 20)))
     assert has(few) and not has(many) and has(large)
     assert not has(few, torch.tensor(0.1))
-    monkeypatch.setattr(plan, "FLAT_ENTRIES", 4)
-    assert not has(few)
+
+
+@pytest.mark.parametrize("run", [1, 7, 24, 30])
+@pytest.mark.parametrize("rule", [LION, RMS], ids=["signs", "rms"])
+def test_lists_are_worked_through_in_runs(rule: Rule, run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which make no difference: tensors that are larger are cut, others go together while they fit."""
+    whole, cut = (tensors([(5,), (0,), (4, 6), (3,), (2, 2, 2), (1,), (7, 7)]) for _ in range(2))
+    kinds = [SteepestDescent(p, 0.1, rule.norm, rule.momentum, constraint=rule.constraint) for p in (whole, cut)]
+    for step in range(3):
+        for p, optimizer, size in zip((whole, cut), kinds, (engine_kernels.RUN, run), strict=True):
+            give_gradients(p, step)
+            with monkeypatch.context() as patch:
+                patch.setattr(engine_kernels, "RUN", size)
+                optimizer.step()
+    assert all(kernels(kinds[1]))
+    for p, q in zip(whole, cut, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(x, kinds[1].state[q][name]) for name, x in kinds[0].state[p].items())
 
 
 def test_state_in_another_order_than_the_parameters_has_no_kernel() -> None:
