@@ -125,7 +125,8 @@ def setting(rows: list[Row]) -> str:
     first = rows[0]
     on = f"{first['gpu']} beside {first['cpu']}" if "gpu" in first else first["cpu"]
     flagged = f" ({', '.join(first['flags'])})" if first["flags"] else ""
-    said = [f"{on}{flagged}, torch {first['torch']}, commit {first['commit']}."]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    said = [f"{on}{flagged}, torch {first['torch']}, commit {commits}."]
     for asked, row in {row["asked"]: row for row in rows}.items():
         rates = ", ".join(f"{dtype} {rate / 1e9:.0f}" for dtype, rate in best_rates(rows, asked).items())
         said.append(f"Products of matrices on {threads_text(row)}: {rates} GFLOP/s.")

@@ -17,7 +17,7 @@ from benchmarks.cost.contenders import REFRESH, REFRESHED, Maker, Parameters, in
 from benchmarks.cost.machine import Clock, clock_of, machine, refuse_sleeping_threads, threads_text
 from benchmarks.cost.step_report import write_step
 from benchmarks.harness import PlanError, in_new_process, state_bytes
-from benchmarks.output.records import Row, append_row
+from benchmarks.output.records import Row, append_row, read_rows
 from normopt.nn import GPT
 
 
@@ -52,6 +52,10 @@ SHORT, BUDGET, LONGEST_BLOCK = 1e-3, 2.0, 100
 FEWEST = 5  # turns of a contender, of one with refreshes a period
 
 
+#: The file of rows.
+ROWS = "step.jsonl"
+
+
 def benchmark_step(parsed: argparse.Namespace) -> int:
     """The command: a new process for each thread setting and set; then the tables and the plots."""
     refuse_sleeping_threads()
@@ -65,8 +69,14 @@ def benchmark_step(parsed: argparse.Namespace) -> int:
         for name in sets:
             arguments = (parsed.families, counts, parsed.compile, rounds, threads, parsed.device, parsed.out)
             rows += in_new_process(threads, measure_set, name, *arguments)
-    write_step(rows, parsed.out)
+    write_step(with_earlier(rows, parsed.out), parsed.out)
     return 0
+
+
+def with_earlier(rows: list[Row], out: Path) -> list[Row]:
+    """All rows on file from the machine and the torch of these: a family that was measured alone joins the others."""
+    same = [(name, rows[0][name]) for name in ("cpu", "flags", "torch", "device")]
+    return [row for row in read_rows(out / ROWS).values() if all(row.get(name) == value for name, value in same)]
 
 
 class Entry:
@@ -162,7 +172,7 @@ def measure_set(
                 continue
             for entry, flops in measure_family(family, make, compiled, rounds, device):
                 rows.append(row_of(entry, flops, columns))
-                append_row(out / "step.jsonl", rows[-1])
+                append_row(out / ROWS, rows[-1])
             print(f"{threads_text(columns)}, {name}, {rows[-1]['tensors']} tensors: {family}", flush=True)
     return rows
 

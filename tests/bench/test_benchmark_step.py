@@ -16,11 +16,11 @@ from benchmarks import __main__ as command_line
 from benchmarks.__main__ import main
 from benchmarks.cost import contenders, step
 from benchmarks.cost.contenders import FAMILIES, REFRESH, hidden, is_ours, rest, tensors
-from benchmarks.cost.step import SETS, Entry, block_of, matrices, rounds_within
+from benchmarks.cost.step import ROWS, SETS, Entry, block_of, matrices, rounds_within, with_earlier
 from benchmarks.cost.step_figures import plot_scale, plot_step
 from benchmarks.cost.step_goals import FASTEST, GOALS, ITSELF, Goal, fastest_peer, goals_table, judged
 from benchmarks.cost.step_report import line, scale_table
-from benchmarks.output.records import read_rows
+from benchmarks.output.records import append_row, read_rows
 from benchmarks.output.tables import drawn
 from normopt.optimizer import SteepestDescent
 
@@ -248,3 +248,11 @@ def test_the_command_writes_tables_and_plots(tmp_path: Path, capsys: pytest.Capt
 
 def test_plain_lists_are_parameters() -> None:
     assert all(isinstance(p, nn.Parameter) for p in LIST())
+
+
+def test_a_family_that_is_measured_alone_joins_the_others(tmp_path: Path) -> None:
+    machine = {"cpu": "A", "flags": ["avx2"], "torch": "2.13.0", "device": "cpu"}
+    old, new = ({"key": "lion", "mean": mean, **machine} for mean in (1.0, 2.0))
+    for row in ({"key": "sgd", **machine}, old, {"key": "muon", **machine, "cpu": "B"}, {"key": "older"}, new):
+        append_row(tmp_path / ROWS, row)
+    assert with_earlier([new], tmp_path) == [{"key": "sgd", **machine}, new]
