@@ -183,13 +183,14 @@ def _runs(given: Given) -> Iterator[Given]:
     if sum(sizes) <= RUN:
         yield given
         return
-    together: list[int] = []
+    together, entries = list[int](), 0
     for i, size in enumerate(sizes):
-        if together and size + sum(sizes[j] for j in together) > RUN:
+        if together and entries + size > RUN:
             yield given.of(together)
-            together = []
+            together, entries = [], 0
         if size <= RUN:
             together.append(i)
+            entries += size
             continue
         for start in range(0, size, RUN):
             yield given.of([i], slice(start, start + RUN))

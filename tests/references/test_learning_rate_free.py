@@ -70,6 +70,7 @@ def test_prodigy_without_momentum_does_not_jump() -> None:
 D_ADAPTATION: list[dict[str, Any]] = [
     {},
     {"growth_rate": 1.5, "d0": 1e-3},
+    {"growth_rate": 1.0, "d0": 1e-3},
     {"weight_decay": 0.1, "use_bias_correction": True},
     {"weight_decay": 0.1, "decouple": True},
     {"lr": 0.5, "betas": (0.8, 0.9), "eps": 1e-4},
