@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 import sys
 import types
 from pathlib import Path
-from statistics import mean, stdev
 
 import pytest
 
 from benchmarks.language.report import best_first, headline, split
 from benchmarks.output.comparison import write_comparison
 from benchmarks.output.records import RESULTS, read_rows
+from benchmarks.output.statistics import Estimate, estimate, paired
 
 ROOT = Path(__file__).parents[2]
+RUNS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 #: Where README's table comes from, below `benchmarks/results/headline`.
@@ -51,7 +53,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_headline_is_the_table_of_the_runs_on_file(tmp_path: Path) -> None:
-    folder = ROOT / "benchmarks" / "results" / "headline"
+    folder = RUNS / "headline"
     rows = [row for name in HEADLINE for row in read_rows(folder / name / RESULTS).values()]
     table = write_comparison(best_first(rows), tmp_path)
     before, after = split(ROOT / "README.md")
@@ -60,18 +62,46 @@ def test_headline_is_the_table_of_the_runs_on_file(tmp_path: Path) -> None:
     assert (folder / "compare.csv").read_bytes() == (tmp_path / "compare.csv").read_bytes()
 
 
-def test_models_says_what_the_runs_on_file_say() -> None:
-    """Deviations of its tables are those of the samples, and the residual stream's peaks are peaks over all steps."""
-    folder, page = ROOT / "benchmarks" / "results" / "models", (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    samples: dict[str, list[float]] = {}
-    for name in ("compare", "alpha", "batch64"):
-        for row in read_rows(folder / name / RESULTS).values():
-            config = {key: value for key, value in row["config"].items() if key != "seed"}
-            samples.setdefault(str(config), []).append(row["final_loss"])
-    known = {f"{mean(x):.3f} ± {stdev(x):.3f}" for x in samples.values() if len(x) > 1}
-    claimed = set(re.findall(r"\d\.\d{3} ± \d\.\d{3}", page))
-    assert claimed and claimed <= known
-    for row in read_rows(folder / "norms" / RESULTS).values():
+def test_plus_and_minus_is_half_of_the_interval_of_runs_on_file() -> None:
+    """Every ``±`` on a page or in a table on file: of a mean over seeds, or of a difference paired by seed."""
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *RUNS.rglob("*.md")]
+    claims = {page: set(re.findall(r"([+-]?)(\d\.\d+) ± (\d+\.\d+)", page.read_text(encoding="utf-8"))) for page in pages}
+    digits = {len(half.partition(".")[2]) for found in claims.values() for *_, half in found}
+    known = set()
+    for folder in sorted(RUNS.iterdir()):
+        samples = [sample for file in sorted(folder.rglob(RESULTS)) for sample in by_seed(file)]
+        gaps = [paired(ours, theirs) for ours, theirs in itertools.permutations(samples, 2)]
+        for places in digits:
+            known |= {written(estimate(list(sample.values())), places) for sample in samples}
+            known |= {written(gap, places, "+") for gap in gaps if gap is not None}
+    assert any(claims.values())
+    wrong = {(page.name, *claim) for page, found in claims.items() for claim in found if claim not in known}
+    assert not wrong
+
+
+def by_seed(file: Path) -> list[dict[int, float]]:
+    """The final losses by seed of the runs in a file that differ in their seeds alone, where there are two or more."""
+    samples: dict[str, dict[int, float]] = {}
+    for row in read_rows(file).values():
+        config = row.get("config", {})
+        if row.get("final_loss") is not None:
+            alike = str({key: value for key, value in config.items() if key != "seed"})
+            samples.setdefault(alike, {})[config["seed"]] = row["final_loss"]
+    return [sample for sample in samples.values() if len(sample) > 1]
+
+
+def written(found: Estimate, places: int, sign: str = "") -> tuple[str, str, str] | None:
+    """Sign, mean and half of the interval, as text; None for a single run, which has no interval."""
+    if found.half is None:
+        return None
+    mean = f"{found.mean:{sign}.{places}f}"
+    return mean[:1] if sign else "", mean[len(sign) :], f"{found.half:.{places}f}"
+
+
+def test_models_says_what_the_residual_stream_reaches() -> None:
+    """Peaks are those over all steps."""
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    for row in read_rows(RUNS / "models" / "norms" / RESULTS).values():
         peak, step = max((max(found["residual"]), step) for step, found in row["norms"])
         if row["config"]["model"] in ("gpt", "angpt"):
             assert f"{peak:.3g} (step {step})" in page
