@@ -65,7 +65,8 @@ def test_headline_is_the_table_of_the_runs_on_file(tmp_path: Path) -> None:
 def test_plus_and_minus_is_half_of_the_interval_of_runs_on_file() -> None:
     """Every ``±`` on a page or in a table on file: of a mean over seeds, or of a difference paired by seed."""
     pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *RUNS.rglob("*.md")]
-    claims = {page: set(re.findall(r"([+-]?)(\d\.\d+) ± (\d+\.\d+)", page.read_text(encoding="utf-8"))) for page in pages}
+    claim = re.compile(r"([+-]?)(\d\.\d+) ± (\d+\.\d+)")
+    claims = {page: set(claim.findall(page.read_text(encoding="utf-8"))) for page in pages}
     digits = {len(half.partition(".")[2]) for found in claims.values() for *_, half in found}
     known = set()
     for folder in sorted(RUNS.iterdir()):
@@ -75,7 +76,7 @@ def test_plus_and_minus_is_half_of_the_interval_of_runs_on_file() -> None:
             known |= {written(estimate(list(sample.values())), places) for sample in samples}
             known |= {written(gap, places, "+") for gap in gaps if gap is not None}
     assert any(claims.values())
-    wrong = {(page.name, *claim) for page, found in claims.items() for claim in found if claim not in known}
+    wrong = {(page.name, *each) for page, found in claims.items() for each in found if each not in known}
     assert not wrong
 
 
