@@ -6,12 +6,14 @@ import contextlib
 import io
 import itertools
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import make_parser
 from benchmarks.language.report import best_first, headline, split
 from benchmarks.output.comparison import write_comparison
 from benchmarks.output.records import RESULTS, read_rows
@@ -97,6 +99,20 @@ def written(found: Estimate, places: int, sign: str = "") -> tuple[str, str, str
         return None
     mean = f"{found.mean:{sign}.{places}f}"
     return mean[:1] if sign else "", mean[len(sign) :], f"{found.half:.{places}f}"
+
+
+def test_commands_of_the_benchmark_are_taken() -> None:
+    """A command of an earlier version stands beside the commit that takes it."""
+    for page in [*PAGES, *ROOT.glob("*.md"), *RUNS.rglob("*.md")]:
+        text = re.sub(r"<!--.*?-->", "", page.read_text(encoding="utf-8")).replace("\\\n", "")
+        for command in re.findall(r"python -m benchmarks ([a-z][^`\n]*)", text):
+            arguments = shlex.split(command.partition(" && ")[0], comments=True)
+            try:
+                with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+                    make_parser().parse_args(arguments)
+            except SystemExit as left:
+                earlier = re.search(r"as of commit [0-9a-f]{7}\b", text)
+                assert not left.code or earlier, f"{page.relative_to(ROOT)}: {command}: {said.getvalue()}"
 
 
 def test_models_says_what_the_residual_stream_reaches() -> None:
