@@ -97,8 +97,8 @@ class InputStatistics:
             several = 1 if mesh is None else mesh.size()
             if several < every:
                 raise ValueError(
-                    f"InputStatistics: each {several} of {every} processes would keep statistics of their own inputs "
-                    f"of {name}; name the process_group of the ranks that have parts of one batch"
+                    f"InputStatistics: the average of the inputs of {name} would hold those of {several} of {every} "
+                    "processes; pass process_group=, the processes that have parts of one batch, to InputStatistics"
                 )
 
     def remove(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normopt.ingredient.registry import nearest
+from normopt.ingredient.registry import OTHER_NAMES, nearest
 from normopt.ingredient.stage import is_of_inputs
 from normopt.numerics.sharded import here
 from normopt.polar.choice import from_text
@@ -31,9 +31,6 @@ GROUP_KEYS |= {"foreach", "fused"}
 
 #: What users may say in a param group whatever its rule.
 SAID = {"lr", "lr_ratio", "maximize", "nonfinite", "capturable", "state_dtype", "bounds", "differentiable"}
-
-#: What other libraries call options that have another name here, too unlike it to be a near miss.
-OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay"}
 
 #: What is wrong with parts of parameters, and what to do.
 WHOLE = (
@@ -107,10 +104,8 @@ def check_known(names: Set[str], rule: Rule, spare: Set[str]) -> None:
     """
     known = rule.options() | INGREDIENTS | SAID | spare
     for name in names - known - GROUP_KEYS:
-        meant = OTHER_NAMES.get(name)
-        if meant in known or _is_near(name, known):
-            hint = f"did you mean {meant!r}?" if meant in known else nearest(name, known)
-            raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {hint}")
+        if _is_near(name, known | {other for other, meant in OTHER_NAMES.items() if meant in known}):
+            raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {nearest(name, known)}")
 
 
 def _is_near(name: str, known: Set[str]) -> bool:

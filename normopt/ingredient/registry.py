@@ -13,6 +13,9 @@ from normopt.ingredient.base import Ingredient, T
 #: How many texts ``parse`` remembers: optimizers parse the rules of their param groups at every step.
 MOST_PARSED = 4096
 
+#: What other libraries and habit call options that have another name here, too unlike it to be a near miss.
+OTHER_NAMES = {"learning_rate": "lr", "learn_rate": "lr", "wd": "weight_decay"}
+
 
 def choices(kind: type[T]) -> dict[str, type[T]]:
     """The concrete ingredients of a kind by name, such as ``{"heavy-ball": HeavyBall, ...}``."""
@@ -49,11 +52,13 @@ def _by_name(kind: type[T], name: str) -> T:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an error message: the known name most like ``name``, if one is, and all known names.
 
-    Most like ``"learning_rate"`` is its abbreviation ``"lr"``, and the other way round; else what is spelled alike.
+    Most like ``"learning_rate"`` is its abbreviation ``"lr"``, and the other way round; else what is spelled alike,
+    under its name here or one of ``OTHER_NAMES``: ``"lr"`` for ``"learnrate"``.
     """
     known = sorted(known)
+    named = {name: name for name in known} | {other: name for other, name in OTHER_NAMES.items() if name in known}
     close = [other for other in known if _abbreviates(other, name) or _abbreviates(name, other)]
-    close += difflib.get_close_matches(name, known, n=1)
+    close += [named[other] for other in difflib.get_close_matches(name, named, n=1)]
     return (f"did you mean {close[0]!r}? " if close else "") + f"Known: {', '.join(known)}"
 
 

@@ -445,9 +445,10 @@ def test_unknown_optimizers_and_norms_come_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", normopt.list_optimizers())
-def test_a_rate_by_its_long_name_is_told_its_short_one(name: str) -> None:
-    with pytest.raises(TypeError, match="'learning_rate'; did you mean 'lr'"):
-        normopt.create(name, nn.Linear(2, 2), learning_rate=0.1)
+@pytest.mark.parametrize("long", ["learning_rate", "learnrate"])
+def test_a_rate_by_its_long_name_is_told_its_short_one(name: str, long: str) -> None:
+    with pytest.raises(TypeError, match=f"'{long}'; did you mean 'lr'"):
+        normopt.create(name, nn.Linear(2, 2), **{long: 0.1})
 
 
 def test_a_constructor_that_was_written_by_hand_is_told_too() -> None:

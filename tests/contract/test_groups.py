@@ -141,7 +141,9 @@ def test_entries_that_nothing_reads_are_kept(make: Make) -> None:
 
 
 @everyone
-@pytest.mark.parametrize("slip", ["lrr", "lr_ration", "maximise", "capturabel", "learning_rate", "nrom", "sate_dtype"])
+@pytest.mark.parametrize(
+    "slip", ["lrr", "lr_ration", "maximise", "capturabel", "learning_rate", "learnrate", "nrom", "sate_dtype"]
+)
 def test_near_misses_are_refused(make: Make, slip: str) -> None:
     with pytest.raises(TypeError, match=f"reads '{slip}'; did you mean"):
         make([{"params": tensors(), slip: 0.1}], lr=0.1)

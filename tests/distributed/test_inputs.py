@@ -79,5 +79,5 @@ def test_processes_without_a_part_in_a_weight_are_refused(ranks_of: Of, size: in
     """Plain weights, and those on a device mesh of half of the ranks."""
     several = size // 2
     for found in ranks_of(size).run(refused):
-        assert f"each {several} of {size} processes would keep statistics of their own inputs of" in found["error"]
-        assert "name the process_group of the ranks that have parts of one batch" in found["error"]
+        assert f"would hold those of {several} of {size} processes" in found["error"]
+        assert "pass process_group=, the processes that have parts of one batch, to InputStatistics" in found["error"]

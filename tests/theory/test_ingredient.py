@@ -209,6 +209,8 @@ def test_nearest() -> None:
     assert nearest("spectrl", ["row", "spectral"]) == "did you mean 'spectral'? Known: row, spectral"
     assert nearest("xyz", {"b": 1, "a": 2}) == "Known: a, b"
     assert nearest("learning_rate", ["gamma", "lr"]) == "did you mean 'lr'? Known: gamma, lr"
+    assert nearest("learnrate", ["gamma", "lr"]) == "did you mean 'lr'? Known: gamma, lr"
+    assert nearest("learnrate", ["gamma"]) == "Known: gamma", "another name is a hint where what it means is known"
     assert nearest("wd", ["lr", "weight_decay"]) == "did you mean 'weight_decay'? Known: lr, weight_decay"
     assert nearest("l", ["lr", "r"]).startswith("did you mean 'lr'?"), "one word has no initials"
 
