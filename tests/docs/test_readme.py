@@ -66,9 +66,9 @@ def test_headline_is_the_table_of_the_runs_on_file(tmp_path: Path) -> None:
 
 def test_plus_and_minus_is_half_of_the_interval_of_runs_on_file() -> None:
     """Every ``±`` on a page or in a table on file: of a mean over seeds, or of a difference paired by seed."""
-    pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *RUNS.rglob("*.md")]
+    texts = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *RUNS.rglob("*.md")]
     claim = re.compile(r"([+-]?)(\d\.\d+) ± (\d+\.\d+)")
-    claims = {page: set(claim.findall(page.read_text(encoding="utf-8"))) for page in pages}
+    claims = {page: set(claim.findall(page.read_text(encoding="utf-8"))) for page in texts}
     digits = {len(half.partition(".")[2]) for found in claims.values() for *_, half in found}
     known = set()
     for folder in sorted(RUNS.iterdir()):
@@ -113,6 +113,16 @@ def test_commands_of_the_benchmark_are_taken() -> None:
             except SystemExit as left:
                 earlier = re.search(r"as of commit [0-9a-f]{7}\b", text)
                 assert not left.code or earlier, f"{page.relative_to(ROOT)}: {command}: {said.getvalue()}"
+
+
+def test_readme_counts_what_the_optimizers_are_tested_by() -> None:
+    yaml = pytest.importorskip("yaml", reason="mkdocs brings it")
+    notes = yaml.safe_load((ROOT / "docs" / "zoo.yml").read_text(encoding="utf-8"))
+    against = [note["against"] for note in notes.values()]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{against.count('written out')} beside the published rule" in readme
+    assert [name for name, note in notes.items() if note["against"] == "its promise"] == ["MuonPlusPlus"]
+    assert "and `MuonPlusPlus` by what its paper promises" in readme
 
 
 def test_models_says_what_the_residual_stream_reaches() -> None:
