@@ -158,3 +158,16 @@ def test_pictures_are_drawn_and_shown(tmp_path: Path) -> None:
         assert is_same, f"{name} is not what is drawn now: python -m docs.pictures"
     text = "\n".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
     assert not [name for name in drawn if f"pictures/{name})" not in text]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs the extra bench")
+def test_pictures_have_the_colours_of_the_palette_and_as_many_norms_as_is_said() -> None:
+    from benchmarks.output.palette import COLORS
+    from docs import pictures
+
+    assert {line.get_color() for line in pictures.spectra().axes[0].lines} <= {*COLORS.values()}
+    text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    for name, words in {"balls.png": "of five norms", "walks.png": "under four norms"}.items():
+        assert re.search(rf"!\[[^\]]*{words}[^\]]*\]\(pictures/{name}\)", text), name
+        assert len(pictures.PICTURES[name]().axes) == {"five": 5, "four": 4}[words.split()[1]]
