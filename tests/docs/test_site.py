@@ -216,6 +216,7 @@ def test_the_site_is_built_without_warnings_and_loads_nothing_from_elsewhere(sit
     for page in built:
         text = page.read_text(encoding="utf-8")
         assert not [link for link in Links(page).loaded if re.match(r"(https?:)?//", link)], page
+        assert re.search(r'<link rel="icon" href="[./]*icon\.svg">', text), page
         assert "arithmatex" not in text and ":class:" not in text and not re.search(r"\$\$|\\\(", strip(text)), page
         assert not re.search(r"<m[ion]>\\\\\w", text), page  # a command of LaTeX that is not known
     for style in site.rglob("*.css"):
