@@ -63,6 +63,9 @@ def benchmark_step(parsed: argparse.Namespace) -> int:
         raise PlanError(f"--device {parsed.device}: torch sees no GPU here. Leave the option out to time the CPU")
     sets, rounds = (["smoke", SCALE], REFRESH) if parsed.smoke else (parsed.sets, parsed.rounds)
     counts = SMOKE_COUNTS if parsed.smoke else COUNTS
+    if set(sets) == {SCALE} and not set(parsed.families) & set(SCALE_FAMILIES):
+        given, known = ", ".join(parsed.families), ", ".join(SCALE_FAMILIES)
+        raise PlanError(f"--families {given}: the set {SCALE} is of {known}. Name one of these, or another set")
     parsed.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for threads in parsed.threads:

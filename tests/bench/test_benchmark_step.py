@@ -39,10 +39,23 @@ def test_the_command_line_knows_all_sets_and_families() -> None:
     assert parsed.threads == [None, 1] and "gpt2" not in parsed.sets and parsed.rounds % REFRESH == 0
 
 
-@pytest.mark.parametrize("wrong", ["--threads=0", "--threads=all", "--rounds=15", "--families=adamq", "--sets=tiny"])
-def test_what_cannot_be_measured_is_refused(wrong: str) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--threads=0",
+        "--threads=all",
+        "--rounds=15",
+        "--sets=tiny",
+        "--families=adamq",
+        "--sets=scale --families=soap,shampoo",
+    ],
+)
+def test_what_cannot_be_measured_is_refused(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error names the option; nothing has been made."""
     with pytest.raises(SystemExit):
-        main(["step", wrong])
+        main(["step", *wrong.split(), "--out", str(tmp_path / "out")])
+    option = wrong.split()[-1].partition("=")[0]
+    assert option in capsys.readouterr().err.partition("error: ")[2] and not (tmp_path / "out").exists()
 
 
 def take_steps(entry: Entry, count: int) -> list[Tensor]:
