@@ -164,8 +164,6 @@ def measure_set(
     out: Path,
 ) -> list[Row]:
     """Body of the process: one row for each contender, written when its family is done; `counts` are of the scale."""
-    if threads is not None:
-        torch.set_num_threads(threads)
     settle_allocator()
     columns, rows = {"set": name, **machine(threads, device)}, []
     makers = [partial(matrices, count, SIDE, SIDE) for count in counts] if name == SCALE else [SETS[name]]
