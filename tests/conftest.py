@@ -31,8 +31,8 @@ def seeded() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast is what is asked of one optimizer of each family; slow, of all that have ingredients of their own.
 
-    What takes the gate more time than it has is exhaustive: what is asked of the kin of other optimizers, and the slow
-    tests of many processes, which two cores run one after the other.
+    What takes the gate more time than it has is exhaustive: what is asked of the kin of other optimizers, and what its
+    test says.
     """
     from tests.support.optimizers import FAMILIES, KIN, ZOO  # after its asserts have been rewritten
 
@@ -41,9 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         of_all = {"bench", "contract", "docs", "models"} & {*item.path.parts}
         if of_all and named - {*FAMILIES}:
             item.add_marker(pytest.mark.slow)
-        if (of_all and named & KIN - {*FAMILIES}) or (
-            "distributed" in item.path.parts and item.get_closest_marker("slow")
-        ):
+        if of_all and named & KIN - {*FAMILIES}:
             item.add_marker(pytest.mark.exhaustive)
 
 

@@ -260,7 +260,7 @@ class Batch:
         if gradients is not None:
             g = self.plan.gather(gradients)
         else:
-            g, self._gathered = self.plan.gather(self.gradients) if self._gathered is None else self._gathered, None
+            g = self.plan.gather(self.gradients) if self._gathered is None else self._gathered
         g = g if self.found_inf is None else torch.where(self._found_inf_on(g.device), torch.zeros_like(g), g)
         g = clamped(g) if self.clamps else g
         return g.neg() if self.group["maximize"] else g
@@ -284,15 +284,18 @@ class Batch:
         self._gathered = gathered if self.kernel is None else None
         return norm_on_host(gathered)
 
-    def context(self, shared: Shared) -> Context:
+    def context(self, shared: Shared, *, again: bool = False) -> Context:
         """What ingredients see: the gradient as constraints want it (L2), the weights, the numbers of this step.
 
         Args:
             shared: the numbers of the whole optimizer, as far as they are known.
+            again: whether the step asks once more, so that gradients that have been gathered are kept.
         """
         numbers = self.readable(shared)
         at_previous = None if self.past is None else lambda: self._gradient_at_previous(numbers)
-        return self._context(self.gradient(), self._seen(self.weights), numbers, at_previous)
+        g = self.gradient()
+        self._gathered = self._gathered if again else None
+        return self._context(g, self._seen(self.weights), numbers, at_previous)
 
     def _seen(self, weights: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """What ingredients get when they ask for the weights: an error if they say that they do not."""

@@ -116,7 +116,7 @@ def survey(batches: Sequence[Batch], totals: Totals) -> None:
     for batch in batches:
         if batch.rule.step_size.overrides("survey"):
             batch.snapshot()
-            context = batch.context(totals.of(batch.rule, batch.shared))
+            context = batch.context(totals.of(batch.rule, batch.shared), again=True)
             summands = batch.rule.step_size.survey(batch.loaded(), context, context.shared)
             if batch.counts:
                 totals.add(batch.rule, batch.shared, summands)

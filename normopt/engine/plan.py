@@ -228,6 +228,8 @@ class Plan:
 
     def together(self, tensors: Iterable[Tensor]) -> Tensor:
         """``gather`` in the dtype that they have."""
+        if self.flat and len(self.members) == 1:
+            return next(iter(tensors)).reshape(-1)
         if self.flat and self.is_uniform:  # which is faster for many small ones
             return torch.cat([*tensors]).reshape(-1)
         if self.flat:

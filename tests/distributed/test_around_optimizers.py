@@ -26,7 +26,7 @@ SLOW = ("fsdp 2", "mesh 2", "fsdp+tp 2x2", "hsdp 2x2")
 
 @pytest.mark.parametrize(
     ("layout", "names"),
-    [("fsdp 2", FEW), *(pytest.param(layout, (*AVERAGED,), marks=pytest.mark.slow) for layout in SLOW)],
+    [("fsdp 2", FEW), *(pytest.param(layout, (*AVERAGED,), marks=pytest.mark.exhaustive) for layout in SLOW)],
 )
 def test_averaged(ranks_of: Of, tmp_path: Path, layout: str, names: tuple[str, ...]) -> None:
     """In training and in evaluation, from a distributed checkpoint, and from the state of one process."""
@@ -48,7 +48,11 @@ def test_a_sharded_model_sees_new_weights_after_reshard(ranks_of: Of) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    ["fsdp 2", pytest.param("hsdp 2x2", marks=pytest.mark.slow), pytest.param("mesh 2", marks=pytest.mark.slow)],
+    [
+        "fsdp 2",
+        pytest.param("hsdp 2x2", marks=pytest.mark.exhaustive),
+        pytest.param("mesh 2", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_softmax_limited_step(ranks_of: Of, layout: str) -> None:
     """Each rank has a part of the batch; the ratio is that of all of it, to the accuracy of a difference."""

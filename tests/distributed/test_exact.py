@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 import normopt
-from tests.support.optimizers import FAMILIES
 from tests.support.ranks import Ranks
 from tests.support.sharded import BFLOAT16, FLOAT32, LAYOUTS, Outcome, of_optimizers, of_rules, squares
 
@@ -31,27 +30,14 @@ def test_every_optimizer_in_every_layout(ranks_of: Of, layout: str) -> None:
     check(NAMES, ranks_of(LAYOUTS[layout]).run(of_optimizers, NAMES, layout, 20))
 
 
-#: The layouts in which most is cut, and in which nothing is.
-HARDEST = ("fsdp+tp 2x2", "mesh 2")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", HARDEST)
-def test_one_optimizer_of_each_family(ranks_of: Of, layout: str) -> None:
-    check(FAMILIES, ranks_of(LAYOUTS[layout]).run(of_optimizers, [*FAMILIES], layout, 20))
-
-
-OTHERS = [
-    pytest.param(layout, marks=pytest.mark.slow if layout in HARDEST else pytest.mark.exhaustive) for layout in LAYOUTS
-]
-
-
-@pytest.mark.parametrize("layout", OTHERS)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rule(ranks_of: Of, layout: str) -> None:
     check(FLOAT32, ranks_of(LAYOUTS[layout]).run(of_rules, [*FLOAT32], layout, 10))
 
 
-@pytest.mark.parametrize("layout", OTHERS)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_in_bfloat16(ranks_of: Of, layout: str) -> None:
     for found in ranks_of(LAYOUTS[layout]).run(of_rules, [*BFLOAT16], layout, 10):
         for name in BFLOAT16:

@@ -24,7 +24,7 @@ Of = Callable[[int], Ranks]
 
 FEW = ("fsdp 2", "fsdp 2, every layer", "shard(1) 2", "tp 2", "replicate 2", "mesh 2", "ddp 2")
 MANY = tuple(layout for layout in LAYOUTS if layout not in FEW)
-EVERY = [*FEW, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MANY)]
+EVERY = [*FEW, *(pytest.param(layout, marks=pytest.mark.exhaustive) for layout in MANY)]
 
 
 def size_of(layout: str) -> int:
@@ -58,7 +58,7 @@ def test_ranks_that_have_seen_no_input(ranks_of: Of, layout: str) -> None:
 OTHERS = {"fsdp 2": {"tp 2": 2, "fsdp 1": 1, "plain": 1}, "fsdp 4": {"fsdp+tp 2x2": 4, "hsdp 2x2": 4, "fsdp 2": 2}}
 
 
-@pytest.mark.parametrize("layout", ["fsdp 2", pytest.param("fsdp 4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["fsdp 2", pytest.param("fsdp 4", marks=pytest.mark.exhaustive)])
 def test_a_checkpoint_loads_into_other_layouts(ranks_of: Of, tmp_path: Path, layout: str) -> None:
     saved, end = ranks_of(size_of(layout)).run(saved_by, layout, str(tmp_path))[0]
     for other, size in OTHERS[layout].items():
@@ -67,14 +67,14 @@ def test_a_checkpoint_loads_into_other_layouts(ranks_of: Of, tmp_path: Path, lay
             assert (weights - end).abs().max() <= 1e-6, other
 
 
-@pytest.mark.parametrize("layout", ["fsdp 2", pytest.param("fsdp+tp 2x2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["fsdp 2", pytest.param("fsdp+tp 2x2", marks=pytest.mark.exhaustive)])
 def test_the_state_of_one_process_loads(ranks_of: Of, layout: str) -> None:
     for loaded, distance in ranks_of(size_of(layout)).run(loads_one_process, layout):
         assert loaded == 0
         assert distance <= 1e-5
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_processes_without_a_part_in_a_weight_are_refused(ranks_of: Of, size: int) -> None:
     """Plain weights, and those on a device mesh of half of the ranks."""
     several = size // 2

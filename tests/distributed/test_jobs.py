@@ -16,7 +16,7 @@ from benchmarks.output.records import RESULTS, Row, read_rows
 from tests.support.torchrun import command, environment, run
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(sys.platform != "linux", reason="torchrun's processes are found by /proc"),
 ]
 
@@ -47,10 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("parallel", "processes"),
-    [("ddp", 2), ("fsdp2", 2), *(pytest.param(x, 4, marks=pytest.mark.exhaustive) for x in ("fsdp2", "fsdp2+tp"))],
-)
+@pytest.mark.parametrize(("parallel", "processes"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("fsdp2+tp", 4)])
 def test_a_job_of_many_processes_has_the_loss_curve_of_one(folder: Path, parallel: str, processes: int) -> None:
     out = f"{parallel}{processes}"
     said = run(processes, compare(folder, out, EXACT + ROUNDED, 12, parallel), folder)
@@ -71,7 +68,6 @@ def test_a_job_of_many_processes_has_the_loss_curve_of_one(folder: Path, paralle
     assert not [*(folder / out / "checkpoints").glob("*")], "checkpoints of finished runs stay"
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(("parallel", "before", "after"), [("fsdp2", 4, 2), ("fsdp2+tp", 4, 2), ("ddp", 2, 1)])
 def test_a_killed_job_goes_on_with_other_processes(tmp_path: Path, parallel: str, before: int, after: int) -> None:
     """The checkpoint of step 100 of 120 is what is left."""
@@ -102,7 +98,6 @@ def kill_a_process(job: subprocess.Popen[bytes], checkpoints: Path) -> None:
     os.kill(int(children[-1]), signal.SIGKILL)
 
 
-@pytest.mark.exhaustive
 def test_mistakes_are_named_before_any_training(tmp_path: Path) -> None:
     alone = compare(tmp_path, "out", ["adamw"], 12, "fsdp2")
     assert "needs several processes: torchrun" in failed([sys.executable, *alone], tmp_path)

@@ -11,7 +11,7 @@ from tests.support.torchrun import run
 NAMES = "adamw,muon,prodigy,soap"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("library", ["accelerate", "lightning"])
 def test_sharded_by_a_trainer(tmp_path: Path, library: str) -> None:
     pytest.importorskip(library)
