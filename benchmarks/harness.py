@@ -25,7 +25,8 @@ class PlanError(ValueError):
 def limit_threads(count: int) -> None:
     """Processes started after this call have `count` threads, which sleep while idle.
 
-    For processes side by side, which would wait for each other's cores. Nothing is timed so: users' threads spin.
+    For training runs side by side, which would wait for each other's cores. The seconds of those runs are taken so;
+    `step` and `polar` refuse threads that sleep, since users' threads spin.
     """
     os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(count)})
 
