@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.harness import PlanError, cpu_field, dtype_name, origin
 from benchmarks.output.records import Row
+from benchmarks.output.rows import group
 
 #: What a processor can have that decides how fast products of matrices are, as /proc/cpuinfo names it.
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
@@ -140,6 +141,12 @@ def best_rates(rows: list[Row], asked: str) -> dict[str, float]:
     """The best rates of products over all processes of a thread setting."""
     rates = [row["gemm"] for row in rows if row["asked"] == asked]
     return {dtype: max(rate[dtype] for rate in rates) for dtype in rates[0]}
+
+
+def by_threads(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each thread setting by what its files' names end in: "" for the first, then "_" and the setting."""
+    settings = group(rows, lambda row: str(row["asked"]))
+    return {f"_{asked}" if i else "": members for i, (asked, members) in enumerate(settings.items())}
 
 
 def threads_text(row: Row) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cost.contenders import REFRESH, REFRESHED, Maker, Parameters, installed, tensors
+from benchmarks.cost.contenders import REFRESH, REFRESHED, SCALE, SIDE, Maker, Parameters, installed, tensors
 from benchmarks.cost.machine import Clock, clock_of, machine, refuse_sleeping_threads, threads_text
 from benchmarks.cost.step_report import write_step
 from benchmarks.harness import PlanError, in_new_process, state_bytes
@@ -42,8 +42,8 @@ SETS: dict[str, Callable[[], Parameters]] = {
     "gpt2": partial(gpt, 50304, 768, 12, 12, 2048),
     "smoke": partial(gpt, 16, 8, 2, 2, 32),
 }
-#: The set that is measured at several numbers of matrices, their sides, and its families.
-SCALE, SIDE, SCALE_FAMILIES = "scale", 16, ("adamw", "sgd", "muon", "lion")
+#: The families and the numbers of matrices of the set `SCALE`.
+SCALE_FAMILIES = ("adamw", "sgd", "muon", "lion")
 COUNTS, SMOKE_COUNTS = (10, 100, 1000, 5000), (2, 20)
 GRADIENTS = 3
 #: Seconds: shorter steps are timed in blocks of at least that length; what a contender's turns take together, unless

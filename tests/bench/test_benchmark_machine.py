@@ -13,7 +13,7 @@ import torch
 from benchmarks import arguments, harness
 from benchmarks.__main__ import main
 from benchmarks.cost import machine
-from benchmarks.cost.machine import EventClock, WallClock, clock_of, refuse_sleeping_threads, setting
+from benchmarks.cost.machine import EventClock, WallClock, by_threads, clock_of, refuse_sleeping_threads, setting
 from benchmarks.harness import cpu_field, in_new_process, processor
 
 
@@ -98,6 +98,11 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         main(["step", "--smoke", "--device", "cuda", "--out", str(tmp_path / "out")])
     assert "torch sees no GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_files_of_the_first_thread_setting_have_no_ending() -> None:
+    rows = [{"asked": asked} for asked in ("default", "1", "default", "16")]
+    assert by_threads(rows) == {"": [rows[0], rows[2]], "_1": [rows[1]], "_16": [rows[3]]}
 
 
 def test_the_header_says_what_a_ratio_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:

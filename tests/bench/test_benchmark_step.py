@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks import __main__ as command_line
 from benchmarks.__main__ import main
 from benchmarks.cost import contenders, step
-from benchmarks.cost.contenders import COMPILED, FAMILIES, REFRESH, hidden, is_ours, rest, tensors
+from benchmarks.cost.contenders import COMPILED, FAMILIES, REFRESH, SCALE, hidden, library_of, rest, tensors
 from benchmarks.cost.machine import WallClock
 from benchmarks.cost.step import ROWS, SETS, Entry, block_of, matrices, rounds_within, with_earlier
 from benchmarks.cost.step_figures import plot_scale, plot_step
@@ -33,7 +33,7 @@ OWN_METHOD = ("normopt Muon, auto", "pytorch-optimizer Shampoo + fused AdamW")
 
 
 def test_the_command_line_knows_all_sets_and_families() -> None:
-    assert {*command_line.STEP_SETS, "smoke"} == {*SETS, step.SCALE}
+    assert {*command_line.STEP_SETS, "smoke"} == {*SETS, SCALE}
     assert list(command_line.FAMILIES) == list(FAMILIES)
     parsed = command_line.make_parser().parse_args(["step"])
     assert parsed.threads == [None, 1] and "gpt2" not in parsed.sets and parsed.rounds % REFRESH == 0
@@ -101,10 +101,14 @@ def test_families_with_refreshes_are_those_whose_refreshes_can_be_staggered() ->
     assert tuple(found) == contenders.REFRESHED
 
 
+def test_names_begin_with_the_library() -> None:
+    assert library_of("torch AdamW, fused") == "torch" and library_of("pytorch-optimizer Lion") == "pytorch-optimizer"
+
+
 def test_families_have_ours_first_and_a_peer() -> None:
     for family, makers in FAMILIES.items():
         found = [name for name in makers if name in INSTALLED]
-        assert is_ours(found[0]) and not is_ours(found[-1]), family
+        assert library_of(found[0]) == "normopt" != library_of(found[-1]), family
     for family in ("adamw", "sgd"):
         assert [name for name in FAMILIES[family] if name.endswith("unchecked")], family
 
@@ -230,7 +234,7 @@ def test_ratios_are_to_the_fastest_peer_at_the_same_place() -> None:
 def test_goals_are_of_contenders_and_of_sets_that_exist() -> None:
     names = {name for makers in FAMILIES.values() for name in makers}
     for goal in GOALS:
-        assert goal.name in names and is_ours(goal.name), goal
+        assert goal.name in names and library_of(goal.name) == "normopt", goal
         assert goal.peer in {FASTEST, ITSELF} | names and set(goal.sets) <= set(SETS), goal
         assert goal.statistic in ("median", "mean", "worst") and 0 < goal.limit <= 2, goal
 
