@@ -1,11 +1,10 @@
 """What all benchmarks share: processes with a fixed number of threads, imports of peers, columns, and `PlanError`."""
 
-import contextlib
 import importlib
 import multiprocessing
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +14,8 @@ import normopt
 from benchmarks.output.records import Row, git_commit, source_hash
 
 Answer = TypeVar("Answer")
+#: What Linux says of the processors, lines of "name : value".
+CPUINFO = Path("/proc/cpuinfo")
 
 
 class PlanError(ValueError):
@@ -24,7 +25,8 @@ class PlanError(ValueError):
 def limit_threads(count: int) -> None:
     """Processes started after this call have `count` threads, which sleep while idle.
 
-    For processes side by side, which would wait for each other's cores. Nothing is timed so: users' threads spin.
+    For training runs side by side, which would wait for each other's cores. The seconds of those runs are taken so;
+    `step` and `polar` refuse threads that sleep, since users' threads spin.
     """
     os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(count)})
 
@@ -32,23 +34,13 @@ def limit_threads(count: int) -> None:
 def in_new_process(threads: int | None, function: Callable[..., Answer], *arguments: Any) -> Answer:
     """The answer of a function that is called in a new process with `threads` threads, `None` for torch's default.
 
-    Everything else in the environment is the caller's.
+    The environment is the caller's.
     """
-    variables = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    with _environment(variables), multiprocessing.get_context("spawn").Pool(1) as pool:
+    set_threads: dict[str, Any] = (
+        {} if threads is None else {"initializer": torch.set_num_threads, "initargs": (threads,)}
+    )
+    with multiprocessing.get_context("spawn").Pool(1, **set_threads) as pool:
         return pool.apply(function, arguments)
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """A block with these environment variables."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def imported(package: str, name: str) -> Any:
@@ -82,9 +74,14 @@ def origin(device: str = "cpu") -> Row:
 
 def processor() -> str:
     """The name of the processor, or what the system says of the machine."""
+    return cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def cpu_field(*names: str) -> str:
+    """The first field of `CPUINFO` that has one of the names; "" where the system does not say."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in fields if name.strip() in names), "")

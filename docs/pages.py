@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import html
+import importlib
 import inspect
 import json
+import math
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
@@ -47,13 +49,20 @@ INGREDIENTS: dict[str, tuple[str, type[Ingredient], str]] = {
 
 #: What the page of the API lists, in this order; of a package what it has beside ingredients and optimizers.
 MODULES = ["normopt", "normopt.zoo", "normopt.metrics", "normopt.integrations", "normopt.polar", "normopt.nn"]
-MODULES += ["normopt.ingredient"]
+MODULES += ["normopt.ingredient", "normopt.roles"]
 
 #: Files at the root that are pages too.
 PROJECT = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
+#: Scripts with a section of the page of examples each.
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
 #: Where links to files and folders of the repository lead that are not in the site under their own names.
 LED = {**PROJECT, "examples": "examples.md", "README.md": "index.md"}
+LED |= {f"examples/{path.name}": f"examples.md#{path.stem}" for path in EXAMPLES}
+
+#: What a page with pictures ends with.
+DRAWN = "The pictures are drawn by `python -m docs.pictures`."
 
 
 # Optimizers ----------------------------------------------------------------------------------------------------------
@@ -67,6 +76,20 @@ def notes() -> dict[str, dict[str, Any]]:
 
 
 @cache
+def sources() -> dict[str, str]:
+    """Where the defaults of each optimizer come from, as the table of docs/optimizers.md has it."""
+    text = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    rows = text.partition("| defaults of |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    found: dict[str, str] = {}
+    for row in rows:
+        first, *_, last = (cell.strip() for cell in row.strip("|").split("|"))
+        source = last.removesuffix("'s")
+        link = f"[{source}]({source.lower()}.md)" if source.lower() in zoo() else source
+        found |= dict.fromkeys(re.findall(r"`(\w+)`", first), link)
+    return found
+
+
+@cache
 def runs() -> dict[str, list[dict[str, Any]]]:
     """The rows of the grid over all optimizers, by name, from the smallest learning rate to the largest."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -76,6 +99,11 @@ def runs() -> dict[str, list[dict[str, Any]]]:
     return {name: sorted(rows, key=lambda row: row["config"]["lr"]) for name, rows in found.items()}
 
 
+def grid_command() -> str:
+    """The command that made the grid over all optimizers, with which its table begins."""
+    return (RESULTS / "zoo" / "grid.md").read_text(encoding="utf-8").partition("\n")[0].strip("`")
+
+
 def optimizer_page(cls: type[SteepestDescent]) -> str:
     """What an optimizer is, what it costs, what it is checked against, and what it did on the benchmark's GPT."""
     name, note = cls.__name__, notes()[cls.__name__]
@@ -83,7 +111,8 @@ def optimizer_page(cls: type[SteepestDescent]) -> str:
     parts = [f"# {name} {{#normopt.zoo.{name}}}", about, f"**When.** {note['when']}", "## The four answers"]
     parts += ["For a hidden matrix of a model, at the default arguments:", table(["question", "answer"], answers(name))]
     parts += [f'```python\noptimizer = normopt.create("{name.lower()}", model)\n```']
-    parts += ["## Arguments", table(["argument", "default", "meaning"], meanings(cls, arguments)), rest]
+    parts += ["## Arguments", f"Where the defaults come from: {sources()[name]}."]
+    parts += [table(["argument", "default", "meaning"], meanings(cls, arguments)), rest]
     parts += ["## Checked against", checked(note), "## Cost and learning rate", *cost(name)]
     return "\n\n".join(part for part in parts if part)
 
@@ -135,7 +164,11 @@ def cost(name: str) -> Iterator[str]:
     yield f"State of a {SIDE} x {SIDE} float32 matrix: **{state:.2f} bytes a parameter** (AdamW: 8)."
     rows = runs().get(name.lower(), [])
     if not rows:
-        yield "Not in the [grid over all optimizers](../benchmarks/results/zoo/grid.md)."
+        command = grid_command().replace(RESULTS.relative_to(ROOT).as_posix(), "runs")
+        command = re.sub(r"--optimizers \S+", f"--optimizers {name.lower()}", command)
+        yield """Not in the [grid over all optimizers](../benchmarks/results/zoo/grid.md). Its losses at four learning
+rates, in the same way:"""
+        yield f"```sh\n{command}\n```"
         return
     share = sorted(row["optimizer_ms"] / (row["optimizer_ms"] + row["gradient_ms"]) for row in rows)[len(rows) // 2]
     yield f"""Of a training step of the benchmark's GPT on one CPU core the optimizer took {share:.0%}. Final losses of
@@ -147,17 +180,36 @@ def cost(name: str) -> Iterator[str]:
 
 
 def curve(rows: list[dict[str, Any]]) -> str:
-    """Losses over learning rates, a factor of two apart, as a small drawing."""
-    points = [(i, row["final_loss"]) for i, row in enumerate(rows) if row["final_loss"]]
-    low, high = min(loss for _, loss in points), max(loss for _, loss in points)
-    places = [(20 + 240 * i / max(1, len(rows) - 1), 15 + 60 * (high - loss) / (high - low or 1)) for i, loss in points]
-    places = [(x, 90 - y) for x, y in places]
+    """Final losses over learning rates as a small drawing: rates on a logarithmic axis, the smallest loss lowest."""
+    rates = [math.log2(row["config"]["lr"]) for row in rows]
+    losses = [row["final_loss"] for row in rows if row["final_loss"]]
+    if not losses:
+        return ""
+    left, right, top, bottom = 50, 290, 15, 95
+
+    def across(rate: float) -> float:
+        return left + (right - left) * (rate - rates[0]) / (rates[-1] - rates[0] or 1)
+
+    def down(loss: float) -> float:
+        return bottom - (bottom - top) * (loss - min(losses)) / (max(losses) - min(losses) or 1)
+
+    places = [
+        (across(rate), down(row["final_loss"])) for rate, row in zip(rates, rows, strict=True) if row["final_loss"]
+    ]
     line = " ".join(f"{x:.0f},{y:.0f}" for x, y in places)
-    dots = "".join(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4"/>' for x, y in places)
-    label = "Final loss over the learning rate; lower is better"
+    parts = [f'<path d="M{left - 12} {top - 8}V{bottom + 12}H{right + 12}"/>', f'<polyline points="{line}"/>']
+    parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4"/>' for x, y in places]
+    for rate, row in zip(rates, rows, strict=True):
+        parts.append(f'<text class="rate" x="{across(rate):.0f}" y="{bottom + 25}">{row["config"]["lr"]:g}</text>')
+    for loss in sorted({min(losses), max(losses)}):
+        parts.append(f'<text class="loss" x="{left - 17}" y="{down(loss) + 3:.0f}">{loss:.3f}</text>')
+    parts.append(
+        f'<text class="rate" x="{(left + right) // 2}" y="{bottom + 40}">nats per byte over the learning rate</text>'
+    )
+    label = "Final loss in nats per byte over the learning rate; lower is better"
     return (
-        f'<svg class="curve" viewBox="0 0 280 100" role="img" aria-label="{label}"><title>{label}</title>'
-        f'<polyline points="{line}"/>{dots}</svg>'
+        f'<svg class="curve" viewBox="0 0 320 140" role="img" aria-label="{label}"><title>{label}</title>'
+        f"{''.join(parts)}</svg>"
     )
 
 
@@ -176,7 +228,9 @@ def ingredient_pages() -> Iterator[tuple[str, str]]:
     for place, (title, kind, question) in INGREDIENTS.items():
         classes = ingredients(kind)
         listed = [f"* [`{cls.__name__}`]({cls.__name__.lower()}.md): {first_sentence(cls)}" for cls in classes]
-        yield page_of(place), "\n\n".join([f"# {title}", f"*{question}*", "\n".join(listed)])
+        package = classes[0].__module__.rpartition(".")[0]
+        heading = f"# {title} {{#{package}}}"
+        yield page_of(place), "\n\n".join([heading, f"*{question}*", "\n".join(listed), *members(package)])
         yield from ((page_of(place, cls), ingredient_page(cls)) for cls in classes)
 
 
@@ -193,7 +247,8 @@ def ingredient_page(cls: type[Ingredient]) -> str:
     found = [*demands(cls)]
     parts += ["## In a step", "At the default arguments:", table(["question", "answer"], found)] if found else []
     users = [f"[{name}](../../zoo/{name.lower()}.md)" for name in sorted(users_of().get(cls.__name__, []))]
-    having = f"Optimizers that have it in the rule of some role, at their default arguments: {', '.join(users)}."
+    having = f"""Optimizers that have it in the rule of some role, at their default arguments; their pages say what
+they are checked against: {", ".join(users)}."""
     parts += ["## In the zoo", having if users else "No optimizer has it in a rule at its default arguments."]
     return "\n\n".join(parts)
 
@@ -251,18 +306,33 @@ def first_sentence(x: Any) -> str:
 
 
 def api_page() -> str:
-    """Functions and classes of the public modules; optimizers and ingredients have pages of their own."""
+    """What the public modules offer, functions first; optimizers and ingredients have pages of their own."""
     parts = ["# API", "Optimizers are in the [zoo](optimizers.md), ingredients on the pages named after their kind."]
-    seen: set[Any] = set()
-    for name in MODULES:
-        module = __import__(name, fromlist=["__all__"])
-        found = [x for x in (getattr(module, each) for each in public(module)) if callable(x) and x not in seen]
-        seen |= {*found}
-        found = [x for x in found if not is_shown_elsewhere(x)]
-        found = sorted(found, key=inspect.isclass)  # functions first
-        parts += [f"## {name}" if found else ""]
-        parts += [f"::: {name}.{x.__name__}\n    options: {{heading_level: 3}}" for x in found]
-    return "\n\n".join(part for part in parts if part)
+    for module in MODULES:
+        parts += [f"## {module} {{#{module}}}", *members(module)]
+    return "\n\n".join(parts)
+
+
+def members(path: str) -> Iterator[str]:
+    """What a module offers, but for what a page of its own or the API's section ``normopt`` has."""
+    module = importlib.import_module(path)
+    found = [(name, getattr(module, name)) for name in public(module)]
+    found = [(name, x) for name, x in found if not (inspect.ismodule(x) or x in with_pages())]
+    if module is not normopt:
+        found = [(name, x) for name, x in found if getattr(normopt, name, None) is not x]
+    for name, x in sorted(found, key=lambda each: inspect.isclass(each[1])):
+        yield f"::: {path}.{name}\n    options: {{heading_level: 3}}"
+        if not (inspect.isclass(x) or inspect.isroutine(x)):
+            yield comment_above(name)
+
+
+def comment_above(name: str) -> str:
+    """What the comment ``#:`` above a constant of the library says."""
+    for path in sorted((ROOT / "normopt").rglob("*.py")):
+        found = re.search(rf"^((?:#: .*\n)+){name}\b.*=", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        if found:
+            return re.sub(r"^#: ", "", found[1], flags=re.MULTILINE).strip()
+    raise LookupError(f"{name} of the public API has no comment #: above it; write one, for its section of the site")
 
 
 def public(module: Any) -> list[str]:
@@ -271,12 +341,9 @@ def public(module: Any) -> list[str]:
     return sorted(name for name in getattr(module, "__all__", own) if name[0] != "_")
 
 
-def is_shown_elsewhere(x: Any) -> bool:
-    """Whether the zoo or a page of ingredients has it."""
-    if not inspect.isclass(x):
-        return not inspect.isfunction(x)
-    shown = [*SteepestDescent.registry.values(), *choices(Ingredient).values()]
-    return x in shown or x.__name__ not in vars(__import__(x.__module__, fromlist=["x"]))
+def with_pages() -> list[type]:
+    """Optimizers and ingredients that have a page each."""
+    return [*zoo().values(), *(cls for _, kind, _ in INGREDIENTS.values() for cls in ingredients(kind))]
 
 
 def examples_page() -> str:
@@ -285,12 +352,13 @@ def examples_page() -> str:
         "# Examples",
         "Each runs on a CPU in about a minute, from the root of a checkout, and is run by the slow tests.",
     ]
-    for path in sorted((ROOT / "examples").glob("*.py")):
+    for path in EXAMPLES:
         text = path.read_text(encoding="utf-8")
         about = ast.get_docstring(ast.parse(text)) or ""
         body = text.split('"""', 2)[2].strip("\n")
         started = [] if "torchrun" in about else [f"```sh\npython examples/{path.name}\n```"]
-        parts += [f"## {path.stem.replace('_', ' ').capitalize()}", about, *started, f"```python\n{body}\n```"]
+        heading = f"## {path.stem.replace('_', ' ').capitalize()} {{#{path.stem}}}"
+        parts += [heading, about, *started, f"```python\n{body}\n```"]
     return "\n\n".join(parts)
 
 
@@ -333,7 +401,7 @@ def copied() -> dict[str, Path]:
     results = [path for path in sorted(RESULTS.rglob("*")) if path.suffix in kinds]
     found = {path.relative_to(ROOT).as_posix(): path for path in results}
     found |= {place: ROOT / name for name, place in PROJECT.items() if (ROOT / name).exists()}
-    return found | {f"examples/{path.name}": path for path in sorted((ROOT / "examples").glob("*.py"))}
+    return found
 
 
 def on_config(config: Any) -> Any:
@@ -393,21 +461,31 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links that lead through the repository's folders lead to the same files in the site."""
+def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
+    """Links that lead through the repository's folders lead to the same files in the site; of others the path stays.
+
+    A page with pictures says what draws them.
+    """
     place = page.file.src_uri
     moved = {there: here for here, there in PROJECT.items()}
     source = moved.get(place) or (place if place in copied() else f"docs/{place}")
 
     def led(match: re.Match[str]) -> str:
-        link, anchor = match[1], match[2] or ""
+        words, link, anchor = match[1], match[2], match[3] or ""
         if "://" in link or link.startswith(("mailto:", "/")):
             return match[0]
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
-        target = LED.get(target, target.removeprefix("docs/"))
-        return f"]({posixpath.relpath(target, posixpath.dirname(place) or '.')}{anchor})"
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+        target = LED.get(path, path.removeprefix("docs/"))
+        file = files.get_file_from_path(target.partition("#")[0])
+        is_outside = file is None or file.inclusion.is_excluded()
+        if is_outside and words is not None and (ROOT / path).exists():
+            is_name = words.strip("`") == posixpath.basename(path)
+            return f"`{path}`" if is_name else f"{words} `{path}`"
+        before = "" if words is None else f"[{words}"
+        return f"{before}]({posixpath.relpath(target, posixpath.dirname(place) or '.')}{anchor})"
 
-    return re.sub(r"\]\(([^)#\s]+)(#[^)]*)?\)", led, markdown)
+    found = re.sub(r"(?:(?<!!)\[([^\[\]]*))?\]\(([^)#\s]+)(#[^)]*)?\)", led, markdown)
+    return f"{found}\n\n{DRAWN}\n" if "](pictures/" in found else found
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -110,7 +110,7 @@ def spectra() -> Figure:
     }
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(relative(gradient), color="black", linewidth=2, label="gradient (Euclidean)")
+    axes.plot(relative(gradient), color=COLORS["Euclidean"], linewidth=2, label="gradient (Euclidean)")
     for (label, norm), style in zip(maps.items(), ["-", "-", "-", "-", ":", "-"], strict=True):
         axes.plot(relative(norm.dualize(gradient)), color=color(norm), linestyle=style, linewidth=2, label=label)
     axes.set(yscale="log", ylim=(4e-3, 1.5), xlabel="index", ylabel="singular value over the largest")

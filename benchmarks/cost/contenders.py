@@ -18,6 +18,7 @@ Maker = Callable[[Parameters], Optimizer]
 
 REFRESH = 10  # steps between two refreshes of SOAP's bases and Shampoo's roots
 REFRESHED = ("soap", "shampoo")  # families whose steps are not all alike, therefore
+SCALE, SIDE = "scale", 16  # the set that is measured at several numbers of matrices, and their sides
 LARGEST = 4096  # longer sides have no basis in SOAP, so the vocabulary side of an embedding has none
 
 # Options that several libraries name alike; what differs by name is beside each contender.
@@ -185,9 +186,9 @@ FAMILIES: dict[str, dict[str, Maker]] = {
 COMPILED = {name: ours(name, compile=True) for name in ("muon", "prodigy", "lion", "adamp", "adafactor")}
 
 
-def is_ours(name: str) -> bool:
-    """Whether a contender is normopt's."""
-    return name.startswith("normopt ")
+def library_of(name: str) -> str:
+    """The library of a contender, the first word of its name: "torch" of "torch AdamW, fused"."""
+    return name.partition(" ")[0]
 
 
 def installed(families: list[str], compiled: bool = False) -> Iterator[tuple[str, str, Maker]]:

@@ -3,19 +3,21 @@
 import os
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from benchmarks.harness import PlanError, dtype_name, origin
+from benchmarks.harness import PlanError, cpu_field, dtype_name, origin
 from benchmarks.output.records import Row
+from benchmarks.output.rows import group
 
 #: What a processor can have that decides how fast products of matrices are, as /proc/cpuinfo names it.
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
 ARM_FLAGS = ("asimd", "asimdhp", "sve", "sve2", "bf16", "i8mm", "svebf16")
 #: The environment variables that say how threads work and wait begin with one of these.
 THREADING = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
+#: What makes idle threads sleep, or hardly spin.
+SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
 PRODUCT = 512  # width of the products whose rate is measured: (width x width) by (width x 4 width)
 
 
@@ -62,12 +64,12 @@ def clock_of(device: str) -> Clock:
 
 
 def refuse_sleeping_threads() -> None:
-    """`PlanError` where idle threads sleep, or hardly spin: torch's calls are up to ten times slower then."""
-    for name, sleeping in (("OMP_WAIT_POLICY", "PASSIVE"), ("KMP_BLOCKTIME", "0"), ("GOMP_SPINCOUNT", "0")):
+    """`PlanError` where the environment has one of `SLEEPING`: torch's calls are up to ten times slower then."""
+    for name, sleeping in SLEEPING.items():
         if os.environ.get(name, "").strip().upper() == sleeping:
             raise PlanError(
-                f"{name}={os.environ[name]} in the environment: idle threads sleep then, and waking them at every call "
-                f"makes who calls torch less often look better than it is. Unset {name}"
+                f"{name}={os.environ[name]} in the environment: idle threads sleep then, and waking threads costs time "
+                f"at every call of torch, so an optimizer that makes few calls looks better than it is. Unset {name}"
             )
 
 
@@ -81,7 +83,7 @@ def machine(threads: int | None, device: str = "cpu") -> Row:
         "load": os.getloadavg()[0],
         "asked": "default" if threads is None else str(threads),
         "threads": torch.get_num_threads(),
-        "environment": environment(threads),
+        "environment": environment(),
         "cores": os.cpu_count(),
         "flags": flags(),
         "gemm": product_rate(device),
@@ -90,29 +92,25 @@ def machine(threads: int | None, device: str = "cpu") -> Row:
     }
 
 
-def environment(threads: int | None) -> dict[str, str]:
-    """The caller's variables on threads; a number of threads that was asked for has the place of the caller's."""
-    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(THREADING)}
-    return {name: value for name, value in found.items() if threads is None or name != "OMP_NUM_THREADS"}
+def environment() -> dict[str, str]:
+    """The variables on threads that are set."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(THREADING)}
 
 
 def flags() -> list[str]:
     """Those of `FLAGS` and `ARM_FLAGS` that the processor has; none where the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    found = cpu_field("flags", "Features").split()
     return [flag for flag in (*FLAGS, *ARM_FLAGS) if flag in found]
 
 
 def product_rate(device: str = "cpu", seconds: float = 0.3) -> dict[str, float]:
-    """Operations a second of products of `PRODUCT` by dtype, the best of those made in `seconds`."""
+    """Operations a second of products of `PRODUCT` by dtype, the best of those made in `seconds`, at least 3."""
     rates, clock = {}, clock_of(device)
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(PRODUCT, n * PRODUCT, device=device).to(dtype) for n in (1, 4))
         took: list[float] = []
-        while sum(took) < seconds or len(took) < 3:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(took) < 3:
             stamps = [clock.stamp()]
             torch.mm(a, b)
             took += clock.seconds([*stamps, clock.stamp()])
@@ -143,6 +141,12 @@ def best_rates(rows: list[Row], asked: str) -> dict[str, float]:
     """The best rates of products over all processes of a thread setting."""
     rates = [row["gemm"] for row in rows if row["asked"] == asked]
     return {dtype: max(rate[dtype] for rate in rates) for dtype in rates[0]}
+
+
+def by_threads(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each thread setting by what its files' names end in: "" for the first, then "_" and the setting."""
+    settings = group(rows, lambda row: str(row["asked"]))
+    return {f"_{asked}" if i else "": members for i, (asked, members) in enumerate(settings.items())}
 
 
 def threads_text(row: Row) -> str:

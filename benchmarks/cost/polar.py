@@ -62,8 +62,6 @@ def cases(sizes: tuple[int, ...], counts: tuple[int, ...]) -> list[Case]:
 
 def measure_all(shapes: list[Case], repeats: int, threads: int | None, out: Path) -> list[Row]:
     """Body of the process: the rows of all cases, each appended to `polar.jsonl` as soon as it is measured."""
-    if threads is not None:
-        torch.set_num_threads(threads)
     columns, rows = machine(threads), []
     with torch.no_grad():
         for shape in shapes:

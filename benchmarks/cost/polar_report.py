@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.cost.machine import setting, threads_text
+from benchmarks.cost.machine import by_threads, setting, threads_text
 from benchmarks.output.plots import COLORS, STYLE, save
 from benchmarks.output.records import Row
 from benchmarks.output.tables import drawn, publish_text, set_aside, show
@@ -33,12 +33,10 @@ EIGHT_COLORS = STYLE | {"axes.prop_cycle": COLORS.concat(cycler(color=["#b07d62"
 
 def write_polar(rows: list[Row], out: Path) -> None:
     """Print the tables, and write `polar.md` and, for each thread setting, the three plots of `PLOTS` beside it."""
-    settings = list(dict.fromkeys(str(row["asked"]) for row in rows))
-    suffixes = {asked: "" if asked == settings[0] else f"_{asked}" for asked in settings}
-    set_aside(out / "polar.md", *(f"polar_{name}{suffix}.png" for name in PLOTS for suffix in suffixes.values()))
+    settings = by_threads(rows)
+    set_aside(out / "polar.md", *(f"polar_{name}{suffix}.png" for name in PLOTS for suffix in settings))
     paragraphs = [f"{setting(rows)} {rows[0]['repeats']} repeats. {NOTES}"]
-    for asked, suffix in suffixes.items():
-        here = [row for row in rows if row["asked"] == asked]
+    for suffix, here in settings.items():
         rates = {row["dtype"]: max(r["product_rate"] for r in here if r["dtype"] == row["dtype"]) for row in here}
         table = [line(row, rates[row["dtype"]]) for row in here]
         plot_pareto(here, out / f"polar_pareto{suffix}.png")

@@ -4,7 +4,7 @@ import argparse
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cost.contenders import REFRESH, REFRESHED, Maker, Parameters, installed, tensors
+from benchmarks.cost.contenders import REFRESH, REFRESHED, SCALE, SIDE, Maker, Parameters, installed, tensors
 from benchmarks.cost.machine import Clock, clock_of, machine, refuse_sleeping_threads, threads_text
 from benchmarks.cost.step_report import write_step
 from benchmarks.harness import PlanError, in_new_process, state_bytes
@@ -42,8 +42,8 @@ SETS: dict[str, Callable[[], Parameters]] = {
     "gpt2": partial(gpt, 50304, 768, 12, 12, 2048),
     "smoke": partial(gpt, 16, 8, 2, 2, 32),
 }
-#: The set that is measured at several numbers of matrices, their sides, and its families.
-SCALE, SIDE, SCALE_FAMILIES = "scale", 16, ("adamw", "sgd", "muon", "lion")
+#: The families and the numbers of matrices of the set `SCALE`.
+SCALE_FAMILIES = ("adamw", "sgd", "muon", "lion")
 COUNTS, SMOKE_COUNTS = (10, 100, 1000, 5000), (2, 20)
 GRADIENTS = 3
 #: Seconds: shorter steps are timed in blocks of at least that length; what a contender's turns take together, unless
@@ -63,6 +63,9 @@ def benchmark_step(parsed: argparse.Namespace) -> int:
         raise PlanError(f"--device {parsed.device}: torch sees no GPU here. Leave the option out to time the CPU")
     sets, rounds = (["smoke", SCALE], REFRESH) if parsed.smoke else (parsed.sets, parsed.rounds)
     counts = SMOKE_COUNTS if parsed.smoke else COUNTS
+    if set(sets) == {SCALE} and not set(parsed.families) & set(SCALE_FAMILIES):
+        given, known = ", ".join(parsed.families), ", ".join(SCALE_FAMILIES)
+        raise PlanError(f"--families {given}: the set {SCALE} is of {known}. Name one of these, or another set")
     parsed.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for threads in parsed.threads:
@@ -89,12 +92,13 @@ class Entry:
         self.family, self.name, self.tensors = family, name, tensors(made)
         self.optimizer = maker(made)
         self.clock: Clock = clock_of(device)
+        #: Seconds of the first step, in which state is made, products are measured and compiled steps are compiled, and
+        #: of an ordinary one; operations of the products of one; and the steps of a turn.
+        self.first, self.ordinary, self.operations, self.block = 0.0, 0.0, 0, 1
         #: Steps that were made, and the seconds of those that count, a list for each turn.
         self.made, self.turns = 0, list[list[float]]()
         #: The same seconds by the step's place between two refreshes.
         self.by_place: list[list[float]] = [[] for _ in range(REFRESH)]
-        #: Seconds of the first step, in which state is made, products are measured and compiled steps are compiled.
-        self.first = 0.0
 
     def steps(self, count: int) -> list[float]:
         """The seconds of steps, one after the other from the same gradients."""
@@ -105,19 +109,21 @@ class Entry:
         self.made += count
         return self.clock.seconds(stamps)
 
-    def warm_up(self) -> float:
-        """The first steps; returns the seconds of an ordinary one, the shortest of four or of what 1 second allows."""
+    def warm_up(self) -> None:
+        """The first steps; an ordinary one takes as long as the shortest of four, or of what 1 second allows."""
         (self.first,) = self.steps(1)
         took = self.steps(1)
         while len(took) < 4 and sum(took) < 1.0:
             took += self.steps(1)
-        return min(took)
+        self.ordinary = min(took)
+        self.block = block_of(self.ordinary)
+        self.operations = self.flops()
 
-    def turn(self, block: int) -> None:
+    def turn(self) -> None:
         """Time a block of steps. One of several steps is a warm one: a step that does not count goes before."""
-        if block > 1:
+        if self.block > 1:
             self.steps(1)
-        place, took = self.made, self.steps(block)
+        place, took = self.made, self.steps(self.block)
         self.turns.append(took)
         for i, seconds in enumerate(took):
             self.by_place[(place + i) % REFRESH].append(seconds)
@@ -161,8 +167,6 @@ def measure_set(
     out: Path,
 ) -> list[Row]:
     """Body of the process: one row for each contender, written when its family is done; `counts` are of the scale."""
-    if threads is not None:
-        torch.set_num_threads(threads)
     settle_allocator()
     columns, rows = {"set": name, **machine(threads, device)}, []
     makers = [partial(matrices, count, SIDE, SIDE) for count in counts] if name == SCALE else [SETS[name]]
@@ -170,8 +174,8 @@ def measure_set(
         for family in families:
             if name == SCALE and family not in SCALE_FAMILIES:
                 continue
-            for entry, flops in measure_family(family, make, compiled, rounds, device):
-                rows.append(row_of(entry, flops, columns))
+            for entry in measure_family(family, make, compiled, rounds, device):
+                rows.append(row_of(entry, columns))
                 append_row(out / ROWS, rows[-1])
             print(f"{threads_text(columns)}, {name}, {rows[-1]['tensors']} tensors: {family}", flush=True)
     return rows
@@ -179,28 +183,25 @@ def measure_set(
 
 def measure_family(
     family: str, make: Callable[[], Parameters], compiled: bool, rounds: int, device: str
-) -> Iterator[tuple[Entry, int]]:
-    """The contenders of a family with their operations, after rounds in which each has a turn, in random order."""
+) -> list[Entry]:
+    """The contenders of a family, after rounds in which each has a turn, in random order."""
     entries = [Entry(*contender, make, device) for contender in installed([family], compiled)]
     shared = [torch.empty_like(p) for p in entries[0].tensors]
     for entry in entries:
         for p, gradient in zip(entry.tensors, shared, strict=True):
             p.grad = gradient
     given = [[1e-2 * torch.randn_like(g) for g in shared] for _ in range(GRADIENTS)]
-    blocks, flops = {}, {}
     for entry in entries:
         renew(shared, given[0])
-        ordinary = entry.warm_up()
-        flops[entry.name] = entry.flops()
-        blocks[entry.name] = block_of(ordinary), ordinary
-    longest = max(block * ordinary for block, ordinary in blocks.values())
+        entry.warm_up()
+    longest = max(entry.block * entry.ordinary for entry in entries)
     order, shuffle = list(entries), random.Random(0)
     for i in range(rounds_within(longest, rounds, family in REFRESHED)):
         shuffle.shuffle(order)
         for entry in order:
             renew(shared, given[i % GRADIENTS])
-            entry.turn(blocks[entry.name][0])
-    return ((entry, flops[entry.name]) for entry in entries)
+            entry.turn()
+    return entries
 
 
 def renew(shared: list[Tensor], gradients: list[Tensor]) -> None:
@@ -209,7 +210,7 @@ def renew(shared: list[Tensor], gradients: list[Tensor]) -> None:
         g.copy_(new)
 
 
-def row_of(entry: Entry, flops: int, columns: Row) -> Row:
+def row_of(entry: Entry, columns: Row) -> Row:
     """The results of one contender.
 
     `seconds`: the mean step of each turn; `quartiles` and `mean`: of all steps that count; `worst`: the step at the
@@ -223,12 +224,12 @@ def row_of(entry: Entry, flops: int, columns: Row) -> Row:
         "family": entry.family,
         "name": entry.name,
         "seconds": [statistics.fmean(turn) for turn in entry.turns],
-        "block": len(entry.turns[0]),
+        "block": entry.block,
         "first": entry.first,
         "quartiles": statistics.quantiles(took, n=4, method="inclusive"),
         "mean": statistics.fmean(took),
         "worst": max(statistics.median(place) for place in entry.by_place if place),
-        "flops": flops,
+        "flops": entry.operations,
         "state_bytes_per_parameter": state_bytes(state) / parameters,
         "parameters": parameters,
         "tensors": len(entry.tensors),

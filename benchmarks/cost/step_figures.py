@@ -8,11 +8,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.cost.contenders import is_ours
-from benchmarks.cost.step_goals import fastest_peer, statistic_of
-from benchmarks.output.palette import LIBRARIES, OTHER, library_color
+from benchmarks.cost.contenders import SIDE, library_of
+from benchmarks.cost.step_goals import ratio_of, statistic_of
+from benchmarks.output.palette import LIBRARIES, OTHER, lines
 from benchmarks.output.plots import STYLE, save
 from benchmarks.output.records import Row
+from benchmarks.output.rows import group
 
 COLUMNS = 3  # panels beside each other
 LIMITS = (0.2, 5.0)  # ratios that are shown at least
@@ -24,22 +25,20 @@ def plot_step(rows: list[Row], title: str, path: Path) -> None:
 
     Large dots are normopt's default and the fastest of every other library, small ones all others.
     """
-    sets = list(dict.fromkeys(str(row["set"]) for row in rows))
+    sets = group(rows, lambda row: str(row["set"]))
     families = list(dict.fromkeys(str(row["family"]) for row in rows))
     wide = min(COLUMNS, len(sets))
     high = -(-len(sets) // wide)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.4 + 3.6 * wide, high * (0.3 * len(families) + 0.8) + 0.9), layout="constrained")
         panels = figure.subplots(high, wide, squeeze=False, sharex=True, sharey=True).flat
-        for name, axes in zip(sets, panels, strict=False):
-            here = [row for row in rows if row["set"] == name]
+        for (name, here), axes in zip(sets.items(), panels, strict=False):
             _ratios(axes, here, families)
-            axes.set_title(
-                f"{name}, {here[0]['tensors']} tensors, {_count(here[0]['parameters'])}", loc="left", fontsize=10
-            )
+            size = f"{here[0]['tensors']} tensors, {count_text(here[0]['parameters'])} parameters"
+            axes.set_title(f"{name}, {size}", loc="left", fontsize=10)
         for axes in panels:
             axes.set_visible(False)
-        _plain(figure.axes[0], [ratio for row in rows if (ratio := _ratio(row, rows)) is not None])
+        _plain(figure.axes[0], [ratio for row in rows if (ratio := ratio_of(row, rows)) is not None])
         figure.suptitle(f"Median step / fastest peer's (left of 1: faster)\n{title}", fontsize=11)
         figure.legend(handles=_handles(rows), loc="outside lower center", ncols=4 if wide > 1 else 1, fontsize=9)
         save(figure, path)
@@ -49,13 +48,13 @@ def _ratios(axes: Axes, rows: list[Row], families: list[str]) -> None:
     """One panel: the ratios of one set."""
     seen: set[tuple[str, str]] = set()
     for row in sorted(rows, key=_order):
-        ratio = _ratio(row, rows)
+        ratio = ratio_of(row, rows)
         if ratio is None:
             continue
-        library = (str(row["family"]), str(row["name"]).partition(" ")[0])
-        style = {"s": 12, "alpha": 0.55, "zorder": 2} if library in seen else {"s": 46, "zorder": 3}
-        seen.add(library)
-        axes.scatter(ratio, families.index(row["family"]), color=library_color(row["name"]), linewidths=0, **style)
+        family, library = str(row["family"]), library_of(row["name"])
+        style = {"s": 12, "alpha": 0.55, "zorder": 2} if (family, library) in seen else {"s": 46, "zorder": 3}
+        seen.add((family, library))
+        axes.scatter(ratio, families.index(family), color=LIBRARIES.get(library, OTHER), linewidths=0, **style)
     axes.set_yticks(range(len(families)), families, fontsize=9)
     axes.set_ylim(len(families) - 0.5, -0.5)
     axes.tick_params(labelbottom=True)
@@ -65,13 +64,7 @@ def _ratios(axes: Axes, rows: list[Row], families: list[str]) -> None:
 
 def _order(row: Row) -> tuple[bool, float]:
     """Other libraries by their medians, the fastest first; then normopt's default and its other rows, as they came."""
-    return (True, 0.0) if is_ours(row["name"]) else (False, statistic_of(row, "median"))
-
-
-def _ratio(row: Row, rows: list[Row]) -> float | None:
-    """The median over that of the fastest peer; `None` without a peer."""
-    fastest = fastest_peer(row, rows, "median")
-    return None if fastest is None else statistic_of(row, "median") / statistic_of(fastest, "median")
+    return (True, 0.0) if library_of(row["name"]) == "normopt" else (False, statistic_of(row, "median"))
 
 
 def _plain(axes: Axes, ratios: list[float]) -> None:
@@ -86,7 +79,7 @@ def _plain(axes: Axes, ratios: list[float]) -> None:
 
 def _handles(rows: list[Row]) -> list[Line2D]:
     """The legend: a dot for each library."""
-    libraries = dict.fromkeys(str(row["name"]).partition(" ")[0] for row in rows)
+    libraries = dict.fromkeys(library_of(row["name"]) for row in rows)
     named = {name: color for name, color in LIBRARIES.items() if name in libraries}
     if others := [name for name in libraries if name not in LIBRARIES]:
         named[", ".join(others)] = OTHER
@@ -95,21 +88,18 @@ def _handles(rows: list[Row]) -> list[Line2D]:
 
 def plot_scale(rows: list[Row], title: str, path: Path) -> None:
     """A panel for each family: microseconds a tensor against the number of tensors."""
-    families = list(dict.fromkeys(str(row["family"]) for row in rows))
+    families = group(rows, lambda row: str(row["family"]))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * len(families), 4.8), layout="constrained")
-        for axes, family in zip(figure.subplots(1, len(families), squeeze=False)[0], families, strict=True):
-            here = [row for row in rows if row["family"] == family]
-            seen: dict[str, int] = {}
-            for name in dict.fromkeys(str(row["name"]) for row in here):
-                of_name = sorted((row for row in here if row["name"] == name), key=lambda row: int(row["tensors"]))
+        panels = figure.subplots(1, len(families), squeeze=False)[0]
+        for (family, here), axes in zip(families.items(), panels, strict=True):
+            by_name = group(sorted(here, key=lambda row: int(row["tensors"])), lambda row: str(row["name"]))
+            styles = lines(by_name, lambda name: LIBRARIES.get(library_of(name), OTHER))
+            for name, of_name in by_name.items():
                 counts = [int(row["tensors"]) for row in of_name]
                 each = [1e6 * statistic_of(row, "median") / row["tensors"] for row in of_name]
-                color = library_color(name)
-                dash = ("-", "--", ":", "-.")[seen.setdefault(color, 0) % 4]
-                seen[color] += 1
-                axes.plot(counts, each, dash, color=color, marker=".", linewidth=1.5, label=name)
-            axes.set(xscale="log", yscale="log", xlabel="tensors of 16 x 16")
+                axes.plot(counts, each, marker=".", linewidth=1.5, label=name, **styles[name])
+            axes.set(xscale="log", yscale="log", xlabel=f"tensors of {SIDE} x {SIDE}")
             counts = sorted({int(row["tensors"]) for row in here})
             axes.set_xticks(counts, [str(count) for count in counts])
             axes.xaxis.set_minor_locator(NullLocator())
@@ -123,5 +113,6 @@ def plot_scale(rows: list[Row], title: str, path: Path) -> None:
         save(figure, path)
 
 
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e6:.2f} M parameters" if parameters >= 1e5 else f"{parameters} parameters"
+def count_text(count: int) -> str:
+    """A number of parameters for people: "0.64 M", and below a tenth of a million all digits."""
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else str(count)

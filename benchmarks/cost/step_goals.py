@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from benchmarks.cost.contenders import is_ours
+from benchmarks.cost.contenders import library_of
 from benchmarks.output.records import Row
 from benchmarks.output.tables import Table
 
@@ -55,19 +55,20 @@ def place_of(row: Row) -> tuple[str, int, str]:
 
 def fastest_peer(row: Row, rows: list[Row], statistic: str) -> Row | None:
     """The fastest peer of a row's family at its place; `None` where no peer is installed."""
-    same = [r for r in rows if r["family"] == row["family"] and place_of(r) == place_of(row) and not is_ours(r["name"])]
-    return min(same, key=lambda r: statistic_of(r, statistic), default=None)
+    same = [r for r in rows if r["family"] == row["family"] and place_of(r) == place_of(row)]
+    peers = [r for r in same if library_of(r["name"]) != "normopt"]
+    return min(peers, key=lambda r: statistic_of(r, statistic), default=None)
 
 
-def ratio_of(goal: Goal, row: Row, rows: list[Row]) -> float | None:
-    """What the goal limits, for a row of its contender; `None` where the peer was not measured."""
-    if goal.peer == ITSELF:
-        return statistic_of(row, goal.statistic) / statistic_of(row, "mean")
-    if goal.peer == FASTEST:
-        peer = fastest_peer(row, rows, goal.statistic)
+def ratio_of(row: Row, rows: list[Row], statistic: str = "median", peer: str = FASTEST) -> float | None:
+    """A row's statistic over that of the peer, both as in `Goal`; `None` where the peer was not measured."""
+    if peer == ITSELF:
+        return statistic_of(row, statistic) / statistic_of(row, "mean")
+    if peer == FASTEST:
+        other = fastest_peer(row, rows, statistic)
     else:
-        peer = next((r for r in rows if r["name"] == goal.peer and place_of(r) == place_of(row)), None)
-    return None if peer is None else statistic_of(row, goal.statistic) / statistic_of(peer, goal.statistic)
+        other = next((r for r in rows if r["name"] == peer and place_of(r) == place_of(row)), None)
+    return None if other is None else statistic_of(row, statistic) / statistic_of(other, statistic)
 
 
 def judged(goal: Goal, rows: list[Row], asked: str) -> dict[str, float]:
@@ -75,7 +76,7 @@ def judged(goal: Goal, rows: list[Row], asked: str) -> dict[str, float]:
     found = {}
     for row in rows:
         if row["name"] == goal.name and row["asked"] == asked and (not goal.sets or row["set"] in goal.sets):
-            ratio = ratio_of(goal, row, rows)
+            ratio = ratio_of(row, rows, goal.statistic, goal.peer)
             if ratio is not None:
                 found[str(row["set"])] = ratio
     return found

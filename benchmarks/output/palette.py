@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -67,15 +67,15 @@ BASELINE, BLACK = "adamw", "#000000"
 MANY, GREY = 12, "#c3c8d0"
 
 
-def lines(optimizers: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How each optimizer's line is drawn: its family's colour, dashed by its place in the family, paler after four.
+def lines(optimizers: Iterable[str], shade_of: Callable[[str], str] = color) -> dict[str, dict[str, Any]]:
+    """How each optimizer's line is drawn: its colour, dashed by its place among those of that colour, paler after four.
 
     The baseline is black. Give the best first: where lines are many, the rest is grey.
     """
     seen: Counter[str] = Counter()
     found: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(optimizers):
-        shade = BLACK if name == BASELINE else color(name) if i < MANY else GREY
+        shade = BLACK if name == BASELINE else shade_of(name) if i < MANY else GREY
         place = seen[shade]
         seen[shade] += 1
         alpha = 1.0 if place < len(DASHES) or shade == GREY else 0.55
@@ -88,8 +88,3 @@ def lines(optimizers: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 #: The colours of libraries, where optimizers of one family are compared across them; any other is `OTHER`.
 LIBRARIES = {"normopt": "#d1495b", "torch": "#1d3557", "pytorch-optimizer": "#2a9d8f"}
-
-
-def library_color(name: str) -> str:
-    """The colour of the library that a timed optimizer's name, like "torch AdamW, fused", begins with."""
-    return LIBRARIES.get(name.partition(" ")[0], OTHER)

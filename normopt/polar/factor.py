@@ -12,6 +12,7 @@ from normopt.polar.coefficients import FOUR_STEPS, SCHEDULES, PolarCoefficients,
 from normopt.polar.decompositions import exact
 from normopt.polar.newton_schulz import direct, through_gram
 
+#: What ``method`` may be: a schedule's name, ``"gram"`` or ``"exact"``, or ``"auto"``, whichever is fastest.
 METHODS = (*SCHEDULES, "gram", "exact", "auto")
 
 

@@ -13,34 +13,31 @@ import torch
 from benchmarks import arguments, harness
 from benchmarks.__main__ import main
 from benchmarks.cost import machine
-from benchmarks.cost.machine import EventClock, WallClock, clock_of, refuse_sleeping_threads, setting
-from benchmarks.harness import in_new_process
+from benchmarks.cost.machine import EventClock, WallClock, by_threads, clock_of, refuse_sleeping_threads, setting
+from benchmarks.harness import cpu_field, in_new_process, processor
 
 
-def variables() -> dict[str, str | int | None]:
-    """What a process for timing sees."""
-    seen = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
-    return {**seen, "threads": torch.get_num_threads()}
+def threads_and_environment() -> tuple[int, dict[str, str]]:
+    """What a process for timing has."""
+    return torch.get_num_threads(), machine.environment()
 
 
 @pytest.mark.slow
-def test_processes_have_the_threads_that_were_asked_for_and_users_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert in_new_process(None, variables) == {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": None, "threads": 1}
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert in_new_process(1, variables) == {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": None, "threads": 1}
-    assert os.environ["OMP_NUM_THREADS"] == "2"
-
-
-def test_the_environment_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("callers", [None, "1", "4"])
+def test_processes_have_the_threads_that_were_asked_for_and_the_callers_environment(
+    callers: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    with harness._environment({"OMP_NUM_THREADS": "7"}):
-        assert os.environ["OMP_NUM_THREADS"] == "7"
-    assert "OMP_NUM_THREADS" not in os.environ
+    if callers is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", callers)
+    before = machine.environment()
+    for asked in (1, 3):
+        assert in_new_process(asked, threads_and_environment) == (asked, before)
+    default, environment = in_new_process(None, threads_and_environment)
+    assert environment == before and (default == 1 or callers != "1")
 
 
-@pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "passive"), ("KMP_BLOCKTIME", "0")])
+@pytest.mark.parametrize(("name", "value"), [(name, value.lower()) for name, value in machine.SLEEPING.items()])
 @pytest.mark.parametrize("command", ["step", "polar"])
 def test_sleeping_threads_are_refused_before_anything_is_made(
     command: str, name: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -103,6 +100,11 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "torch sees no GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_files_of_the_first_thread_setting_have_no_ending() -> None:
+    rows = [{"asked": asked} for asked in ("default", "1", "default", "16")]
+    assert by_threads(rows) == {"": [rows[0], rows[2]], "_1": [rows[1]], "_16": [rows[3]]}
+
+
 def test_the_header_says_what_a_ratio_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(machine.THREADING)]:
         monkeypatch.delenv(name)
@@ -118,9 +120,28 @@ def test_the_header_says_what_a_ratio_is_worth(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert "unlike yours: OMP_NUM_THREADS=2, OMP_WAIT_POLICY=ACTIVE" in setting([machine.machine(None)])
-    assert "unlike yours: OMP_WAIT_POLICY=ACTIVE" in setting([machine.machine(1)]), "the number was asked for"
 
 
-def test_flags_are_the_processors() -> None:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    assert all(flag in text.split() for flag in machine.flags())
+@pytest.mark.parametrize(
+    ("field", "known"),
+    [
+        ("fpu avx2 amx_bf16 avx512 fma", ["avx2", "fma", "amx_bf16"]),
+        ("fp sve2 asimd bf16", ["asimd", "sve2", "bf16"]),
+        ("", []),
+    ],
+)
+def test_flags_are_those_of_the_processor_that_decide(
+    field: str, known: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(machine, "cpu_field", lambda *names: asked.extend(names) or field)
+    assert machine.flags() == known and asked == ["flags", "Features"]
+
+
+def test_fields_of_the_processor_are_read_by_their_whole_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(harness, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu_field("flags") == "" and processor(), "the system does not say"
+    lines = ["model\t\t: 17", "model name\t: One: fast", "vmx flags\t: ept", "flags\t\t: fpu avx2", "", "flags : sse"]
+    harness.CPUINFO.write_text("\n".join(lines))
+    assert processor() == "One: fast" and cpu_field("Features", "flags") == "fpu avx2"
+    assert cpu_field("Features") == ""

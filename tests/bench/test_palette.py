@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import normopt
-from benchmarks.output.palette import COLORS, LIBRARIES, NO_NORM, OTHER, color, family, library_color, lines
+from benchmarks.output.palette import COLORS, DASHES, LIBRARIES, NO_NORM, OTHER, color, family, lines
 from normopt.ingredient import choices
 from normopt.norms import Norm
 
@@ -26,6 +26,11 @@ def test_lines_of_one_family_differ() -> None:
     assert len({tuple(style.values()) for style in drawn.values()}) == len(drawn)
 
 
+def test_lines_may_be_coloured_by_what_is_compared() -> None:
+    drawn = lines(["muon", "adam", "scion", "lion"], lambda name: "red" if name in ("muon", "scion", "lion") else OTHER)
+    assert [style["color"] for style in drawn.values()] == ["red", OTHER, "red", "red"]
+    assert [style["linestyle"] for style in drawn.values()] == [DASHES[0], DASHES[0], *DASHES[1:3]]
+
+
 def test_libraries_have_fixed_colours() -> None:
-    assert library_color("torch AdamW, fused") == LIBRARIES["torch"] and library_color("adamp AdamP") == OTHER
     assert len({*LIBRARIES.values(), OTHER}) == len(LIBRARIES) + 1

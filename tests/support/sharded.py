@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.optim import Optimizer
 
 import normopt
 from normopt import (
@@ -202,6 +203,13 @@ def hand_over(source: nn.Module, model: nn.Module) -> None:
         q.grad = None if p.grad is None else like(p.grad, q)
 
 
+@torch.no_grad()
+def copy_weights(source: nn.Module, model: nn.Module) -> None:
+    """Give a laid out model the weights of a plain one."""
+    for p, q in zip(source.parameters(), model.parameters(), strict=True):
+        meshes.local(q).copy_(meshes.local(like(p, q)))
+
+
 def learning_rate(name: str) -> dict[str, float]:
     """Steps that go somewhere."""
     if name in ("prodigy", "dadaptadam"):
@@ -253,12 +261,6 @@ class Pair:
         self.one.zero_grad()
         self._gradients(self.plain, self.model, step)
         self.many.step()
-
-    @torch.no_grad()
-    def copy_over(self) -> None:
-        """The plain model's weights to the laid out one."""
-        for p, q in zip(self.plain.parameters(), self.model.parameters(), strict=True):
-            meshes.local(q).copy_(meshes.local(like(p, q)))
 
     def distance(self) -> float:
         """How far apart both are, over the distance that the plain one has travelled."""
@@ -345,7 +347,7 @@ def saved_by(name: str, layout: str, folder: str, **options: Any) -> tuple[dict[
     pair = Pair(_named(name), layout)
     for step in range(3):
         pair.step(step)
-    checkpoint.save(_state_dicts(pair, **options), checkpoint_id=folder)
+    checkpoint.save(state_dicts(pair.model, pair.many, **options), checkpoint_id=folder)
     found = states(pair.many)
     gradients = []
     for step in range(3, 5):
@@ -358,7 +360,7 @@ def saved_by(name: str, layout: str, folder: str, **options: Any) -> tuple[dict[
 def loaded_by(name: str, layout: str, folder: str, **options: Any) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
     """The state after loading that, and the weights after the same two steps."""
     pair = Pair(_named(name), layout)
-    found = _state_dicts(pair, **options)
+    found = state_dicts(pair.model, pair.many, **options)
     checkpoint.load(found, checkpoint_id=folder)
     set_model_state_dict(pair.model, found["model"])
     set_optimizer_state_dict(pair.model, pair.many, found["optimizer"], options=StateDictOptions(**options))
@@ -370,8 +372,8 @@ def loaded_by(name: str, layout: str, folder: str, **options: Any) -> tuple[dict
     return state, whole(pair.model.parameters())
 
 
-def _state_dicts(pair: Pair, **options: Any) -> dict[str, Any]:
-    model, optimizer = pair.model, pair.many
+def state_dicts(model: nn.Module, optimizer: Optimizer, **options: Any) -> dict[str, Any]:
+    """What is saved of both; ``options`` are those of ``StateDictOptions``, for the optimizer."""
     state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**options))
     return {"model": get_model_state_dict(model), "optimizer": state}
 
@@ -382,7 +384,7 @@ def loads_whole_state(name: str, layout: str, saved: bytes) -> float:
     found = torch.load(io.BytesIO(saved), weights_only=True)
     pair.plain.load_state_dict(found["model"])
     pair.one.load_state_dict(found["optimizer"])
-    pair.copy_over()
+    copy_weights(pair.plain, pair.model)
     pair.many.load_state_dict(found["optimizer"])
     for step in range(3, 5):
         pair.step(step)
@@ -504,7 +506,7 @@ def until_killed(layout: str, folder: str, victim: int, how: str) -> str:
     pair = Pair(_named("muon"), layout)
     for step in range(2):
         pair.step(step)
-    checkpoint.save(_state_dicts(pair), checkpoint_id=folder)
+    checkpoint.save(state_dicts(pair.model, pair.many), checkpoint_id=folder)
     pair._gradients(pair.plain, pair.model, 2)
     if dist.get_rank() == victim:
         if how == "killed":
@@ -520,7 +522,7 @@ def until_killed(layout: str, folder: str, victim: int, how: str) -> str:
 def after_the_death(layout: str, folder: str) -> bool:
     """Whether the last checkpoint loads, and the run goes on."""
     pair = Pair(_named("muon"), layout)
-    found = _state_dicts(pair)
+    found = state_dicts(pair.model, pair.many)
     checkpoint.load(found, checkpoint_id=folder)
     set_optimizer_state_dict(pair.model, pair.many, found["optimizer"])
     pair.step(2)
@@ -745,8 +747,8 @@ def averaged(name: str, layout: str, folder: str) -> tuple[float, float, bool, b
         one.step()
         many.step()
     training = pair.distance()
-    checkpoint.save(_averaged_states(pair.model, many), checkpoint_id=folder)
-    found = _averaged_states(other.model, again)
+    checkpoint.save(state_dicts(pair.model, many), checkpoint_id=folder)
+    found = state_dicts(other.model, again)
     checkpoint.load(found, checkpoint_id=folder)
     set_model_state_dict(other.model, found["model"])
     set_optimizer_state_dict(other.model, again, found["optimizer"])
@@ -762,10 +764,6 @@ def averaged(name: str, layout: str, folder: str) -> tuple[float, float, bool, b
     is_same &= _are_equal(pair.model, other.model)
     again.load_state_dict(one.state_dict())
     return training, evaluated, is_same, _are_equal(pair.plain, other.model)
-
-
-def _averaged_states(model: nn.Module, averaged: normopt.Averaged) -> dict[str, Any]:
-    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, averaged)}
 
 
 def _are_equal(model: nn.Module, other: nn.Module) -> bool:

@@ -8,12 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import normopt
 from normopt import EMA, InputStatistics, InputWhitened, Max, Smoothed, Spectral, SteepestDescent
 from normopt.engine import mesh as meshes
-from tests.support.sharded import error_of, laid_out, like, mesh_of, options_of, states, whole
+from tests.support.sharded import copy_weights, error_of, laid_out, mesh_of, options_of, state_dicts, states, whole
 
 PLAN: dict[str, ParallelStyle] = {
     "up": ColwiseParallel(),
@@ -99,10 +94,6 @@ class Watched:
     def states(self) -> dict[tuple[str, str], Tensor]:
         return states(self.optimizer)
 
-    def state_dicts(self) -> dict[str, Any]:
-        state = get_optimizer_state_dict(self.model, self.optimizer)
-        return {"model": get_model_state_dict(self.model), "optimizer": state}
-
 
 _ALONE: list[Any] = []
 
@@ -170,7 +161,7 @@ def saved_by(layout: str, folder: str) -> tuple[dict[tuple[str, str], Tensor], T
     many = Watched(layout)
     for step in range(3):
         many.step(step)
-    checkpoint.save(many.state_dicts(), checkpoint_id=folder)
+    checkpoint.save(state_dicts(many.model, many.optimizer), checkpoint_id=folder)
     found = many.states()
     for step in range(3, 5):
         many.step(step)
@@ -180,7 +171,7 @@ def saved_by(layout: str, folder: str) -> tuple[dict[tuple[str, str], Tensor], T
 def loaded_by(layout: str, folder: str) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
     """The state after loading that, and the weights after the same two steps."""
     many = Watched(layout)
-    found = many.state_dicts()
+    found = state_dicts(many.model, many.optimizer)
     checkpoint.load(found, checkpoint_id=folder)
     set_model_state_dict(many.model, found["model"])
     set_optimizer_state_dict(many.model, many.optimizer, found["optimizer"])
@@ -190,20 +181,13 @@ def loaded_by(layout: str, folder: str) -> tuple[dict[tuple[str, str], Tensor], 
     return state, many.weights()
 
 
-@torch.no_grad()
-def _copy(model: nn.Module, other: nn.Module) -> None:
-    """The weights of a plain model to one that is laid out."""
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        meshes.local(q).copy_(meshes.local(like(p, q)))
-
-
 def loads_one_process(layout: str) -> tuple[float, float]:
     """How far state and weights are from one process's after its state dict has been loaded, and two steps."""
     one, many = Watched("plain"), Watched(layout)
     start = one.weights()
     for step in range(3):
         one.step(step)
-    _copy(one.model, many.model)
+    copy_weights(one.model, many.model)
     many.optimizer.load_state_dict(one.optimizer.state_dict())
     loaded = apart(many.states(), one.states())
     for step in range(3, 5):
