@@ -114,12 +114,20 @@ def partial_path(path: Path) -> Path:
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with "-dirty" when files differ from it; None outside a git repository."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    """The commit of this checkout, with "-dirty" when files differ from it; None outside a git repository.
+
+    Results, which a command may be writing meanwhile, do not count.
+    """
+    git = ["git", "-C", str(ROOT)]
+    status = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit, changed = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            for command in ([*git, "rev-parse", "HEAD"], status)
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if changed else commit
 
 
 def source_hash() -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from benchmarks.language import train as training
 from benchmarks.language.data import Corpus
 from benchmarks.language.presets import PRESETS, TUNED, Preset, RunConfig, tuned_options
 from benchmarks.language.train import Run, make_optimizer, train
+from benchmarks.output import records
 from benchmarks.output.records import RESULTS, append_row, read_rows, replacing
 from normopt.nn import GPT
 from tests.support.bench_runs import TINY, config, finish, tiny_corpus
@@ -184,6 +186,26 @@ def test_results_of_a_run(corpus: Corpus) -> None:
 def test_rows_name_the_version_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "git_commit", lambda: None)
     assert harness.origin()["commit"] == f"normopt {normopt.__version__}"
+
+
+def test_a_commit_is_dirty_by_its_code_and_not_by_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@example.org", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    rows, code = tmp_path / "benchmarks" / "results" / "rows.jsonl", tmp_path / "code.py"
+    rows.parent.mkdir(parents=True)
+    git("init")
+    for file in (rows, code):
+        file.write_text("1")
+    git("add", ".")
+    git("commit", "-m", "both")
+    commit = git("rev-parse", "HEAD")
+    rows.write_text("2")
+    assert records.git_commit() == commit
+    code.write_text("2")
+    assert records.git_commit() == f"{commit}-dirty"
 
 
 def test_state_bytes() -> None:
