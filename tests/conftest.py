@@ -22,13 +22,28 @@ settings.register_profile("search", deadline=None, max_examples=250)
 settings.load_profile("normopt")
 
 
+#: Folders whose tests stay on the CPU: they are of processes, of files and of clocks.
+ON_CPU = {"bench", "distributed", "docs"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help_ = "where tests make their tensors: cpu (default) or cuda; without a GPU, --device cuda skips all tests"
+    parser.addoption("--device", default="cpu", help=help_)
+
+
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
+    device = request.config.getoption("--device")
+    if device == "cpu" or ON_CPU & {*request.path.parts}:
+        yield
+        return
+    with torch.device(device):
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast is what is asked of one optimizer of each family; slow, of all that have ingredients of their own.
 
     What takes the gate more time than it has is exhaustive: what is asked of the kin of other optimizers, and what its
@@ -36,6 +51,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     from tests.support.optimizers import FAMILIES, KIN, ZOO  # after its asserts have been rewritten
 
+    if config.getoption("--device").startswith("cuda") and not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="--device: torch sees no GPU here"))
     for item in items:
         named = ZOO.keys() & {*item.nodeid.partition("[")[2].rstrip("]").split("-")}
         of_all = {"bench", "contract", "docs", "models"} & {*item.path.parts}

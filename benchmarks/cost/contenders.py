@@ -71,15 +71,26 @@ def matrices_and_adamw(package: str, name: str, adamw: dict[str, Any], **options
     return make
 
 
-def flagged(name: str, **options: Any) -> Maker:
-    """An optimizer of pytorch-optimizer whose param groups say whether they are of hidden matrices."""
+def grouped(package: str, name: str, matrices: dict[str, Any], others: dict[str, Any], **options: Any) -> Maker:
+    """An optimizer whose param groups say with `matrices` and `others` whether they are of hidden matrices."""
 
     def make(parameters: Parameters) -> Optimizer:
-        groups = [{"params": hidden(parameters), "use_muon": True}, {"params": rest(parameters), "use_muon": False}]
+        groups = [{"params": hidden(parameters), **matrices}, {"params": rest(parameters), **others}]
         chosen = [group for group in groups if group["params"]]
-        return cast(Optimizer, imported("pytorch_optimizer", name)(chosen, **options))
+        return cast(Optimizer, imported(package, name)(chosen, **options))
 
     return make
+
+
+def flagged(name: str, **options: Any) -> Maker:
+    """An optimizer of pytorch-optimizer that has such param groups."""
+    return grouped("pytorch_optimizer", name, {"use_muon": True}, {"use_muon": False}, **options)
+
+
+def of_dion(name: str, **options: Any) -> Maker:
+    """An optimizer of microsoft/dion, with as many products as those of the others, and AdamW for other tensors."""
+    adamw = {"algorithm": "adamw", "lr": 5e-4, "betas": (0.9, 0.95)}
+    return grouped("dion", name, {}, adamw, use_polar_express=False, **options)
 
 
 def _scion_of_pytorch_optimizer(parameters: Parameters) -> Optimizer:
@@ -131,10 +142,21 @@ FAMILIES: dict[str, dict[str, Maker]] = {
         "torch Muon + fused AdamW": matrices_and_adamw("torch.optim", "Muon", ADAMW_OF_MUON, **MUON),
         "pytorch-optimizer Muon": flagged("Muon", **MUON, adamw_lr=5e-4),
         "timm Muon": peer("timm.optim", "Muon"),
+        "dion Muon": of_dion("Muon", **MUON, nesterov=True),
+        "emerging-optimizers Muon + fused AdamW": matrices_and_adamw(
+            "emerging_optimizers.orthogonalized_optimizers",
+            "Muon",
+            ADAMW_OF_MUON,
+            **MUON,
+            nesterov=True,
+            coefficient_type="simple",
+            scale_mode="shape_scaling",
+        ),
     },
     "normuon": {
         "normopt NorMuon": ours("normuon", **NORMUON, aux_lr=5e-4),
         "pytorch-optimizer NorMuon": flagged("NorMuon", **NORMUON, adamw_lr=5e-4),
+        "dion NorMuon": of_dion("NorMuon", **NORMUON),
     },
     "scion": {
         "normopt Scion": ours("scion"),
@@ -186,13 +208,56 @@ FAMILIES: dict[str, dict[str, Maker]] = {
 COMPILED = {name: ours(name, compile=True) for name in ("muon", "prodigy", "lion", "adamp", "adafactor")}
 
 
+#: Those of the contenders that are also timed as a CUDA graph, where there is a GPU.
+GRAPHED = ("normopt AdamW", "normopt SGD", "normopt Muon", "normopt Lion", "torch AdamW, fused", "torch SGD, fused")
+
+#: Ordinary steps before a CUDA graph records one: they make the state, and measure products.
+BEFORE_CAPTURE = 3
+
+
+class Replay:
+    """A step that a CUDA graph records once and replays from then on; gradients stay where they are."""
+
+    def __init__(self, step: Callable[[], Any]) -> None:
+        self.step, self.left = step, BEFORE_CAPTURE
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self.left:
+            self.left -= 1
+            current, own = torch.cuda.current_stream(), torch.cuda.Stream()
+            own.wait_stream(current)
+            with torch.cuda.stream(own):
+                self.step()
+            current.wait_stream(own)
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.step()
+        self.graph.replay()
+
+
+def as_graph(maker: Maker) -> Maker:
+    """The same optimizer, its steps replayed by a CUDA graph."""
+
+    def make(parameters: Parameters) -> Optimizer:
+        optimizer = maker(parameters)
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+        vars(optimizer)["step"] = Replay(optimizer.step)
+        return optimizer
+
+    return make
+
+
 def library_of(name: str) -> str:
     """The library of a contender, the first word of its name: "torch" of "torch AdamW, fused"."""
     return name.partition(" ")[0]
 
 
-def installed(families: list[str], compiled: bool = False) -> Iterator[tuple[str, str, Maker]]:
-    """Family, name and maker of every contender whose library is installed."""
+def installed(families: list[str], compiled: bool = False, graphs: bool = False) -> Iterator[tuple[str, str, Maker]]:
+    """Family, name and maker of every contender whose library is installed; on demand compiled ones and graphs."""
     for family in families:
         for name, maker in FAMILIES[family].items():
             try:
@@ -200,5 +265,7 @@ def installed(families: list[str], compiled: bool = False) -> Iterator[tuple[str
             except ImportError:
                 continue
             yield family, name, maker
+            if graphs and name in GRAPHED:
+                yield family, f"{name}, graph", as_graph(maker)
         if compiled and family in COMPILED:
             yield family, f"{next(iter(FAMILIES[family]))}, compiled", COMPILED[family]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cost.contenders import REFRESH, REFRESHED, SCALE, SIDE, Maker, Parameters, installed, tensors
+from benchmarks.cost.contenders import REFRESH, REFRESHED, SCALE, SIDE, Maker, Parameters, Replay, installed, tensors
 from benchmarks.cost.machine import Clock, clock_of, machine, refuse_sleeping_threads, threads_text
 from benchmarks.cost.step_report import write_step
 from benchmarks.harness import PlanError, in_new_process, state_bytes
@@ -129,8 +129,8 @@ class Entry:
             self.by_place[(place + i) % REFRESH].append(seconds)
 
     def flops(self) -> int:
-        """Operations of the matrix products of one step; 0 for compiled steps, which torch cannot count."""
-        if getattr(self.optimizer, "compiles", False):
+        """Operations of the matrix products of one step; 0 for compiled ones and graphs, which torch cannot count."""
+        if getattr(self.optimizer, "compiles", False) or isinstance(self.optimizer.step, Replay):
             return 0
         with FlopCounterMode(display=False) as counter:
             self.steps(1)
@@ -185,7 +185,8 @@ def measure_family(
     family: str, make: Callable[[], Parameters], compiled: bool, rounds: int, device: str
 ) -> list[Entry]:
     """The contenders of a family, after rounds in which each has a turn, in random order."""
-    entries = [Entry(*contender, make, device) for contender in installed([family], compiled)]
+    found = installed([family], compiled, graphs=device.startswith("cuda"))
+    entries = [Entry(*contender, make, device) for contender in found]
     shared = [torch.empty_like(p) for p in entries[0].tensors]
     for entry in entries:
         for p, gradient in zip(entry.tensors, shared, strict=True):

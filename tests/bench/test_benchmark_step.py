@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ LIST = partial(matrices, 3, 8, 6)
 #: How far the weights may be from those of the family's first contender after a few steps, relative to how far they
 #: went: products in bfloat16 for Muon and NorMuon, other polynomials for the rest; Shampoo is grafted here alone.
 DISTANCE = {"muon": 0.02, "normuon": 0.02, "scion": 0.2, "soap": 0.3}
-OWN_METHOD = ("normopt Muon, auto", "pytorch-optimizer Shampoo + fused AdamW")
+OWN_METHOD = ("normopt Muon, auto", "pytorch-optimizer Shampoo + fused AdamW", "dion Muon", "dion NorMuon")
 
 
 def test_the_command_line_knows_all_sets_and_families() -> None:
@@ -94,6 +96,40 @@ def test_what_is_compiled_is_ours_and_timed_on_demand() -> None:
     for family, maker in contenders.COMPILED.items():
         optimizer: Any = maker(SETS["smoke"]())
         assert optimizer.compiles and type(optimizer).__name__.lower() == family
+
+
+def test_a_graph_records_a_step_after_some_and_replays_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA's streams and graphs: recording runs nothing, and every replay is one step."""
+    calls: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            calls.append("wait")
+
+    class Graph:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    @contextlib.contextmanager
+    def graph(recorded: Graph) -> Iterator[None]:
+        calls.append("record")
+        yield
+
+    for name, found in (("Stream", Stream), ("current_stream", Stream), ("CUDAGraph", Graph), ("graph", graph)):
+        monkeypatch.setattr(torch.cuda, name, found)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    optimizer = contenders.as_graph(contenders.torchs("AdamW"))(LIST())
+    assert optimizer.param_groups[0]["capturable"] is True
+    replay: Any = optimizer.step
+    replay.step = lambda: calls.append("step")
+    for _ in range(contenders.BEFORE_CAPTURE + 2):
+        optimizer.step()
+    assert calls == ["wait", "step", "wait"] * contenders.BEFORE_CAPTURE + ["record", "step", "replay", "replay"]
+
+
+def test_graphs_are_of_contenders_and_only_on_demand() -> None:
+    with_graphs = [name for _, name, _ in contenders.installed(list(FAMILIES), graphs=True)]
+    assert {f"{name}, graph" for name in contenders.GRAPHED} == {*with_graphs} - {*INSTALLED}
 
 
 def test_families_with_refreshes_are_those_whose_refreshes_can_be_staggered() -> None:
