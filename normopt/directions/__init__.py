@@ -1,11 +1,11 @@
 """Which direction is steepest? Combinations of norms: with memory, in chains, rotated, grafted, in blocks."""
 
 from normopt.directions.algebra import Chain, Clipped, Decayed, Identity, Tangent
-from normopt.directions.aurora import Aurora
 from normopt.directions.balanced import CoshScaled, SingularPower, Sinkhorn
 from normopt.directions.bases import Basis, Eigenbasis
 from normopt.directions.complement import Complement
 from normopt.directions.coordinates import Blocked, Rotated
+from normopt.directions.equal_rows import EqualRows
 from normopt.directions.factored import Factored
 from normopt.directions.inputs import InputWhitened
 from normopt.directions.pairs import Conjugated, Grafted, Normalized, Sum
@@ -18,7 +18,6 @@ from normopt.ingredient.stage import Direction
 __all__ = [
     "AdaScaled",
     "Aligned",
-    "Aurora",
     "Basis",
     "Blocked",
     "Chain",
@@ -29,6 +28,7 @@ __all__ = [
     "Decayed",
     "Direction",
     "Eigenbasis",
+    "EqualRows",
     "Factored",
     "Grafted",
     "Identity",

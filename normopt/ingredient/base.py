@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
 
 T = TypeVar("T", bound="Ingredient")
 
@@ -33,6 +35,15 @@ class Ingredient:
             cls.__qualname__ = cls.__name__  # the repr begins with the qualified name, and must read back
         Ingredient._classes[cls.__name__] = cls
         Ingredient._parsed.clear()
+
+    def __new__(cls: type[T], *args: Any, **fields: Any) -> T:
+        """Refuse what only an optimizer takes: some ingredients have the name of one, such as ``Prodigy``."""
+        if _are_parameters(next(iter((*args, *fields.values())), None)):
+            raise TypeError(
+                f"{cls.__name__}: expected its fields, got parameters or a model. This is an ingredient; an optimizer "
+                "is made by normopt.create('muon', model), by a class of normopt.zoo or by normopt.SteepestDescent"
+            )
+        return super().__new__(cls)
 
     def resolve(self: T, options: Mapping[str, Any]) -> T:
         """This ingredient with every :class:`Option` replaced by its value in ``options`` (a param group)."""
@@ -102,6 +113,11 @@ class Option(Ingredient):
 def option(name: str, index: int | None = None) -> Any:
     """An :class:`Option`, typed ``Any`` so that type checkers take it where a field is a number."""
     return Option(name, index)
+
+
+def _are_parameters(value: Any) -> bool:
+    some = value[:1] if isinstance(value, (list, tuple)) else ()
+    return isinstance(value, (nn.Module, Iterator)) or any(isinstance(each, (Tensor, nn.Module, dict)) for each in some)
 
 
 def _replace(ingredient: Any, changes: dict[str, Any]) -> Any:

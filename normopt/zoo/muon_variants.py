@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from normopt.directions import Aurora as EqualRows
-from normopt.directions import Chain, CoshScaled, Grafted, Identity, LowRank, Smoothed
+from normopt.directions import Chain, CoshScaled, EqualRows, Grafted, Identity, LowRank, Smoothed
 from normopt.ingredient import check_choice, option
 from normopt.momentum import EMA
 from normopt.norms import Column, Euclidean, Max, Norm, Row, Spectral
@@ -151,9 +150,9 @@ class Dion(MatrixOptimizer):
 class Aurora(MatrixOptimizer):
     """:class:`Muon` whose updates have equally long rows (of wide matrices: columns) and stay semi-orthogonal.
 
-    ``w <- (1 - lr weight_decay) w - lr sqrt(max(1, m/n)) aurora(u)``, ``u`` Muon's average, see
-    :class:`~normopt.Aurora` (tilde-research/aurora-release, 2026). Square matrices move as Muon's. Rate, momentum and
-    decay are Muon's here.
+    ``w <- (1 - lr weight_decay) w - lr sqrt(max(1, m/n)) equal_rows(u)``, ``u`` Muon's average, see
+    :class:`~normopt.EqualRows` (tilde-research/aurora-release, 2026). Square matrices move as Muon's. Rate, momentum
+    and decay are Muon's here.
     """
 
     aux_ratio = 0.5

@@ -45,6 +45,23 @@ def test_ingredients_say_whether_they_see_weights(ingredient: type) -> None:
     assert (getattr(ingredient, "sees_weights", False) is not False) == (ingredient.__name__ in SEE_WEIGHTS)
 
 
+@pytest.mark.parametrize("ingredient", CONCRETE, ids=lambda each: each.__name__)
+def test_ingredients_are_not_taken_for_optimizers(ingredient: type) -> None:
+    """Some have the name of an optimizer, as Prodigy has."""
+    model = nn.Linear(3, 2)
+    given = [model, model.parameters(), list(model.parameters()), [{"params": list(model.parameters())}]]
+    for params in given:
+        with pytest.raises(TypeError, match=rf"^{ingredient.__name__}: .*parameters or a model.*normopt.create"):
+            ingredient(params, lr=0.1)
+    with pytest.raises(TypeError, match="parameters or a model"):
+        ingredient(params=model.parameters())
+
+
+def test_one_name_is_one_thing() -> None:
+    """But for the step size that makes any direction Prodigy's."""
+    assert set(normopt.__all__) & set(zoo.__all__) == {"create", "list_optimizers", "Prodigy"}
+
+
 @pytest.mark.parametrize(
     "step_size", [each for each in CONCRETE if issubclass(each, StepSize)], ids=lambda x: x.__name__
 )

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 import normopt
-from normopt import Aurora, Spectral, zoo
+from normopt import EqualRows, Spectral, zoo
 from normopt.ingredient import Context
 from normopt.nn import GPT
 from tests.support.paths import MATRICES, assert_same_path
 from tests.support.written import FLOAT32, State, Written, average, gaussian, newton_schulz, polar
 
 
-def once(direction: Aurora, g: Tensor) -> Tensor:
+def once(direction: EqualRows, g: Tensor) -> Tensor:
     return direction(g[None], {}, Context(g[None], g[None], 1, 0.1, direction, lambda: g[None]))[0]
 
 
@@ -32,20 +32,20 @@ def test_aurora_by_its_rule(shape: tuple[int, int], rounds: int) -> None:
     expected = polar(g) if shape[0] == shape[1] else u if shape[0] > shape[1] else u.mT
     for size in (1e-20, 1.0, 1e20):
         torch.testing.assert_close(
-            once(Aurora(Spectral("unit", "exact"), rounds), size * g), expected, rtol=0, atol=1e-9
+            once(EqualRows(Spectral("unit", "exact"), rounds), size * g), expected, rtol=0, atol=1e-9
         )
 
 
 def test_rows_are_equally_long_and_columns_orthonormal() -> None:
     g = gaussian(256, 64) * gaussian(256, 1).exp()
     for rounds, spread in [(2, 0.05), (3, 0.015)]:
-        u = once(Aurora(Spectral("unit", "exact"), rounds), g)
+        u = once(EqualRows(Spectral("unit", "exact"), rounds), g)
         assert (2 * u.norm(dim=1) - 1).abs().max() < spread
         torch.testing.assert_close(u.mT @ u, torch.eye(64, dtype=torch.float64))
     g[3] = 0.0
-    u = once(Aurora(Spectral("unit", "exact")), g)
+    u = once(EqualRows(Spectral("unit", "exact")), g)
     assert u.isfinite().all() and not u[3].any()
-    assert not once(Aurora(Spectral("unit", "exact")), torch.zeros(5, 3).double()).any()
+    assert not once(EqualRows(Spectral("unit", "exact")), torch.zeros(5, 3).double()).any()
 
 
 @pytest.mark.parametrize("options", [{}, {"rounds": 3, "momentum": 0.8, "nesterov": False}], ids=str)
@@ -69,7 +69,7 @@ def test_the_optimizer_by_its_recurrence(options: dict[str, Any]) -> None:
 
 def test_aurora_moves_a_model() -> None:
     model = GPT(vocab_size=11, d_model=8, n_layers=1, n_heads=2)
-    optimizer = normopt.zoo.Muon(model, lr=0.02, geometry={"linear": {"norm": "Aurora(Spectral('max1'))"}})
+    optimizer = normopt.zoo.Muon(model, lr=0.02, geometry={"linear": {"norm": "EqualRows(Spectral('max1'))"}})
     tokens = torch.randint(0, 11, (4, 6))
     losses = []
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""Aurora: semi-orthogonal updates whose rows have one length."""
+"""Semi-orthogonal updates whose rows have one length."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from normopt.numerics.lengths import euclidean, normalize
 
 
 @dataclass(frozen=True)
-class Aurora(Direction):
-    """A polar factor whose rows are equally long, up to a few percent; of wide matrices, its columns.
+class EqualRows(Direction):
+    """Aurora's polar factor: its rows are equally long, up to a few percent; of wide matrices, its columns.
 
     ``D_i = 1 / ||x_i||``; ``rounds`` times ``U = polar(D x)``, ``D_i <- D_i sqrt(in / out) / ||U_i||``; the result is
     the last ``U``, at the scale of ``norm``. Rows are within 4% of one length after 2 rounds, and within 1% after 3. A
