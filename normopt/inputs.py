@@ -21,7 +21,8 @@ from normopt.optimizer import SteepestDescent
 from normopt.rule import rule_of
 
 if TYPE_CHECKING:
-    from normopt.engine.layout import Home, Layout
+    from normopt.engine.home import Home
+    from normopt.engine.layout import Layout
 
 
 class _Watched(NamedTuple):
@@ -133,7 +134,7 @@ class InputStatistics:
 
     def _group_of(self, home: Home | None) -> Any:
         """The process group whose inputs are averaged together; ``None`` where this process stands alone."""
-        return self.process_group if home is None or self.process_group is not None else home.group
+        return self.process_group if home is None or self.process_group is not None else home.process_group
 
     def _rows(self, several: Sequence[_Watched], group: Any) -> list[float]:
         """How many rows the ranks of the process group have seen of each input."""

@@ -21,9 +21,10 @@ from benchmarks.cost.wire_report import write_wire
 from benchmarks.harness import PlanError, in_new_process, origin
 from benchmarks.output.records import Row, append_row
 from normopt.engine import mesh as meshes
-from normopt.engine.layout import Home, Layout
+from normopt.engine.home import Home
+from normopt.engine.layout import Layout
 from normopt.engine.plan import state_shapes
-from normopt.rule import Rule, rule_of
+from normopt.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def state_bytes(layout: Layout, mesh: DeviceMesh) -> list[int]:
     sizes, places = tuple(mesh.shape), meshes.coordinates(mesh.shape)
     found, known = [0] * len(places), dict[object, list[int]]()
     for home in layout.homes:
-        rule, shape = rule_of({"rule": home.rule}).at(layout.group_of(home)), tuple(home.p.shape)
+        rule, shape = home.resolved, tuple(home.p.shape)
         if not home.is_local:
             found[home.owner] += _bytes(shape, rule)
             continue

@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from normopt.engine import mesh as meshes
 from normopt.engine.exchange import Exchange, Item
-from normopt.engine.layout import Home, Layout
+from normopt.engine.home import Home
+from normopt.engine.layout import Layout
 from normopt.engine.plan import State, state_shapes
-from normopt.rule import rule_of
 
 
 def saved(layout: Layout, state: State) -> dict[Tensor, dict[str, Any]]:
@@ -32,7 +32,7 @@ def saved(layout: Layout, state: State) -> dict[Tensor, dict[str, Any]]:
         if home.mesh is None or "step" not in held:
             continue
         if home.is_local:
-            found[home.p] = {**held, **_saved_rows(layout, home, held)}
+            found[home.p] = {**held, **_saved_rows(home, held)}
             continue
         found[home.p] = {"step": held["step"]}
         for name, (shape, dtype) in kinds[i].items():
@@ -52,7 +52,7 @@ def load(layout: Layout, state: State) -> None:
         held = state.get(home.p, {})
         if home.mesh is None or "step" not in held:
             continue
-        rows = _row_layouts(layout, home) if home.is_local else {}
+        rows = _row_layouts(home) if home.is_local else {}
         for name, value in [*held.items()]:
             if name == "step" or not isinstance(value, Tensor):
                 continue
@@ -93,9 +93,9 @@ def _to_owner(home: Home, value: Tensor) -> Tensor:
 _RowLayout = tuple[tuple[int, ...], tuple[Any, ...]]
 
 
-def _row_layouts(layout: Layout, home: Home) -> dict[str, _RowLayout]:
+def _row_layouts(home: Home) -> dict[str, _RowLayout]:
     """Of each piece of state: where the state of a parameter with one more row is longer, rows are cut."""
-    p, rule = home.p, rule_of({"rule": home.rule}).at(layout.group_of(home))
+    p, rule = home.p, home.resolved
     shapes = state_shapes(torch.empty(p.shape, device="meta"), rule)
     longer = state_shapes(torch.empty((p.shape[0] + 1, *p.shape[1:]), device="meta"), rule) if p.ndim else shapes
     found = {}
@@ -110,11 +110,11 @@ def _row_layouts(layout: Layout, home: Home) -> dict[str, _RowLayout]:
     return found
 
 
-def _saved_rows(layout: Layout, home: Home, held: Mapping[str, Any]) -> dict[str, DTensor]:
+def _saved_rows(home: Home, held: Mapping[str, Any]) -> dict[str, DTensor]:
     assert home.mesh is not None
     return {
         name: meshes.dtensor(held[name], home.mesh, placements, shape)
-        for name, (shape, placements) in _row_layouts(layout, home).items()
+        for name, (shape, placements) in _row_layouts(home).items()
         if isinstance(held.get(name), Tensor)
     }
 
