@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from benchmarks.language.progress import Progress, clock
 from benchmarks.output.records import Row
 from normopt.nn import GPT, anGPT, nGPT
 from normopt.numerics.eigen import LinAlgError
+from normopt.optimizer import SteepestDescent
 from normopt.roles.options import entry
+from normopt.rule import rule_of
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": GPT, "angpt": anGPT, "ngpt": nGPT}
 UNDECAYED = ("embedding", "unembedding", "vector", "scalar")
@@ -158,12 +160,19 @@ def make_optimizer(config: RunConfig, model: nn.Module, **own: Any) -> torch.opt
     if peers.is_peer(name):
         return peers.make(name, model, config.lr, options.pop("rest", None), **options)
     if name == BARE:
-        return normopt.SteepestDescent(model, lr=config.lr, **options, **own)
+        return _watching(model, normopt.SteepestDescent(model, lr=config.lr, **options, **own), own)
     geometry = options.get("geometry", {})
     table = normopt.GEOMETRIES.get(geometry) if isinstance(geometry, str) else geometry
     if "weight_decay" in options and table is not None:
         options["geometry"] = {**table, **{role: {"weight_decay": 0.0, **entry(table, role)} for role in UNDECAYED}}
-    return normopt.create(name, model, lr=config.lr, **options, **own)
+    return _watching(model, normopt.create(name, model, lr=config.lr, **options, **own), own)
+
+
+def _watching(model: nn.Module, optimizer: SteepestDescent, own: Mapping[str, Any]) -> SteepestDescent:
+    """The optimizer, with the statistics of the layers' inputs if it reads them."""
+    if any(rule_of(group).reads_inputs for group in optimizer.param_groups):
+        normopt.InputStatistics(model, optimizer, process_group=own.get("process_group"))
+    return optimizer
 
 
 def train(config: RunConfig, checkpoint: Path, report: Report) -> Row:

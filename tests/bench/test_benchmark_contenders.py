@@ -24,7 +24,7 @@ from benchmarks.language import workers
 from benchmarks.language.data import Corpus
 from benchmarks.language.presets import TUNED, RunConfig, read_tuned, variants
 from benchmarks.language.train import Run, make_optimizer, train
-from benchmarks.output.records import RESULTS, append_row, read_rows, unreadable
+from benchmarks.output.records import RESULTS, Row, append_row, read_rows, unreadable
 from normopt.nn import GPT
 from tests.support.bench_runs import TINY, config, finish, row, tiny_corpus
 
@@ -183,8 +183,22 @@ def test_every_optimizer_of_torch_trains_and_resumes(
     name: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run,) = planned(["--optimizers", name], corpus, monkeypatch)
+    whole = resumed(config(corpus, name, run.lr, **run.options), tmp_path, monkeypatch)
+    assert whole["state_bytes_per_parameter"] > 0 or name == "torch:SGD"
+
+
+def test_statistics_of_inputs_are_kept_for_those_that_read_them(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = {"unembedding": {"norm": "InputWhitened(Smoothed(Max()))"}}
+    resumed(config(corpus, "muon", 0.02, geometry=head), tmp_path, monkeypatch)
+    bare = config(corpus, "steepestdescent", 0.02, geometry={"*": "max", **head})
+    assert resumed(bare, tmp_path, monkeypatch)["state_bytes_per_parameter"] > 0
+
+
+def resumed(settings: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Row:
+    """The row of a run that is interrupted and goes on as if it had not been."""
     monkeypatch.setattr(training, "CHECKPOINT_STEPS", 5)
-    settings = config(corpus, name, run.lr, **run.options)
     whole, seen = finish(settings), []
 
     def interrupt(step: int, loss: float, speed: float) -> None:
@@ -194,10 +208,11 @@ def test_every_optimizer_of_torch_trains_and_resumes(
 
     with pytest.raises(KeyboardInterrupt):
         train(settings, tmp_path / "run.pt", interrupt)
-    resumed = train(settings, tmp_path / "run.pt", interrupt)
+    again = train(settings, tmp_path / "run.pt", interrupt)
     assert seen == [*range(1, 8), *range(6, 13)]
-    assert whole["status"] == "finished" and resumed["final_loss"] == whole["final_loss"]
-    assert whole["state_bytes_per_parameter"] > 0 or name == "torch:SGD"
+    assert whole["status"] == "finished" and again["final_loss"] == whole["final_loss"]
+    (tmp_path / "run.pt").unlink()
+    return whole
 
 
 @pytest.mark.parametrize(
