@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from benchmarks.__main__ import main
 from benchmarks.output import figures
 from benchmarks.output.figures import MAX_LINES, spread
-from benchmarks.output.page import PAGE, Folder
+from benchmarks.output.page import PAGE
 from benchmarks.output.palette import BASELINE, BLACK, GREY, MANY, lines
 from benchmarks.output.records import RESULTS, Row, append_row
+from benchmarks.output.studies import Folder
 from tests.bench.test_benchmark_transfer import checked, parabola
 from tests.support.bench_runs import row
 
