@@ -151,6 +151,9 @@ def make_model(config: RunConfig, vocab_size: int) -> nn.Module:
 def make_optimizer(config: RunConfig, model: nn.Module, **own: Any) -> torch.optim.Optimizer:
     """The optimizer of a run; weight decay applies to the hidden matrices only. `own`: arguments of normopt's alone."""
     options = peers.tuples(config.options)
+    if "averaged" in options:
+        averaged = options.pop("averaged")
+        return normopt.Averaged(make_optimizer(replace(config, options=options), model, **own), **averaged)
     name = options.pop("optimizer", config.optimizer)
     if name in controls.NAMES:
         spoiled = {"optimizer": controls.BASE, **controls.options_of(name, model, options)}

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,19 @@ def test_statistics_of_inputs_are_kept_for_those_that_read_them(
     resumed(config(corpus, "muon", 0.02, geometry=head), tmp_path, monkeypatch)
     bare = config(corpus, "steepestdescent", 0.02, geometry={"*": "max", **head})
     assert resumed(bare, tmp_path, monkeypatch)["state_bytes_per_parameter"] > 0
+
+
+@pytest.mark.parametrize("name", ["muon", "torch:SGD"])
+def test_averaged_iterates_are_evaluated(
+    name: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = f"sf={name}(averaged={{'decay':0.5,'start':2,'interpolation':0.0}})"
+    (run,) = planned(["--optimizers", given, "--lr", "sf=0.1"], corpus, monkeypatch)
+    settings = replace(config(corpus, "sf", run.lr), options=run.options)
+    plain = replace(settings, options={key: value for key, value in run.options.items() if key != "averaged"})
+    assert resumed(settings, tmp_path, monkeypatch)["final_loss"] != finish(plain)["final_loss"]
+    made = make_optimizer(settings, GPT(256, 16, 1, 2))
+    assert isinstance(made, normopt.Averaged) and made.decay == 0.5
 
 
 def resumed(settings: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Row:
