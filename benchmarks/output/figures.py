@@ -42,7 +42,7 @@ MAX_NAMES = 26
 MAX_LINES = 12
 #: The part of a run, from its start, whose losses may lie above the picture.
 START = 0.15
-#: How far above the largest of the best losses a figure of transfer goes, in the unit of the loss.
+#: How far above the largest of the best losses figures of tuning and transfer go, in the unit of the loss.
 ROOM = 0.45
 
 Interval = tuple[float, float, float]
@@ -157,8 +157,9 @@ def best_of(expected: Mapping[str, Sequence[float]], unit: str) -> Figure:
     if found:
         coloured = [name for name, style in drawn_as(expected).items() if style["zorder"] > 1]
         finite = [loss for name in coloured for loss in expected[name] if math.isfinite(loss)]
-        room = 0.08 * (max(finite) - min(finite)) + 1e-3
-        axes.set_ylim(min(finite) - room, max(finite) + room)
+        top = min(max(finite), max(loss for _, loss, _, _ in found) + ROOM)
+        room = 0.08 * (top - min(finite)) + 1e-3
+        axes.set_ylim(min(finite) - room, top + room)
         axes.set_xscale("log", base=2)
         most = max(map(len, expected.values()))
         ticks = [2**i for i in range(most.bit_length()) if 2**i <= most]
