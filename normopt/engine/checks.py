@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normopt.ingredient.base import check_flag
 from normopt.ingredient.registry import OTHER_NAMES, nearest
 from normopt.ingredient.stage import is_of_inputs
 from normopt.numerics.sharded import here
@@ -80,6 +81,8 @@ def check_numbers(options: Mapping[str, Any], rule: Rule) -> None:
     """Raise unless every number is in range and every option that the rule reads is there."""
     check_lr(options["lr"])
     check_policy(options["nonfinite"])
+    for name in ("maximize", "capturable"):
+        check_flag("param group", name, options[name])
     from_text(options["products"])
     resolved = rule.resolve(options)
     resolved.step_size.check_composes(resolved.norm)

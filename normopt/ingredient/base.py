@@ -12,7 +12,23 @@ from torch import Tensor, nn
 T = TypeVar("T", bound="Ingredient")
 
 
-class Ingredient:
+class _OfPlainValues(type):
+    """Makes ingredients from what their reprs can say: NumPy's numbers become Python's, lists and arrays tuples."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        if _are_parameters(next(iter((*args, *fields.values())), None)):
+            raise TypeError(
+                f"{cls.__name__}: expected its fields, got parameters or a model. This is an ingredient; an optimizer "
+                "is made by normopt.create('muon', model), by a class of normopt.zoo or by normopt.SteepestDescent"
+            )
+        made = super().__call__(*map(_tuples, args), **{name: _tuples(value) for name, value in fields.items()})
+        for field in _declared(made):
+            if field.type in ("bool", bool):
+                check_flag(cls.__name__, field.name, getattr(made, field.name))
+        return made
+
+
+class Ingredient(metaclass=_OfPlainValues):
     """A frozen dataclass without state of its own: a norm, a momentum, a direction, a step size, a constraint, a view.
 
     Every subclass registers itself under its class name, so that :func:`get` finds it as ``"heavy-ball"`` and
@@ -35,15 +51,6 @@ class Ingredient:
             cls.__qualname__ = cls.__name__  # the repr begins with the qualified name, and must read back
         Ingredient._classes[cls.__name__] = cls
         Ingredient._parsed.clear()
-
-    def __new__(cls: type[T], *args: Any, **fields: Any) -> T:
-        """Refuse what only an optimizer takes: some ingredients have the name of one, such as ``Prodigy``."""
-        if _are_parameters(next(iter((*args, *fields.values())), None)):
-            raise TypeError(
-                f"{cls.__name__}: expected its fields, got parameters or a model. This is an ingredient; an optimizer "
-                "is made by normopt.create('muon', model), by a class of normopt.zoo or by normopt.SteepestDescent"
-            )
-        return super().__new__(cls)
 
     def resolve(self: T, options: Mapping[str, Any]) -> T:
         """This ingredient with every :class:`Option` replaced by its value in ``options`` (a param group)."""
@@ -113,6 +120,24 @@ class Option(Ingredient):
 def option(name: str, index: int | None = None) -> Any:
     """An :class:`Option`, typed ``Any`` so that type checkers take it where a field is a number."""
     return Option(name, index)
+
+
+def plain(value: Any) -> Any:
+    """The same as a Python number, bool or list if it is NumPy's, also inside of tuples and lists."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
+def check_flag(owner: str, name: str, value: Any) -> None:
+    """Raise a ``TypeError`` that names ``owner`` unless ``value`` is True or False, or an :class:`Option`."""
+    if not isinstance(value, (bool, Option)):
+        raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+
+
+def _tuples(value: Any) -> Any:
+    value = plain(value)
+    return tuple(map(_tuples, value)) if type(value) in (list, tuple) else value
 
 
 def _are_parameters(value: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from normopt.ingredient import check_range, get, nearest, option
+from normopt.ingredient import check_flag, check_range, get, nearest, option, plain
 from normopt.optimizer import SteepestDescent
 from normopt.roles.options import Geometry
 from normopt.rule import INGREDIENTS, Rule
@@ -96,8 +96,8 @@ ARGUMENTS: dict[str, str] = {
     "aux_eps": "AdamW's eps.",
     "aux_weight_decay": "AdamW's decoupled weight decay.",
     "step_size": (
-        'how far to go, such as ``"prodigy"``, which finds the learning rate, or ``"dual"``; ``None``: ``lr``, unless '
-        "the optimizer says something else."
+        'how far to go, such as ``"prodigy"``, which finds the learning rate (``lr`` is its factor, then 1 unless it '
+        'is given), or ``"dual"``; ``None``: ``lr``, unless the optimizer says something else.'
     ),
 }
 
@@ -110,6 +110,10 @@ HANDED_ON = [
     for name, parameter in inspect.signature(SteepestDescent.__init__).parameters.items()
     if parameter.kind is P.KEYWORD_ONLY and name not in ("options", "view")
 ]
+
+
+#: Arguments that are no numbers, nor made of numbers.
+NOT_PLAIN = {"params", "geometry", "overrides", "mesh", "process_group"}
 
 
 @dataclass_transform(field_specifiers=(arg,))
@@ -275,7 +279,14 @@ def _bound(cls: type[Declared], args: tuple[Any, ...], kwargs: dict[str, Any]) -
         bound = _signature(cls).bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"{cls.__name__}() {error}") from None
+    wanted = bound.arguments.get("step_size")
+    if "lr" not in bound.arguments and wanted is not None and isinstance(get(StepSize, wanted), LearningRateFree):
+        bound.arguments["lr"] = 1.0
     bound.apply_defaults()
+    for name in bound.arguments.keys() - NOT_PLAIN:
+        bound.arguments[name] = plain(bound.arguments[name])
+        if cls._arguments[name].type in ("bool", bool):
+            check_flag(cls.__name__, name, bound.arguments[name])
     return bound.arguments
 
 
