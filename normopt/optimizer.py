@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Set
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, cast
 
@@ -19,6 +19,8 @@ from normopt.engine import loop, products
 from normopt.engine.batch import Batch
 from normopt.engine.checkpoint import ADDED, VERSION, accepted, restored, to_home
 from normopt.engine.checks import (
+    GROUP_KEYS,
+    SAID,
     check_alone,
     check_distinct,
     check_fixed,
@@ -29,6 +31,7 @@ from normopt.engine.checks import (
     check_numbers,
     check_parameters,
     check_policy,
+    check_unsaid,
     dtype_name,
 )
 from normopt.engine.finite import FiniteGuard, check_capture
@@ -341,10 +344,17 @@ class SteepestDescent(Optimizer):
         if not was_complete:
             own = {name for role in self.own_table for name in entry(self.own_table, role)} & group.keys()
             check_known(group.keys(), rule, self.defaults.keys() | self.arguments.keys() | own)
+        for name in self._read_once() - rule.options() & group.keys():
+            del group[name]
         if not (was_complete and "lr_ratio" in group):
             group |= rates(group, self.defaults["lr"])
         check_numbers({**self.defaults, **group}, rule)
         return rule
+
+    def _read_once(self) -> Set[str]:
+        """The names that a param group may say when it is added, and that are taken out of it then."""
+        often = SAID | GROUP_KEYS | self.defaults.keys() | {"momentum"}  # which schedulers write
+        return (INGREDIENTS | self.arguments.keys()) - often
 
     def _check_geometry(self) -> None:
         """Check what the optimizer's own table says of roles that no parameter plays, too."""
@@ -418,7 +428,9 @@ class SteepestDescent(Optimizer):
         def accept(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             given.update(accepted(self.param_groups, state_dict))
             for mine, saved in zip(self.param_groups, given["param_groups"], strict=True):
-                saved.setdefault("lr_ratio", mine["lr_ratio"])  # of older versions
+                saved.setdefault("lr_ratio", mine["lr_ratio"])  # of older versions, as is what they left in the group
+                for name in (self._read_once() - rule_of(mine).options()) & saved.keys():
+                    del saved[name]
             return given
 
         hook = self.register_load_state_dict_pre_hook(accept)  # the last one
@@ -514,6 +526,7 @@ class SteepestDescent(Optimizer):
         """Raise for what is wrong with param groups and gradients, before anything has changed."""
         for group in self.param_groups:
             follow_names(self._names, group)
+            check_unsaid(group, self._read_once() - rule_of(group).options())
             check_policy(group["nonfinite"])
             check_flag("param group", "maximize", group["maximize"])
             check_gradients(group)

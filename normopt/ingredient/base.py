@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -11,24 +12,11 @@ from torch import Tensor, nn
 
 T = TypeVar("T", bound="Ingredient")
 
-
-class _OfPlainValues(type):
-    """Makes ingredients from what their reprs can say: NumPy's numbers become Python's, lists and arrays tuples."""
-
-    def __call__(cls, *args: Any, **fields: Any) -> Any:
-        if _are_parameters(next(iter((*args, *fields.values())), None)):
-            raise TypeError(
-                f"{cls.__name__}: expected its fields, got parameters or a model. This is an ingredient; an optimizer "
-                "is made by normopt.create('muon', model), by a class of normopt.zoo or by normopt.SteepestDescent"
-            )
-        made = super().__call__(*map(_tuples, args), **{name: _tuples(value) for name, value in fields.items()})
-        for field in _declared(made):
-            if field.type in ("bool", bool):
-                check_flag(cls.__name__, field.name, getattr(made, field.name))
-        return made
+#: What needs no look.
+_IMMUTABLE = {bool, int, float, str, type(None)}
 
 
-class Ingredient(metaclass=_OfPlainValues):
+class Ingredient:
     """A frozen dataclass without state of its own: a norm, a momentum, a direction, a step size, a constraint, a view.
 
     Every subclass registers itself under its class name, so that :func:`get` finds it as ``"heavy-ball"`` and
@@ -49,8 +37,29 @@ class Ingredient(metaclass=_OfPlainValues):
             raise TypeError(f"{known.__module__} has an ingredient named {cls.__name__} already; choose another name")
         if "<locals>" in cls.__qualname__:
             cls.__qualname__ = cls.__name__  # the repr begins with the qualified name, and must read back
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = _after_plain(vars(cls)["__post_init__"])  # type: ignore[assignment, method-assign]
         Ingredient._classes[cls.__name__] = cls
         Ingredient._parsed.clear()
+
+    def __new__(cls: type[T], *args: Any, **fields: Any) -> T:
+        """Refuse what only an optimizer takes: some ingredients have the name of one, such as ``Prodigy``."""
+        if _are_parameters(next(iter((*args, *fields.values())), None)):
+            raise TypeError(
+                f"{cls.__name__}: expected its fields, got parameters or a model. This is an ingredient; an optimizer "
+                "is made by normopt.create('muon', model), by a class of normopt.zoo or by normopt.SteepestDescent"
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Give the fields values that the repr can say, before a class checks them: NumPy's numbers become Python's."""
+        for field in _declared(self):
+            value = getattr(self, field.name)
+            known = _tuples(value)
+            if known is not value:
+                object.__setattr__(self, field.name, known)
+            if field.type in ("bool", bool):
+                check_flag(type(self).__name__, field.name, known)
 
     def resolve(self: T, options: Mapping[str, Any]) -> T:
         """This ingredient with every :class:`Option` replaced by its value in ``options`` (a param group)."""
@@ -122,6 +131,15 @@ def option(name: str, index: int | None = None) -> Any:
     return Option(name, index)
 
 
+def _after_plain(check: Callable[[Ingredient], None]) -> Callable[[Ingredient], None]:
+    @functools.wraps(check)
+    def checked(self: Ingredient) -> None:
+        Ingredient.__post_init__(self)
+        check(self)
+
+    return checked
+
+
 def plain(value: Any) -> Any:
     """The same as a Python number, bool or list if it is NumPy's, also inside of tuples and lists."""
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
@@ -136,6 +154,9 @@ def check_flag(owner: str, name: str, value: Any) -> None:
 
 
 def _tuples(value: Any) -> Any:
+    """The same with tuples for lists, which have no hash; itself if there is nothing to change."""
+    if type(value) in _IMMUTABLE:
+        return value
     value = plain(value)
     return tuple(map(_tuples, value)) if type(value) in (list, tuple) else value
 

@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from typing import Any, ClassVar, ForwardRef, NamedTuple, TypeVar
 
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
+from normopt.engine.checks import check_lr
 from normopt.ingredient import check_flag, check_range, get, nearest, option, plain
 from normopt.optimizer import SteepestDescent
 from normopt.roles.options import Geometry
-from normopt.rule import INGREDIENTS, Rule
+from normopt.rule import INGREDIENTS, Rule, rule_of
 from normopt.stepsize import LearningRateFree, StepSize
 
 if sys.version_info >= (3, 11):
@@ -178,11 +179,29 @@ class Declared(SteepestDescent):
             raise TypeError(f"{type(self).__name__}: rule() must return a Rule, got {rule!r}")
         return rule if wanted is None else rule.updated({"step_size": wanted})
 
+    def _rule_of(self, group: dict[str, Any]) -> Rule:
+        """The group's rule; a ``TypeError`` for an argument that the group names and that changes nothing of it."""
+        given = {**group}
+        found = super()._rule_of(group)
+        for name in self._said(given) - found.options():
+            without = {other: value for other, value in given.items() if other != name}
+            if given[name] != self.arguments[name] and super()._rule_of(without) == found:
+                instead = name.removeprefix("aux_")
+                raise TypeError(
+                    f"param group: {name!r} changes nothing for parameters that move by {found.norm}; "
+                    + (f"say {instead!r}" if instead != name else f"give it to {type(self).__name__} itself")
+                )
+        return found
+
+    def _said(self, group: Mapping[str, Any]) -> Set[str]:
+        """The arguments that a group names and that no option of the rule stands for."""
+        names = self.arguments.keys() - rule_of(self.defaults).options() - INGREDIENTS
+        return (names - {*HANDED_ON, "lr", "lr_ratio"}) & group.keys()
+
     def _own_rule(self, group: Mapping[str, Any]) -> Rule:
         """The optimizer's own rule, declared anew where the group names arguments that no option of it stands for."""
         rule = super()._own_rule(group)
-        names = self.arguments.keys() - rule.options() - INGREDIENTS - {*HANDED_ON, "lr", "lr_ratio"}
-        said = {name: group[name] for name in names & group.keys()}
+        said = {name: group[name] for name in self._said(group)}
         return self.declared((), **{**self.arguments, **said}).completed_rule() if said else rule
 
     def _construct(self, kept: set[str], given: Mapping[str, Any]) -> None:
@@ -196,6 +215,7 @@ class Declared(SteepestDescent):
         arguments = found.keys() - kept
         ingredients = (rule.norm, rule.momentum, rule.step_size, rule.constraint)
         lr, params = found["lr"], found["params"]
+        check_lr(lr)
         SteepestDescent.__init__(self, params, lr, *ingredients, view=rule.view, options=numbers, **handed_on)
         for name in arguments:
             delattr(self, name)

@@ -44,7 +44,7 @@ def test_bad_learning_rates_are_refused(make: Make, lr: Any) -> None:
         ("adamw", {"weight_decay": float("nan")}, "WeightDecay: weight_decay"),
         ("muon", {"momentum": 1.01}, r"EMA: beta must lie in \[0, 1\], got 1.01"),
         ("muon", {"weight_decay": -1.0}, "WeightDecay: weight_decay"),
-        ("muon", {"ns_steps": 0}, "steps must be positive"),
+        ("muon", {"ns_steps": 0}, "steps must be a whole number"),
         ("muon", {"adjust_lr_fn": "match_rms_adam"}, "did you mean 'match_rms_adamw'"),
         ("muon", {"orthogonalize": "polar-expres"}, "did you mean 'polar-express'"),
         ("muon", {"orthogonalize_dtype": "bfloat61"}, "name of a torch dtype"),
