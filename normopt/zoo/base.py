@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 from normopt.engine.checks import check_lr
 from normopt.ingredient import check_flag, check_range, get, nearest, option, plain
 from normopt.optimizer import SteepestDescent
-from normopt.roles.options import Geometry
+from normopt.roles.options import Geometry, entry
 from normopt.rule import INGREDIENTS, Rule, rule_of
 from normopt.stepsize import LearningRateFree, StepSize
 
@@ -183,7 +183,8 @@ class Declared(SteepestDescent):
         """The group's rule; a ``TypeError`` for an argument that the group names and that changes nothing of it."""
         given = {**group}
         found = super()._rule_of(group)
-        for name in self._said(given) - found.options():
+        of_tables = {name for role in self.own_table for name in entry(self.own_table, role)}  # for another norm there
+        for name in self._said(given) - found.options() - of_tables:
             without = {other: value for other, value in given.items() if other != name}
             if given[name] != self.arguments[name] and super()._rule_of(without) == found:
                 instead = name.removeprefix("aux_")
