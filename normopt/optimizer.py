@@ -524,9 +524,10 @@ class SteepestDescent(Optimizer):
 
     def _check(self, layout: Layout | None) -> None:
         """Raise for what is wrong with param groups and gradients, before anything has changed."""
+        read_once = self._read_once()
         for group in self.param_groups:
             follow_names(self._names, group)
-            check_unsaid(group, self._read_once() - rule_of(group).options())
+            check_unsaid(group, read_once)
             check_policy(group["nonfinite"])
             check_flag("param group", "maximize", group["maximize"])
             check_gradients(group)

@@ -125,7 +125,7 @@ def _is_near(name: str, known: Set[str]) -> bool:
 
 def check_unsaid(group: Mapping[str, Any], names: Set[str]) -> None:
     """Raise a ``TypeError`` for entries that are read when a group is added, and mean nothing afterwards."""
-    late = sorted(names & group.keys())
+    late = names & group.keys() and sorted((names - rule_of(group).options()) & group.keys())
     if late:
         raise TypeError(
             f"param group: {late[0]!r} is read when a group is added and cannot be changed afterwards; make a new "
