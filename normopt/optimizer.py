@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Set
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar, cast
 
@@ -19,6 +19,8 @@ from normopt.engine import loop, products
 from normopt.engine.batch import Batch
 from normopt.engine.checkpoint import ADDED, VERSION, accepted, restored, to_home
 from normopt.engine.checks import (
+    GROUP_KEYS,
+    SAID,
     check_alone,
     check_distinct,
     check_fixed,
@@ -29,6 +31,7 @@ from normopt.engine.checks import (
     check_numbers,
     check_parameters,
     check_policy,
+    check_unsaid,
     dtype_name,
 )
 from normopt.engine.finite import FiniteGuard, check_capture
@@ -40,7 +43,7 @@ from normopt.engine.schedulers import first_weight, forward, own_rates, rates
 from normopt.engine.totals import Everywhere, share
 from normopt.engine.warm import WarmStep
 from normopt.engine.wave import Wave
-from normopt.ingredient import Stage, nearest
+from normopt.ingredient import Stage, check_flag, nearest, plain
 from normopt.ingredient.view import View
 from normopt.metrics import Metrics
 from normopt.momentum.base import Momentum, NoMomentum
@@ -57,6 +60,7 @@ from normopt.roles.groups import (
 from normopt.roles.options import Geometry, entry, merged, with_beta
 from normopt.rule import INGREDIENTS, Rule, rule_of
 from normopt.stepsize.base import StepSize, double
+from normopt.stepsize.free import LearningRateFree
 
 if TYPE_CHECKING:
     from normopt.engine.layout import Layout
@@ -78,7 +82,7 @@ class SteepestDescent(Optimizer):
             parameter gets the ingredients that ``geometry`` gives to its role; vectors and scalars that ``norm`` cannot
             take, and for which no other is named, move by Adam. Param groups name their own ingredients
             (``{"params": ..., "norm": "max", "lr": 1e-3}``).
-        lr: learning rate, a number or a tensor with one entry.
+        lr: learning rate, a number or a tensor with one entry; by default 1e-3, and 1 for step sizes that find it.
         norm: a norm or another direction, such as ``"spectral"``, ``Column(scale="unit")``, ``Smoothed(Max())``.
         momentum: ``None``, a number (the beta of an :class:`~normopt.momentum.EMA`, kept in ``group["momentum"]`` where
             schedulers can cycle it), or a momentum such as ``"nesterov"``.
@@ -175,7 +179,7 @@ class SteepestDescent(Optimizer):
     def __init__(
         self,
         params: ParamsT | nn.Module,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         norm: str | Stage = "spectral",
         momentum: float | str | Momentum | None = None,
         step_size: str | StepSize = "constant",
@@ -199,11 +203,16 @@ class SteepestDescent(Optimizer):
     ) -> None:
         if differentiable:
             raise ValueError("differentiable steps are not supported; leave differentiable False")
+        for name, flag in (("compile", compile), ("deterministic", deterministic)):
+            check_flag(type(self).__name__, name, flag)
+        momentum, options, lr = plain(momentum), {name: plain(x) for name, x in (options or {}).items()}, plain(lr)
         given = {"norm": norm, "momentum": momentum, "step_size": step_size, "constraint": constraint}
         rule = Rule().updated({**given, "view": view or View()})
-        numbers = {**({"momentum": momentum} if isinstance(momentum, (int, float)) else {}), **(options or {})}
+        numbers = {**({"momentum": momentum} if isinstance(momentum, (int, float)) else {}), **options}
         for name in numbers.keys() - rule.options():
             raise TypeError(f"options: no ingredient of {rule} reads {name!r}; {nearest(name, rule.options())}")
+        if lr is None:
+            lr = 1.0 if isinstance(rule.step_size, LearningRateFree) else 1e-3
         self.own_table = {"*": self.rest(), **self.table()}
         self.role_table = overlaid(self.own_table, geometry)
         if isinstance(params, nn.Module):
@@ -328,16 +337,24 @@ class SteepestDescent(Optimizer):
         was_complete = "rule" in group  # that of another optimizer
         check_fixed(group, self.fixed)
         rule = self._rule_of(group)
+        group |= {name: plain(group[name]) for name in {*rule.options(), "lr", "lr_ratio"} & group.keys()}
         group |= {"rule": repr(rule), "state_version": VERSION}
         if "state_dtype" in group:
             group["state_dtype"] = dtype_name(group["state_dtype"])
         if not was_complete:
             own = {name for role in self.own_table for name in entry(self.own_table, role)} & group.keys()
             check_known(group.keys(), rule, self.defaults.keys() | self.arguments.keys() | own)
+        for name in self._read_once() - rule.options() & group.keys():
+            del group[name]
         if not (was_complete and "lr_ratio" in group):
             group |= rates(group, self.defaults["lr"])
         check_numbers({**self.defaults, **group}, rule)
         return rule
+
+    def _read_once(self) -> Set[str]:
+        """The names that a param group may say when it is added, and that are taken out of it then."""
+        often = SAID | GROUP_KEYS | self.defaults.keys() | {"momentum"}  # which schedulers write
+        return (INGREDIENTS | self.arguments.keys()) - often
 
     def _check_geometry(self) -> None:
         """Check what the optimizer's own table says of roles that no parameter plays, too."""
@@ -354,6 +371,7 @@ class SteepestDescent(Optimizer):
             return rule_of(group)
         default = self._own_rule(group)
         given = {name: group.pop(name) for name in INGREDIENTS & group.keys()}
+        given = {name: plain(value) for name, value in given.items()}
         if isinstance(given.get("momentum"), (int, float)):
             beta = given.pop("momentum")
             if "momentum" in default.options() or default.momentum == NoMomentum():
@@ -410,7 +428,9 @@ class SteepestDescent(Optimizer):
         def accept(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             given.update(accepted(self.param_groups, state_dict))
             for mine, saved in zip(self.param_groups, given["param_groups"], strict=True):
-                saved.setdefault("lr_ratio", mine["lr_ratio"])  # of older versions
+                saved.setdefault("lr_ratio", mine["lr_ratio"])  # of older versions, as is what they left in the group
+                for name in (self._read_once() - rule_of(mine).options()) & saved.keys():
+                    del saved[name]
             return given
 
         hook = self.register_load_state_dict_pre_hook(accept)  # the last one
@@ -504,9 +524,12 @@ class SteepestDescent(Optimizer):
 
     def _check(self, layout: Layout | None) -> None:
         """Raise for what is wrong with param groups and gradients, before anything has changed."""
+        read_once = self._read_once()
         for group in self.param_groups:
             follow_names(self._names, group)
+            check_unsaid(group, read_once)
             check_policy(group["nonfinite"])
+            check_flag("param group", "maximize", group["maximize"])
             check_gradients(group)
             check_inputs(group, self.state)
         if layout is not None:

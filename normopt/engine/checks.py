@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normopt.ingredient.base import check_flag
 from normopt.ingredient.registry import OTHER_NAMES, nearest
 from normopt.ingredient.stage import is_of_inputs
 from normopt.numerics.sharded import here
@@ -80,6 +81,8 @@ def check_numbers(options: Mapping[str, Any], rule: Rule) -> None:
     """Raise unless every number is in range and every option that the rule reads is there."""
     check_lr(options["lr"])
     check_policy(options["nonfinite"])
+    for name in ("maximize", "capturable"):
+        check_flag("param group", name, options[name])
     from_text(options["products"])
     resolved = rule.resolve(options)
     resolved.step_size.check_composes(resolved.norm)
@@ -102,9 +105,14 @@ def check_known(names: Set[str], rule: Rule, spare: Set[str]) -> None:
 
     All others are the user's own, such as the ``rho`` of wrappers, and stay in the group. ``spare`` is known too.
     """
+    if "use_muon" in names:
+        raise TypeError(
+            "param group: 'use_muon' is not read: what a group moves by is its norm. Pass the model, so that only "
+            "hidden matrices move by Muon, or leave 'use_muon' out and give groups that are not for Muon a norm"
+        )
     known = rule.options() | INGREDIENTS | SAID | spare
     for name in names - known - GROUP_KEYS:
-        if _is_near(name, known | {other for other, meant in OTHER_NAMES.items() if meant in known}):
+        if _is_near(name.lower(), known | {other for other, meant in OTHER_NAMES.items() if meant in known}):
             raise TypeError(f"param group: no ingredient of {rule} reads {name!r}; {nearest(name, known)}")
 
 
@@ -113,6 +121,16 @@ def _is_near(name: str, known: Set[str]) -> bool:
     if any(len(each) > 2 and name.startswith(f"{each}_") for each in known):
         return False  # as weight_decay_mult
     return any(abs(len(name) - len(each)) <= 2 for each in difflib.get_close_matches(name, known, n=3, cutoff=0.75))
+
+
+def check_unsaid(group: Mapping[str, Any], names: Set[str]) -> None:
+    """Raise a ``TypeError`` for entries that are read when a group is added, and mean nothing afterwards."""
+    late = names & group.keys() and sorted((names - rule_of(group).options()) & group.keys())
+    if late:
+        raise TypeError(
+            f"param group: {late[0]!r} is read when a group is added and cannot be changed afterwards; make a new "
+            "optimizer"
+        )
 
 
 def check_fixed(group: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

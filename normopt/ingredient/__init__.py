@@ -1,6 +1,6 @@
 """What an ingredient is: found by name, written as text and read back; the context that it sees at a step."""
 
-from normopt.ingredient.base import Ingredient, Option, option
+from normopt.ingredient.base import Ingredient, Option, check_flag, option, plain
 from normopt.ingredient.registry import choices, get, nearest, parse, read
 from normopt.ingredient.stage import Context, Stage, coarsest, substate
 from normopt.ingredient.traits import like, trait
@@ -15,6 +15,7 @@ __all__ = [
     "View",
     "check_choice",
     "check_count",
+    "check_flag",
     "check_positive",
     "check_range",
     "choices",
@@ -24,6 +25,7 @@ __all__ = [
     "nearest",
     "option",
     "parse",
+    "plain",
     "read",
     "substate",
     "trait",

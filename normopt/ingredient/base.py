@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 T = TypeVar("T", bound="Ingredient")
+
+#: What needs no look.
+_IMMUTABLE = {bool, int, float, str, type(None)}
 
 
 class Ingredient:
@@ -33,6 +37,8 @@ class Ingredient:
             raise TypeError(f"{known.__module__} has an ingredient named {cls.__name__} already; choose another name")
         if "<locals>" in cls.__qualname__:
             cls.__qualname__ = cls.__name__  # the repr begins with the qualified name, and must read back
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = _after_plain(vars(cls)["__post_init__"])  # type: ignore[assignment, method-assign]
         Ingredient._classes[cls.__name__] = cls
         Ingredient._parsed.clear()
 
@@ -44,6 +50,16 @@ class Ingredient:
                 "is made by normopt.create('muon', model), by a class of normopt.zoo or by normopt.SteepestDescent"
             )
         return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Give the fields values that the repr can say, before a class checks them: NumPy's numbers become Python's."""
+        for field in _declared(self):
+            value = getattr(self, field.name)
+            known = _tuples(value)
+            if known is not value:
+                object.__setattr__(self, field.name, known)
+            if field.type in ("bool", bool):
+                check_flag(type(self).__name__, field.name, known)
 
     def resolve(self: T, options: Mapping[str, Any]) -> T:
         """This ingredient with every :class:`Option` replaced by its value in ``options`` (a param group)."""
@@ -113,6 +129,36 @@ class Option(Ingredient):
 def option(name: str, index: int | None = None) -> Any:
     """An :class:`Option`, typed ``Any`` so that type checkers take it where a field is a number."""
     return Option(name, index)
+
+
+def _after_plain(check: Callable[[Ingredient], None]) -> Callable[[Ingredient], None]:
+    @functools.wraps(check)
+    def checked(self: Ingredient) -> None:
+        Ingredient.__post_init__(self)
+        check(self)
+
+    return checked
+
+
+def plain(value: Any) -> Any:
+    """The same as a Python number, bool or list if it is NumPy's, also inside of tuples and lists."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
+def check_flag(owner: str, name: str, value: Any) -> None:
+    """Raise a ``TypeError`` that names ``owner`` unless ``value`` is True or False, or an :class:`Option`."""
+    if not isinstance(value, (bool, Option)):
+        raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+
+
+def _tuples(value: Any) -> Any:
+    """The same with tuples for lists, which have no hash; itself if there is nothing to change."""
+    if type(value) in _IMMUTABLE:
+        return value
+    value = plain(value)
+    return tuple(map(_tuples, value)) if type(value) in (list, tuple) else value
 
 
 def _are_parameters(value: Any) -> bool:

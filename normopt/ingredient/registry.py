@@ -14,7 +14,7 @@ from normopt.ingredient.base import Ingredient, T
 MOST_PARSED = 4096
 
 #: What other libraries and habit call options that have another name here, too unlike it to be a near miss.
-OTHER_NAMES = {"learning_rate": "lr", "learn_rate": "lr", "wd": "weight_decay"}
+OTHER_NAMES = {"learning_rate": "lr", "learn_rate": "lr", "lr_mult": "lr_ratio", "wd": "weight_decay"}
 
 
 def choices(kind: type[T]) -> dict[str, type[T]]:
@@ -57,7 +57,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     known = sorted(known)
     named = {name: name for name in known} | {other: name for other, name in OTHER_NAMES.items() if name in known}
-    close = [other for other in known if _abbreviates(other, name) or _abbreviates(name, other)]
+    close = [other for other in known if other == name.lower()]
+    close += [other for other in known if _abbreviates(other, name) or _abbreviates(name, other)]
     close += [named[other] for other in difflib.get_close_matches(name, named, n=1)]
     return (f"did you mean {close[0]!r}? " if close else "") + f"Known: {', '.join(known)}"
 

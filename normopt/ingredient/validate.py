@@ -26,8 +26,8 @@ def check_range(owner: object, name: str, value: Any, low: float, high: float, *
     if not (low <= number < high or (closed and number == high)):
         end = "]" if closed else ")"
         raise ValueError(f"{type(owner).__name__}: {name} must lie in [{low}, {high}{end}, got {value!r}")
-    if type(value).__module__ != "builtins":
-        object.__setattr__(owner, name, number)  # reprs of NumPy numbers and of tensors cannot be parsed
+    if isinstance(value, Tensor) and getattr(owner, name, None) is value:
+        object.__setattr__(owner, name, number)  # reprs of tensors cannot be parsed
 
 
 def check_positive(owner: object, name: str, value: Any) -> None:

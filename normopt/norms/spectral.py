@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normopt.ingredient.traits import trait
-from normopt.ingredient.validate import check_choice, check_range
+from normopt.ingredient.validate import check_choice, check_count, check_range
 from normopt.norms.schatten import UnitarilyInvariant
 from normopt.numerics.eigen import Eps, matrix_power
 from normopt.numerics.lengths import euclidean
@@ -63,8 +63,10 @@ class Spectral(UnitarilyInvariant):
             check_choice(self, "method", self.method, METHODS)
         elif not isinstance(self.method, PolarCoefficients):
             raise ValueError(f"Spectral: method must be a name or a PolarCoefficients, got {self.method!r}")
-        if self.steps is not None and (self.method == "exact" or self.steps != int(self.steps) or self.steps < 1):
-            raise ValueError(f"Spectral: steps must be positive (and None for method 'exact'), got {self.steps}")
+        if self.steps is not None:
+            check_count(self, "steps", self.steps)
+            if self.method == "exact":
+                raise ValueError(f"Spectral: steps must be None for method 'exact', got {self.steps}")
         check_choice(self, "sides", self.sides, SIDES)
         if self.exponent is not None:
             check_range(self, "exponent", self.exponent, 0, math.inf)

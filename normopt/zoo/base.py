@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from typing import Any, ClassVar, ForwardRef, NamedTuple, TypeVar
 
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from normopt.ingredient import check_range, get, nearest, option
+from normopt.engine.checks import check_lr
+from normopt.ingredient import check_flag, check_range, get, nearest, option, plain
 from normopt.optimizer import SteepestDescent
-from normopt.roles.options import Geometry
-from normopt.rule import INGREDIENTS, Rule
+from normopt.roles.options import Geometry, entry
+from normopt.rule import INGREDIENTS, Rule, rule_of
 from normopt.stepsize import LearningRateFree, StepSize
 
 if sys.version_info >= (3, 11):
@@ -96,8 +97,8 @@ ARGUMENTS: dict[str, str] = {
     "aux_eps": "AdamW's eps.",
     "aux_weight_decay": "AdamW's decoupled weight decay.",
     "step_size": (
-        'how far to go, such as ``"prodigy"``, which finds the learning rate, or ``"dual"``; ``None``: ``lr``, unless '
-        "the optimizer says something else."
+        'how far to go, such as ``"prodigy"``, which finds the learning rate (``lr`` is its factor, then 1 unless it '
+        'is given), or ``"dual"``; ``None``: ``lr``, unless the optimizer says something else.'
     ),
 }
 
@@ -110,6 +111,10 @@ HANDED_ON = [
     for name, parameter in inspect.signature(SteepestDescent.__init__).parameters.items()
     if parameter.kind is P.KEYWORD_ONLY and name not in ("options", "view")
 ]
+
+
+#: Arguments that are no numbers, nor made of numbers.
+NOT_PLAIN = {"params", "geometry", "overrides", "mesh", "process_group"}
 
 
 @dataclass_transform(field_specifiers=(arg,))
@@ -174,11 +179,30 @@ class Declared(SteepestDescent):
             raise TypeError(f"{type(self).__name__}: rule() must return a Rule, got {rule!r}")
         return rule if wanted is None else rule.updated({"step_size": wanted})
 
+    def _rule_of(self, group: dict[str, Any]) -> Rule:
+        """The group's rule; a ``TypeError`` for an argument that the group names and that changes nothing of it."""
+        given = {**group}
+        found = super()._rule_of(group)
+        of_tables = {name for role in self.own_table for name in entry(self.own_table, role)}  # for another norm there
+        for name in self._said(given) - found.options() - of_tables:
+            without = {other: value for other, value in given.items() if other != name}
+            if given[name] != self.arguments[name] and super()._rule_of(without) == found:
+                instead = name.removeprefix("aux_")
+                raise TypeError(
+                    f"param group: {name!r} changes nothing for parameters that move by {found.norm}; "
+                    + (f"say {instead!r}" if instead != name else f"give it to {type(self).__name__} itself")
+                )
+        return found
+
+    def _said(self, group: Mapping[str, Any]) -> Set[str]:
+        """The arguments that a group names and that no option of the rule stands for."""
+        names = self.arguments.keys() - rule_of(self.defaults).options() - INGREDIENTS
+        return (names - {*HANDED_ON, "lr", "lr_ratio"}) & group.keys()
+
     def _own_rule(self, group: Mapping[str, Any]) -> Rule:
         """The optimizer's own rule, declared anew where the group names arguments that no option of it stands for."""
         rule = super()._own_rule(group)
-        names = self.arguments.keys() - rule.options() - INGREDIENTS - {*HANDED_ON, "lr", "lr_ratio"}
-        said = {name: group[name] for name in names & group.keys()}
+        said = {name: group[name] for name in self._said(group)}
         return self.declared((), **{**self.arguments, **said}).completed_rule() if said else rule
 
     def _construct(self, kept: set[str], given: Mapping[str, Any]) -> None:
@@ -192,6 +216,7 @@ class Declared(SteepestDescent):
         arguments = found.keys() - kept
         ingredients = (rule.norm, rule.momentum, rule.step_size, rule.constraint)
         lr, params = found["lr"], found["params"]
+        check_lr(lr)
         SteepestDescent.__init__(self, params, lr, *ingredients, view=rule.view, options=numbers, **handed_on)
         for name in arguments:
             delattr(self, name)
@@ -275,7 +300,14 @@ def _bound(cls: type[Declared], args: tuple[Any, ...], kwargs: dict[str, Any]) -
         bound = _signature(cls).bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"{cls.__name__}() {error}") from None
+    wanted = bound.arguments.get("step_size")
+    if "lr" not in bound.arguments and wanted is not None and isinstance(get(StepSize, wanted), LearningRateFree):
+        bound.arguments["lr"] = 1.0
     bound.apply_defaults()
+    for name in bound.arguments.keys() - NOT_PLAIN:
+        bound.arguments[name] = plain(bound.arguments[name])
+        if cls._arguments[name].type in ("bool", bool):
+            check_flag(cls.__name__, name, bound.arguments[name])
     return bound.arguments
 
 

@@ -201,7 +201,7 @@ def test_a_group_names_arguments_of_the_rule(name: str, said: dict[str, Any]) ->
 def test_arguments_of_the_rule_are_checked_in_groups() -> None:
     w = tensors()[:1]
     for name, said, message in [
-        ("muon", {"ns_steps": 0}, "steps must be positive"),
+        ("muon", {"ns_steps": 0}, "steps must be a whole number"),
         ("muon", {"ns_step": 3}, "did you mean 'ns_steps'"),
         ("muon", {"adjust_lr_fn": "match_rms_adam"}, "did you mean 'match_rms_adamw'"),
         ("adamw", {"decoupled_weight_decay": False}, "decoupled_weight_decay=False is not supported; leave"),
