@@ -1,6 +1,6 @@
 """normopt: optimizers as steepest descent under a norm chosen for each tensor's role."""
 
-from normopt import constraints, directions, momentum, nn, norms, polar, roles, stepsize, zoo
+from normopt import constraints, directions, integrations, metrics, momentum, nn, norms, polar, roles, stepsize, zoo
 from normopt.averaging import Averaged
 from normopt.constraints import (
     L2,
@@ -204,7 +204,9 @@ __all__ = [
     "directions",
     "from_torch_state",
     "infer_roles",
+    "integrations",
     "list_optimizers",
+    "metrics",
     "momentum",
     "nn",
     "norms",

@@ -31,7 +31,10 @@ def for_trainer(name: str, **options: Any) -> tuple[Factory, dict[str, Any]]:
 
     Raises:
         ValueError: unknown name; the message holds the nearest one.
+        TypeError: the name is no string.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"for_trainer(name): name must be one of list_optimizers(), got {type(name).__name__}")
     if name.lower() not in list_optimizers():
         raise ValueError(f"unknown optimizer {name!r}; {nearest(name.lower(), list_optimizers())}")
     return partial(partial, create, name), options

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from normopt.directions import Chain, Eigenbasis, Rotated, Smoothed
 from normopt.engine.products import chosen
@@ -37,7 +38,7 @@ WHERE = "moved by"
 ALIKE = {"norm": "norm", "momentum": "momentum", "step_size": "step size", "constraint": "constraint", "lr": "lr"}
 
 
-def summary(optimizer: SteepestDescent) -> list[Row]:
+def summary(optimizer: Optimizer) -> list[Row]:
     """What :func:`describe` says, as data: one dict for each parameter, of texts and numbers.
 
     ``parameter``: its name. ``shape``: its dimensions. ``role``, ``reason``: what it is taken for, and why; empty
@@ -53,14 +54,29 @@ def summary(optimizer: SteepestDescent) -> list[Row]:
     ``"rank 3"``.
 
     ``pandas.DataFrame(normopt.summary(optimizer))`` is a table; :func:`normopt.metrics.write_jsonl` writes it.
+
+    Args:
+        optimizer: any of this library, or what wraps one as :class:`~normopt.Averaged` does.
+
+    Raises:
+        TypeError: anything else.
     """
-    groups = optimizer.param_groups
-    return [
-        row for group, names in zip(groups, names_in(groups), strict=True) for row in _rows(optimizer, group, names)
-    ]
+    inner = _ours(optimizer)
+    groups = inner.param_groups
+    return [row for group, names in zip(groups, names_in(groups), strict=True) for row in _rows(inner, group, names)]
 
 
-def describe(optimizer: SteepestDescent, full: bool = False) -> str:
+def _ours(optimizer: Any) -> SteepestDescent:
+    """The optimizer that moves the weights."""
+    found = optimizer
+    while not isinstance(found, SteepestDescent) and hasattr(found, "optimizer"):
+        found = found.optimizer
+    if not isinstance(found, SteepestDescent):
+        raise TypeError(f"optimizer must be one of normopt, got {type(found).__name__}")
+    return found
+
+
+def describe(optimizer: Optimizer, full: bool = False) -> str:
     """What each tensor is taken for and why, what moves it, how far, and what that costs; at most 100 characters wide.
 
     Tensors that are moved alike stand together, under their norm, momentum, step size, constraints and learning rate,
@@ -70,14 +86,18 @@ def describe(optimizer: SteepestDescent, full: bool = False) -> str:
     mean.
 
     Args:
-        optimizer: any of this library.
+        optimizer: any of this library, or what wraps one as :class:`~normopt.Averaged` does.
         full: a row for each parameter.
+
+    Raises:
+        TypeError: ``optimizer`` is anything else.
     """
     rows = summary(optimizer)
     parameters, state = sum(row["parameters"] for row in rows), sum(row["state_bytes"] for row in rows)
-    name = type(optimizer).__name__
+    inner = _ours(optimizer)
+    name = type(inner).__name__ if inner is optimizer else f"{type(optimizer).__name__} {type(inner).__name__}"
     title = f"{name}: {len(rows)} tensors, {parameters:,} parameters, {state:,} bytes of state"
-    parts = [title + ("" if optimizer.state else " (made at the first step)")]
+    parts = [title + ("" if inner.state else " (made at the first step)")]
     several = _grouped(rows if full else _folded(rows), *ALIKE, "lr_ratio")
     sections = [_grouped(section, "role", "reason") for section in several]
     cells = [_cells(row) for section in sections for alike in section for row in alike]

@@ -66,7 +66,7 @@ class L2(Constraint):
     """
 
     reduces = "entry"
-    weight_decay: float = 0.0
+    weight_decay: float
 
     def __post_init__(self) -> None:
         check_range(self, "weight_decay", self.weight_decay, 0, float("inf"))

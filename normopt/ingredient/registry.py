@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -37,7 +38,8 @@ def get(kind: type[T], spec: str | T) -> T:
     if isinstance(spec, str):
         found = parse(spec) if "(" in spec else _by_name(kind, spec)
     if not isinstance(found, kind):
-        raise TypeError(f"expected a {kind.__name__} or the name of one, got {found!r}")
+        hint = f"; did you mean {found.__name__}()?" if isinstance(found, type) and issubclass(found, kind) else ""
+        raise TypeError(f"expected a {kind.__name__} or the name of one, got {found!r}{hint}")
     return found
 
 
@@ -46,6 +48,10 @@ def _by_name(kind: type[T], name: str) -> T:
     cls = known.get(_dashed(name).replace("_", "-"))
     if cls is None:
         raise ValueError(f"unknown {kind.__name__.lower()} {name!r}; {nearest(name, known)}")
+    needed = [p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
+    if needed:
+        fields = ", ".join(f"{field}=..." for field in needed)
+        raise ValueError(f"{name!r} needs {' and '.join(needed)}: give {cls.__name__}({fields}), or that as text")
     return cls()
 
 
@@ -113,7 +119,12 @@ def _build(node: ast.expr) -> Any:
         case ast.UnaryOp(op=ast.USub(), operand=ast.Name(id="inf")):
             return float("-inf")
         case _:
-            return ast.literal_eval(node)
+            try:
+                return ast.literal_eval(node)
+            except ValueError:
+                text = ast.unparse(node)
+                hint = f'; a name inside of a call needs quotes, "{text}"' if isinstance(node, ast.Name) else ""
+                raise ValueError(f"cannot read {text!r} in an ingredient: it is no literal{hint}") from None
 
 
 def read(owner: Ingredient, name: str, kind: type[Ingredient]) -> None:

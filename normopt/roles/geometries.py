@@ -29,10 +29,11 @@ def adam_options(betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8) ->
 #: Adam's ingredients, as options of a param group.
 ADAM = adam_ingredients(0.9, 0.95)
 
-#: The geometries by name. ``adam``: the max norm everywhere. ``muon``: spectral for hidden matrices, max elsewhere
-#: (with Adam's memory when the optimizer is ``normopt.zoo.Muon``). ``scion``: arXiv 2502.07529, table 3, for one-hot
-#: input. ``modula``: arXiv 2410.21265, where the readout is a linear layer too. ``anthology``: the norms that arXiv
-#: 2409.20325, section 4, recommends, with the RMS -> linf norm for the readout.
+#: The geometries by name. They say nothing of the momentum of matrices. ``adam``: Adam everywhere. ``muon``: spectral
+#: for hidden matrices, by Polar Express at the scale ``"rms"`` (``zoo.Muon`` has a table of its own), Adam elsewhere.
+#: ``scion``: arXiv 2502.07529, table 3, for one-hot input. ``modula``: arXiv 2410.21265, where the readout is a linear
+#: layer too. ``anthology``: the norms that arXiv 2409.20325, section 4, recommends, with the RMS -> linf norm for the
+#: readout.
 GEOMETRIES: dict[str, Geometry] = {
     "adam": {"*": ADAM},
     "muon": {"linear": Spectral(), "conv": Spectral(), "*": ADAM},

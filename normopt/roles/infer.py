@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from normopt.ingredient.registry import nearest
+from normopt.ingredient.registry import choices, nearest
+from normopt.ingredient.stage import Direction
 from normopt.ingredient.view import View, view_of
 from normopt.roles.modules import CONV, EMBEDDING, Role, gains, is_unknown, kind_of, role_of
 from normopt.roles.options import ROLES, _options, merged
@@ -84,7 +85,8 @@ def infer_roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
 
 def _overridden(role: Role, pattern: str, override: Any) -> Role:
     if isinstance(override, str) and override not in ROLES:
-        raise ValueError(f"overrides[{pattern!r}]: unknown role {override!r}; {nearest(override, ROLES)}")
+        hint = f"; for the norm give {{'norm': {override!r}}}" if override.lower() in choices(Direction) else ""
+        raise ValueError(f"overrides[{pattern!r}]: unknown role {override!r}{hint}; {nearest(override, ROLES)}")
     options: dict[str, Any] = {"role": override} if isinstance(override, str) else _options(override)
     says_how = bool({"role", "view", "norm"} & options.keys())
     name = options.pop("role", role.name)

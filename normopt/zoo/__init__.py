@@ -103,8 +103,12 @@ __all__ = [
 
 
 def list_optimizers(pattern: str = "*") -> list[str]:
-    """The names that :func:`create` takes, those of user-defined subclasses included; ``pattern`` is a glob."""
-    return sorted(name for name in SteepestDescent.registry if fnmatch(name, pattern))
+    """The names that :func:`create` takes, those of user-defined subclasses included.
+
+    Args:
+        pattern: a glob, in any case.
+    """
+    return sorted(name for name in SteepestDescent.registry if fnmatch(name, pattern.lower()))
 
 
 def create(name: str, model: nn.Module | ParamsT, **options: Any) -> SteepestDescent:
@@ -119,6 +123,8 @@ def create(name: str, model: nn.Module | ParamsT, **options: Any) -> SteepestDes
         ValueError: unknown name; the message holds the nearest one.
         TypeError: an argument that the optimizer's class does not have; the message holds the nearest one.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"create(name, model): name must be one of list_optimizers(), got {type(name).__name__}")
     if name.lower() not in SteepestDescent.registry:
         raise ValueError(f"unknown optimizer {name!r}; {nearest(name.lower(), SteepestDescent.registry)}")
     cls = SteepestDescent.registry[name.lower()]

@@ -92,7 +92,7 @@ class SPEL(MatrixOptimizer):
 
     ``m <- momentum m + (1 - momentum) g``; ``w <- s polar((1 - lr weight_decay) w - lr s polar(t))``, where ``t`` is
     the part of ``m`` along the manifold, see :class:`~normopt.Tangent`, and ``s`` the scale. Arguments and defaults but
-    ``lr``, which is :class:`~normopt.zoo.Muon`'s, are those of Emerging-Optimizers. Matrices should start on the
+    ``lr``, which is Keller Jordan's for Muon, are those of Emerging-Optimizers. Matrices should start on the
     manifold (``torch.nn.init.orthogonal_``); others are brought there by their first step. Gains must scale what the
     matrices no longer can.
     """

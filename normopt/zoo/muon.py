@@ -78,7 +78,8 @@ class MuonPlusPlus(MatrixOptimizer):
     ``w <- w - lr S polar(P)``, ``S = sqrt(out / in)``. The spectral norm of the weights, which should be ``S`` at the
     start, stays what it is as long as the second singular value is smaller by ``lr S``. When the gap has closed, the
     leading pair changes and the norm grows: a smaller ``lr`` or a larger ``protect`` keeps it open. Of the paper only
-    the projection and the scale are here, not how it treats small gaps; its defaults are Muon's.
+    the projection and the scale are here, not how it treats small gaps; rate, momentum and
+    Nesterov's look-ahead are those of :class:`Muon`.
     """
 
     aux_ratio = 0.5

@@ -27,7 +27,8 @@ class Muon2(MatrixOptimizer):
     """Adam's denominator, then the polar factor: :class:`Muon` of ``m / sqrt(v)`` (arXiv 2604.09967).
 
     ``m <- beta1 m + (1 - beta1) g``, ``v <- beta2 v + (1 - beta2) g^2``; ``w <- (1 - lr weight_decay) w - lr
-    sqrt(out/in) polar(m / sqrt(v + eps))``. Betas and weight decay are Muon's and Adam's here.
+    sqrt(out/in) polar(m / sqrt(v + eps))``. The first beta and the weight decay are those of
+    :class:`Muon`, the rate is Keller Jordan's.
     """
 
     aux_ratio = 0.5

@@ -151,8 +151,8 @@ class Aurora(MatrixOptimizer):
     """:class:`Muon` whose updates have equally long rows (of wide matrices: columns) and stay semi-orthogonal.
 
     ``w <- (1 - lr weight_decay) w - lr sqrt(max(1, m/n)) equal_rows(u)``, ``u`` Muon's average, see
-    :class:`~normopt.EqualRows` (tilde-research/aurora-release, 2026). Square matrices move as Muon's. Rate, momentum
-    and decay are Muon's here.
+    :class:`~normopt.EqualRows` (tilde-research/aurora-release, 2026). Square matrices move as Muon's. Momentum and
+    decay are those of :class:`Muon` here, the rate is Keller Jordan's.
     """
 
     aux_ratio = 0.5

@@ -469,7 +469,7 @@ GIVEN: list[tuple[str, list[Any]]] = [
     ("momentum", ["heavy-ball", "heavy_ball", "HeavyBall", HeavyBall(), repr(HeavyBall(0.9))]),
     ("step_size", ["dual", "Dual()", Dual()]),
     ("constraint", [None, (), []]),
-    ("constraint", ["l2", "L2()", L2(), [L2()], (L2(0.0),), ["l2"]]),
+    ("constraint", ["L2(0.1)", L2(0.1), [L2(0.1)], (L2(0.1),), ["L2(0.1)"]]),
     ("constraint", [["L2(0.5)", "weight-decay"], [L2(0.5), WeightDecay()], (repr(L2(0.5)), repr(WeightDecay()))]),
 ]
 

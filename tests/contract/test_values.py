@@ -176,3 +176,47 @@ def test_the_rate_of_bare_rules() -> None:
     assert SteepestDescent(tensors()).defaults["lr"] == 1e-3
     assert SteepestDescent(tensors(), norm="max", momentum=EMA(0.9), step_size="prodigy").defaults["lr"] == 1.0
     assert isinstance(Prodigy(), LearningRateFree)
+
+
+# What cannot be read says what to write
+
+
+@pytest.mark.parametrize(
+    ("norm", "error", "message"),
+    [
+        ("smoothed", ValueError, r"'smoothed' needs norm: give Smoothed\(norm=...\)"),
+        ("Smoothed(max)", ValueError, "cannot read 'max' .* a name inside of a call needs quotes, \"max\""),
+        (normopt.Max, TypeError, r"did you mean Max\(\)\?"),
+    ],
+)
+def test_ingredients_that_cannot_be_read(norm: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SteepestDescent(tensors(), norm=norm)
+
+
+def test_decay_without_a_number_is_no_decay() -> None:
+    with pytest.raises(ValueError, match=r"'l2' needs weight_decay: give L2\(weight_decay=...\)"):
+        SteepestDescent(tensors(), constraint="l2")
+
+
+@pytest.mark.parametrize("name", [model(), zoo.Muon, None], ids=lambda x: type(x).__name__)
+def test_create_takes_the_name_first(name: Any) -> None:
+    with pytest.raises(TypeError, match=r"create\(name, model\): name must be"):
+        normopt.create(name, "muon")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"for_trainer\(name\): name must be"):
+        normopt.integrations.for_trainer(name)
+    assert normopt.list_optimizers("Muon*") == normopt.list_optimizers("muon*") != []
+
+
+def test_a_norm_in_the_place_of_a_role() -> None:
+    with pytest.raises(ValueError, match=r"unknown role 'max'; for the norm give \{'norm': 'max'\}"):
+        normopt.create("muon", model(), overrides={"2.weight": "max"})
+
+
+def test_wrapped_optimizers_are_described() -> None:
+    inner = normopt.create("muon", model())
+    assert normopt.summary(normopt.Averaged(inner)) == normopt.summary(inner)
+    assert normopt.describe(normopt.Averaged(inner)).startswith("Averaged Muon: 6 tensors")
+    for wrong in (torch.optim.AdamW(model().parameters()), model()):
+        with pytest.raises(TypeError, match=f"optimizer must be one of normopt, got {type(wrong).__name__}"):
+            normopt.describe(wrong)  # type: ignore[arg-type]
