@@ -201,7 +201,7 @@ def test_statistics_of_inputs_are_kept_for_those_that_read_them(
 def test_averaged_iterates_are_evaluated(
     name: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = f"sf={name}(averaged={{'decay':0.5,'start':2,'interpolation':0.0}})"
+    given = f"sf={name}(averaged={{'beta':0.5,'start':2,'interpolation':0.0}})"
     (run,) = planned(["--optimizers", given, "--lr", "sf=0.1"], corpus, monkeypatch)
     settings = replace(config(corpus, "sf", run.lr), options=run.options)
     plain = replace(settings, options={key: value for key, value in run.options.items() if key != "averaged"})
