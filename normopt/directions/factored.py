@@ -16,10 +16,10 @@ from normopt.ingredient.validate import check_range
 class Factored(UnitRMS):
     """Adafactor's second moment: averages of row means and column means of ``g^2`` (arXiv 1804.04235).
 
-    ``r <- r + t^exponent (row means of g^2 - r)``, ``c <- c + t^exponent (column means of g^2 - c)``, ``v = r c / mean(r)``,
-    result ``x / max(sqrt(v), eps)``. A vector is one row, for which ``v`` is the whole second moment. This is no norm's
-    duality map: without memory (``exponent=0``) it divides each entry by the sizes of its row and of its column at once,
-    one step of a Sinkhorn iteration.
+    ``r <- r + a (row means of g^2 - r)``, ``c <- c + a (column means of g^2 - c)`` with ``a = t^exponent``, ``v = r c /
+    mean(r)``, result ``x / max(sqrt(v), eps)``. A vector is one row, for which ``v`` is the whole second moment. This
+    is no norm's duality map: without memory (``exponent=0``) it divides each entry by the sizes of its row and of its
+    column at once, one step of a Sinkhorn iteration.
 
     Args:
         exponent: exponent of the step number ``t`` in the weight of the newest gradient, at most 0.

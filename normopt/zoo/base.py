@@ -79,7 +79,6 @@ ARGUMENTS: dict[str, str] = {
         "give each matrix a step of its own for that, spread over those steps, so that no step is slow; ``False``: all "
         "at once, as other implementations do."
     ),
-    "lr_ratio": "length of this rule's steps over ``lr``.",
     "gamma": "length of the argument of cosh.",
     "delta": (
         "where ``|cos|`` of weights and gradient is below this, in units of that of random vectors, the update is "
@@ -177,7 +176,7 @@ class Declared(SteepestDescent):
     def _own_rule(self, group: Mapping[str, Any]) -> Rule:
         """The optimizer's own rule, declared anew where the group names arguments that no option of it stands for."""
         rule = super()._own_rule(group)
-        names = self.arguments.keys() - rule.options() - INGREDIENTS - {*HANDED_ON, "lr", "lr_ratio"}
+        names = self.arguments.keys() - rule.options() - INGREDIENTS - {*HANDED_ON, "lr"}
         said = {name: group[name] for name in names & group.keys()}
         return self.declared((), **{**self.arguments, **said}).completed_rule() if said else rule
 

@@ -197,9 +197,7 @@ def test_half_precision_averages_in_float32_and_keeps_kahans_sum() -> None:
     assert torch.equal(w, state["base"]) and (w != tensors([(6, 5)], torch.bfloat16)[0]).any()
 
 
-@pytest.mark.parametrize(
-    "bound", [RowBound(0.7), FrobeniusSphere(), FrobeniusSphere(0.5), Stiefel(method="exact")]
-)
+@pytest.mark.parametrize("bound", [RowBound(0.7), FrobeniusSphere(), FrobeniusSphere(0.5), Stiefel(method="exact")])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_bounds_hold_for_what_is_evaluated(bound: normopt.Constraint, transpose: bool) -> None:
     w = nn.Parameter(nn.init.orthogonal_(torch.empty(6, 4, dtype=torch.float64)) / 3)

@@ -708,7 +708,7 @@ def test_a_name_is_taken_once() -> None:
         (lambda: DualKyFan(0), ValueError, "DualKyFan: k must be a whole number from 1 up, got 0"),
         (lambda: DualKyFan(rank_fraction=0.0), ValueError, "DualKyFan: rank_fraction must be positive, got 0.0"),
         (lambda: DualKyFan(rank_fraction=1.5), ValueError, "DualKyFan: rank_fraction must lie in [0, 1], got 1.5"),
-        (lambda: DualKyFan(2, 0.5), ValueError, "DualKyFan: k and rank_fraction are two ways to say one number, got k=2"),
+        (lambda: DualKyFan(2, 0.5), ValueError, "DualKyFan: k and rank_fraction are two ways to say one number"),
         (lambda: KyFan(1.5), ValueError, "KyFan: k must be a whole number from 1 up, got 1.5"),
         (lambda: PerBlock("spectrl"), ValueError, "unknown norm 'spectrl'; did you mean 'spectral'?"),
         (lambda: PerBlock(Max(), rows=0), ValueError, "PerBlock: rows must be a whole number from 1 up, got 0"),
