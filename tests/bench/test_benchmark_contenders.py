@@ -207,7 +207,7 @@ def test_averaged_iterates_are_evaluated(
     plain = replace(settings, options={key: value for key, value in run.options.items() if key != "averaged"})
     assert resumed(settings, tmp_path, monkeypatch)["final_loss"] != finish(plain)["final_loss"]
     made = make_optimizer(settings, GPT(256, 16, 1, 2))
-    assert isinstance(made, normopt.Averaged) and made.decay == 0.5
+    assert isinstance(made, normopt.Averaged) and made.beta == 0.5
 
 
 def resumed(settings: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Row:

@@ -272,3 +272,16 @@ def test_aro_has_one_length(base: str) -> None:
     for x in g, g.mT, from_spectrum(6, 10, spectrum(2)):
         assert_close(rms(single(zoo.ARO, x, base=base)), torch.tensor(0.2, dtype=torch.float64), 1e-9)
     assert_close(single(zoo.ARO, 1e-30 * g), single(zoo.ARO, g), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["SWAN", "SinkGD", "COSMOS"])
+def test_a_group_may_name_the_scale_and_a_ratio_of_rates(name: str) -> None:
+    def length(**said: float) -> float:
+        w = torch.nn.Parameter(torch.zeros(6, 4))
+        w.grad = torch.ones(6, 4).tril()
+        getattr(zoo, name)([{"params": [w], **said}], 0.1, weight_decay=0.0).step()
+        return float(w.detach().norm())
+
+    assert (
+        length(scale=0.5) == pytest.approx(5 * length(scale=0.1)) == pytest.approx(10 * length(scale=0.1, lr_ratio=0.5))
+    )
