@@ -27,16 +27,16 @@ class Averaged(Optimizer):
     The optimizer moves its base iterate ``z``; ``x`` is an average of ``z`` over all steps. In training the parameters
     are ``y = (1 - interpolation) z + interpolation x``, where gradients are taken; after :meth:`eval` they are
     ``(1 - share) z + share x``, and after :meth:`train` they are ``y`` again. One step is ``z <- step(z, g(y))``,
-    ``x <- (1 - c) x + c z``, where without ``decay`` the weight of each step in the average is ``k^r lr_max^power``,
+    ``x <- (1 - c) x + c z``, where without ``beta`` the weight of each step in the average is ``k^r lr_max^power``,
     ``k`` the number of the step from 1 and ``lr_max`` the largest learning rate of the param group so far.
 
     * ``Averaged(optimizer)`` is schedule-free learning (Defazio et al., arXiv 2405.15682), around AdamW without first
       momentum (``betas=(0, beta2)``) and around SGD as the package ``schedulefree`` has it.
     * ``Averaged(muon, power=0.0, rise=(T0, rho))`` is AMUSE (arXiv 2605.22432).
     * ``Averaged(normuon)`` is schedule-free NorMuon (arXiv 2605.23061).
-    * ``Averaged(optimizer, mu_y, decay=mu_x)`` is generalized primal averaging (arXiv 2512.17131).
-    * ``Averaged(optimizer, 0.0, decay=1 - 1/150, start=2400, share=0.6)`` is an average of the tail.
-    * ``Averaged(optimizer, -beta (1 - gamma) / gamma, decay=gamma, share=0.0, leap=True)`` is EMA-Nesterov (arXiv
+    * ``Averaged(optimizer, mu_y, beta=mu_x)`` is generalized primal averaging (arXiv 2512.17131).
+    * ``Averaged(optimizer, 0.0, beta=1 - 1/150, start=2400, share=0.6)`` is an average of the tail.
+    * ``Averaged(optimizer, -beta (1 - gamma) / gamma, beta=gamma, share=0.0, leap=True)`` is EMA-Nesterov (arXiv
       2605.25395): the optimizer steps from ``z + beta m``, ``m`` the average of the movements of ``z``.
 
     ``param_groups`` are the optimizer's, for schedules and :func:`normopt.set_lr`. ``z`` is kept in the parameter's
@@ -53,7 +53,8 @@ class Averaged(Optimizer):
         optimizer: the one that moves ``z``, new or not; its momentum must not look back.
         interpolation: the share of ``x`` in ``y``; 0 takes gradients at ``z``, negative values lie beyond it. It may be
             assigned at any time.
-        decay: ``c = 1 - decay`` for an exponential average; ``None`` for the mean with the weights above.
+        beta: decay rate of an exponential average, in [0, 1), whose ``c`` is ``1 - beta``; ``None`` for the mean with
+            the weights above.
         power, r: exponents of these weights, not negative.
         weight_decay: decay at ``y``, as that of the package ``schedulefree``: ``z <- z - lr weight_decay y`` before the
             step. The optimizer's own decay is at ``z``.
@@ -74,7 +75,7 @@ class Averaged(Optimizer):
         optimizer: Optimizer,
         interpolation: float = 0.9,
         *,
-        decay: float | None = None,
+        beta: float | None = None,
         power: float = 2.0,
         r: float = 0.0,
         weight_decay: float = 0.0,
@@ -95,13 +96,13 @@ class Averaged(Optimizer):
         check_range(self, "share", share, 0, 1, closed=True)
         for name, value in (("power", power), ("r", r), ("weight_decay", weight_decay)):
             check_range(self, name, value, 0, float("inf"))
-        if decay is not None:
-            check_range(self, "decay", decay, 0, 1)
+        if beta is not None:
+            check_range(self, "beta", beta, 0, 1)
         check_count(self, "start", start)
         if rise is not None:
             check_count(self, "rise", rise[0])
             check_range(self, "rise", rise[1], 0, float("inf"))
-        self.interpolation, self.decay, self.power, self.r = interpolation, decay, power, r
+        self.interpolation, self.beta, self.power, self.r = interpolation, beta, power, r
         self.weight_decay, self.start, self.rise, self.share, self.leap = weight_decay, start, rise, share, leap
         self.is_training = True
         super().__init__([p for group in optimizer.param_groups for p in group["params"]], {})
@@ -226,8 +227,8 @@ class Averaged(Optimizer):
         numbers["lr_max"] = max(lr, numbers["lr_max"])
         if numbers["steps"] < self.start:
             return 1.0
-        if self.decay is not None:
-            return 1 - self.decay
+        if self.beta is not None:
+            return 1 - self.beta
         new = numbers["steps"] ** self.r * numbers["lr_max"] ** self.power
         numbers["weights"] += new
         return new / numbers["weights"] if numbers["weights"] else 0.0

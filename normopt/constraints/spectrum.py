@@ -177,23 +177,23 @@ class Stiefel(_OfSpectrum):
     Args:
         radius: the singular values, in units of ``Spectral(scale)``; positive.
         scale: see :class:`~normopt.norms.Norm`; ``"unit"`` by default.
-        orthogonalize: ``"polar-express"``, ten steps of it, which reach the last bits of float32 for singular values
+        method: ``"polar-express"``, ten steps of it, which reach the last bits of float32 for singular values
             above 1e-3 of the Frobenius norm; or ``"exact"``, see :func:`normopt.polar.polar`.
     """
 
     scale: Scale = "unit"
-    orthogonalize: str = "polar-express"
+    method: str = "polar-express"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "orthogonalize", self.orthogonalize, ("polar-express", "exact"))
+        check_choice(self, "method", self.method, ("polar-express", "exact"))
 
     @property
     def decides_on_host(self) -> bool:
-        return self.orthogonalize == "exact"
+        return self.method == "exact"
 
     def into_unit_ball(self, w: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
-        return polar(w, self.orthogonalize, POLAR_STEPS if self.orthogonalize == "polar-express" else None)
+        return polar(w, self.method, POLAR_STEPS if self.method == "polar-express" else None)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from normopt.ingredient.validate import check_range
 class Factored(UnitRMS):
     """Adafactor's second moment: averages of row means and column means of ``g^2`` (arXiv 1804.04235).
 
-    ``r <- r + t^decay (row means of g^2 - r)``, ``c <- c + t^decay (column means of g^2 - c)``, ``v = r c / mean(r)``,
-    result ``x / max(sqrt(v), eps)``. A vector is one row, for which ``v`` is the whole second moment. This is no norm's
-    duality map: without memory (``decay=0``) it divides each entry by the sizes of its row and of its column at once,
-    one step of a Sinkhorn iteration.
+    ``r <- r + a (row means of g^2 - r)``, ``c <- c + a (column means of g^2 - c)`` with ``a = t^exponent``, ``v = r c /
+    mean(r)``, result ``x / max(sqrt(v), eps)``. A vector is one row, for which ``v`` is the whole second moment. This
+    is no norm's duality map: without memory (``exponent=0``) it divides each entry by the sizes of its row and of its
+    column at once, one step of a Sinkhorn iteration.
 
     Args:
-        decay: exponent of the step number ``t`` in the weight of the newest gradient, at most 0.
+        exponent: exponent of the step number ``t`` in the weight of the newest gradient, at most 0.
         eps: the smallest divisor; ``None``: the working dtype's epsilon, ``torch.finfo(dtype).eps``.
     """
 
@@ -30,11 +30,11 @@ class Factored(UnitRMS):
     reduces = "all"
     needs_matrix = True
     takes_vectors = True
-    decay: float = -0.8
+    exponent: float = -0.8
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        check_range(self, "decay", self.decay, -1e300, 0, closed=True)
+        check_range(self, "exponent", self.exponent, -1e300, 0, closed=True)
         if self.eps is not None:
             check_range(self, "eps", self.eps, 0, float("inf"))
 
@@ -44,7 +44,7 @@ class Factored(UnitRMS):
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         square = context.g.square()
         square.clamp_(max=torch.finfo(square.dtype).max / (2 * max(1, *square.shape[-2:])))  # keeps the sums finite
-        newest = context.step**self.decay
+        newest = context.step**self.exponent
         newest = newest.to(square.dtype) if isinstance(newest, Tensor) else newest
         state["row"].lerp_(square.mean(dim=-1, keepdim=True), newest)
         state["column"].lerp_(square.mean(dim=-2, keepdim=True), newest)

@@ -25,10 +25,10 @@ from normopt.numerics.lengths import euclidean, normalize, normalized
 class LowRank(Direction):
     """Dion: a low-rank polar factor by one power iteration a step, with error feedback (arXiv 2504.05295).
 
-    ``M <- M + x``; ``P``: the orthonormal factor of ``M Q``; ``R = M^T P``; ``M <- M - (1 - mu) P R^T``; ``Q``: ``R``
+    ``M <- M + x``; ``P``: the orthonormal factor of ``M Q``; ``R = M^T P``; ``M <- M - (1 - beta) P R^T``; ``Q``: ``R``
     with columns of length 1; result ``sqrt(out/in) P Q^T``. Wide matrices are transposed first, so that ``Q`` belongs
     to the shorter side. ``M`` is the momentum (use none before it): its low-rank part ``P R^T`` decays at the rate
-    ``mu``, the rest does not decay. The result has Frobenius norm ``sqrt(rank out/in)``; at full rank it converges to
+    ``beta``, the rest does not decay. The result has Frobenius norm ``sqrt(rank out/in)``; at full rank it converges to
     the polar factor while gradients stay the same.
 
     Columns of ``R`` beyond the rank of ``M``, shorter than 2e-5 (in float32) of the Frobenius norm, are dropped from
@@ -36,7 +36,7 @@ class LowRank(Direction):
 
     Args:
         rank_fraction: the rank divided by the shorter side, in (0, 1]; the rank is rounded up.
-        mu: decay rate of the low-rank part of the momentum, in [0, 1).
+        beta: decay rate of the low-rank part of the momentum, in [0, 1).
 
     Memory: ``M``, and ``rank x min(out, in)`` numbers.
     """
@@ -46,11 +46,11 @@ class LowRank(Direction):
     decides_on_host = True
     degree = 0
     rank_fraction: float = 1.0
-    mu: float = 0.95
+    beta: float = 0.95
 
     def __post_init__(self) -> None:
         check_range(self, "rank_fraction", self.rank_fraction, 1e-300, 1, closed=True)
-        check_range(self, "mu", self.mu, 0, 1)
+        check_range(self, "beta", self.beta, 0, 1)
 
     def _rank(self, shape: tuple[int, ...]) -> int:
         return math.ceil(self.rank_fraction * min(shape[-2:]))
@@ -67,7 +67,7 @@ class LowRank(Direction):
     def __call__(self, x: Tensor, state: dict[str, Tensor], context: Context) -> Tensor:
         tall = _tall(state["buffer"].add_(x))
         p, r, q = self._factors(tall, state["basis"])
-        tall.sub_(p @ r.mT, alpha=1 - self.mu)
+        tall.sub_(p @ r.mT, alpha=1 - self.beta)
         state["basis"].copy_(torch.where(q.any(dim=-2, keepdim=True), q, state["basis"]))
         return self._product(p, q, x.shape)
 

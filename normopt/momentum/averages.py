@@ -147,22 +147,22 @@ class HeavyBall(Momentum):
 class WarmNesterov(Momentum):
     """NAdam's Nesterov momentum, with a weight ``mu`` that grows from ``beta / 2`` to ``beta`` (Dozat 2016).
 
-    ``m <- beta m + (1 - beta) g``; with ``mu_t = beta (1 - 0.96^(t decay) / 2)`` and ``P_t = mu_1 ... mu_t`` it returns
-    ``(1 - mu_t) / (1 - P_t) g + mu_(t+1) / (1 - P_(t+1)) m``.
+    ``m <- beta m + (1 - beta) g``; with ``mu_t = beta (1 - 0.96^(t momentum_decay) / 2)`` and ``P_t = mu_1 ... mu_t``
+    it returns ``(1 - mu_t) / (1 - P_t) g + mu_(t+1) / (1 - P_(t+1)) m``.
 
     Args:
         beta: decay rate of the average, in [0, 1).
-        decay: rate at which ``mu`` grows (torch.optim.NAdam's ``momentum_decay``), not negative.
+        momentum_decay: rate at which ``mu`` grows (torch.optim.NAdam's ``momentum_decay``), not negative.
     """
 
     sees_weights = False
     decides_on_host = True
     beta: float = 0.9
-    decay: float = 4e-3
+    momentum_decay: float = 4e-3
 
     def __post_init__(self) -> None:
         check_range(self, "beta", self.beta, 0, 1)
-        check_range(self, "decay", self.decay, 0, float("inf"))
+        check_range(self, "momentum_decay", self.momentum_decay, 0, float("inf"))
 
     def init_state(self, x: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(x)}
@@ -173,7 +173,7 @@ class WarmNesterov(Momentum):
         return (x * ((1 - now) / (1 - product))).add_(m, alpha=ahead / (1 - product * ahead))
 
     def _mu(self, step: float) -> float:
-        return self.beta * (1 - 0.5 * 0.96 ** (step * self.decay))
+        return self.beta * (1 - 0.5 * 0.96 ** (step * self.momentum_decay))
 
     def _product(self, step: float) -> float:
         """``P_step``; once it is so small that ``1 - P_step`` rounds to 1, a product of fewer factors."""

@@ -76,26 +76,34 @@ class DualKyFan(UnitarilyInvariant):
     bisection. No second moment. Scale ``"rms"``: sqrt(out/in).
 
     Args:
-        k: the number of singular values, 1 or more; ``None``: ``fraction`` of them.
-        fraction: ``k`` over the shorter side, in (0, 1], rounded up; only used where ``k`` is ``None``.
+        k: the number of singular values, 1 or more; 2 where neither ``k`` nor ``rank_fraction`` is given.
+        rank_fraction: ``k`` over the shorter side, in (0, 1], rounded up, in place of ``k``.
         scale: see :class:`~normopt.norms.Norm`; by keyword.
     """
 
     scale: Scale = field(default="rms", kw_only=True)
-    k: int | None = 2
-    fraction: float = 1.0
+    k: int | None = None
+    rank_fraction: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "fraction", self.fraction)
-        check_range(self, "fraction", self.fraction, 0, 1, closed=True)
+        if self.k is not None and self.rank_fraction is not None:
+            raise ValueError(
+                f"DualKyFan: k and rank_fraction are two ways to say one number, "
+                f"got k={self.k!r} and rank_fraction={self.rank_fraction!r}; give one of them"
+            )
         if self.k is not None:
             check_count(self, "k", self.k)
+        if self.rank_fraction is not None:
+            check_positive(self, "rank_fraction", self.rank_fraction)
+            check_range(self, "rank_fraction", self.rank_fraction, 0, 1, closed=True)
 
     def count(self, m: int, n: int) -> int:
         """``k`` for an (m x n) matrix."""
-        part = self.fraction * min(m, n)
-        return max(1, math.ceil(part - 1e-9 * part)) if self.k is None else self.k
+        if self.rank_fraction is None:
+            return 2 if self.k is None else self.k
+        part = self.rank_fraction * min(m, n)
+        return max(1, math.ceil(part - 1e-9 * part))
 
     def unit_norm(self, w: Tensor) -> Tensor:
         s = singular_values(w)

@@ -38,21 +38,21 @@ class Constant(StepSize):
 
 @dataclass(frozen=True)
 class InverseTime(StepSize):
-    """Inverse-time decay of the learning rate, ``lr / (1 + (step - 1) decay)`` (torch.optim.Adagrad's ``lr_decay``).
+    """Inverse-time decay of the learning rate, ``lr / (1 + (step - 1) lr_decay)`` (torch.optim.Adagrad's ``lr_decay``).
 
     Args:
-        decay: the rate of decay, not negative.
+        lr_decay: the rate of decay, not negative.
     """
 
     sees_weights = False
     reduces = "entry"
-    decay: float = 0.0
+    lr_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        check_range(self, "decay", self.decay, 0, float("inf"))
+        check_range(self, "lr_decay", self.lr_decay, 0, float("inf"))
 
     def rate(self, lr: Rate, step: float, shared: Numbers) -> Rate:
-        return lr / (1 + (step - 1) * self.decay)
+        return lr / (1 + (step - 1) * self.lr_decay)
 
 
 @dataclass(frozen=True)

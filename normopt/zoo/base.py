@@ -80,7 +80,6 @@ ARGUMENTS: dict[str, str] = {
         "give each matrix a step of its own for that, spread over those steps, so that no step is slow; ``False``: all "
         "at once, as other implementations do."
     ),
-    "lr_ratio": "length of this rule's steps over ``lr``.",
     "gamma": "length of the argument of cosh.",
     "delta": (
         "where ``|cos|`` of weights and gradient is below this, in units of that of random vectors, the update is "
@@ -197,7 +196,7 @@ class Declared(SteepestDescent):
     def _said(self, group: Mapping[str, Any]) -> Set[str]:
         """The arguments that a group names and that no option of the rule stands for."""
         names = self.arguments.keys() - rule_of(self.defaults).options() - INGREDIENTS
-        return (names - {*HANDED_ON, "lr", "lr_ratio"}) & group.keys()
+        return (names - {*HANDED_ON, "lr"}) & group.keys()
 
     def _own_rule(self, group: Mapping[str, Any]) -> Rule:
         """The optimizer's own rule, declared anew where the group names arguments that no option of it stands for."""

@@ -19,7 +19,7 @@ from normopt.zoo.matrices import HALF_LR, FixedStepMatrixOptimizer, MatrixOptimi
 EQUILIBRATIONS: dict[str, Direction] = {
     "row": Row("unit"),
     "column": Column("unit"),
-    "both": Chain(Identity(), Factored(decay=0.0, eps=0.0)),
+    "both": Chain(Identity(), Factored(exponent=0.0, eps=0.0)),
 }
 
 

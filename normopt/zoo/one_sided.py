@@ -45,13 +45,14 @@ class COSMOS(FixedStepMatrixOptimizer):
 
     ``m`` is the bias-corrected average of gradients, ``U`` the leading subspace of an average of ``g^T g``, see
     :class:`~normopt.LeadingSubspace`; ``d = adam(m U) U^T + gamma o / rms(o)`` with ``o = polar(m - m U U^T)``; ``w <-
-    (1 - lr weight_decay) w - lr lr_ratio d / rms(d)``. Arguments and defaults are those of lliu606/COSMOS (the betas of
-    its README), whose newer code has a Nesterov momentum in place of the average of the older one.
+    (1 - lr weight_decay) w - lr scale d / rms(d)``. Arguments and defaults are those of lliu606/COSMOS (the betas of
+    its README; ``scale`` is called ``lr_ratio`` there), whose newer code has a Nesterov momentum in place of the
+    average of the older one.
     """
 
     betas: tuple[float, float] = arg(default=(0.9, 0.95), doc="decay rates of ``m``, and of all other averages.")
     eps: float = arg(default=1e-8, doc="added to the root of Adam's second moments.")
-    lr_ratio: float = 0.1
+    scale: float = arg(default=0.1, doc="root mean square of an update over ``lr``.")
     rank: int = arg(default=64, doc="dimension of the leading subspace.")
     gamma: float = arg(default=0.2, doc="root mean square of the rest's part of ``d``.")
     weight_decay: float = 0.0
@@ -64,4 +65,4 @@ class COSMOS(FixedStepMatrixOptimizer):
         polar = Spectral("unit", self.orthogonalize, self.ns_steps, self.orthogonalize_dtype)
         both = LeadingSubspace(adam, Chain(polar, Euclidean()), self.rank, option("betas", 1), option("gamma"))
         average = EMA(option("betas", 0), bias_correction=True)
-        return Rule(Chain(both, Euclidean()), average, Constant(self.lr_ratio))
+        return Rule(Chain(both, Euclidean()), average, Constant(self.scale))

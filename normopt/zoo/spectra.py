@@ -55,7 +55,7 @@ class NuMuon(MatrixOptimizer):
     aux_lr: float | None = arg(default=None, doc=HALF_LR, kw_only=True)
 
     def rule(self) -> Rule:
-        leading = DualKyFan(None, option("rank_fraction"), scale=self.scale)
+        leading = DualKyFan(rank_fraction=option("rank_fraction"), scale=self.scale)
         return Rule(leading, EMA(option("momentum"), option("nesterov")))
 
 

@@ -57,7 +57,7 @@ class SCALE(DeclaredOptimizer):
 class SWAN(FixedStepMatrixOptimizer):
     """Rows of one size, then the polar factor, without any state: the row norm and the spectral norm in a chain.
 
-    ``h``: ``g`` with rows of a root mean square of 1; ``w <- (1 - lr weight_decay) w - lr lr_ratio polar(h)``, rescaled
+    ``h``: ``g`` with rows of a root mean square of 1; ``w <- (1 - lr weight_decay) w - lr scale polar(h)``, rescaled
     to the Frobenius norm of ``h``, by sqrt(max(m, n)) at full rank (arXiv 2412.13148). The paper has no weight decay,
     whitens by a Newton-Schulz iteration of its own, which ends at the same polar factor, and in its second version
     subtracts each row's mean first, which is not done here.
@@ -65,29 +65,29 @@ class SWAN(FixedStepMatrixOptimizer):
 
     lr: float | Tensor = arg(default=0.02, doc="learning rate, of AdamW too.")
     weight_decay: float = 0.0
-    lr_ratio: float = 0.05
+    scale: float = arg(default=0.05, doc="length of this rule's steps over ``lr``.")
     orthogonalize: str | PolarCoefficients = arg(default="auto", kw_only=True)
     orthogonalize_dtype: torch.dtype | str | None = arg(default=None, kw_only=True)
 
     def rule(self) -> Rule:
         polar = Spectral("unit", self.orthogonalize, None, self.orthogonalize_dtype)
-        return Rule(Chain(Row("sqrt_in"), Grafted(polar, Identity())), step_size=Constant(self.lr_ratio))
+        return Rule(Chain(Row("sqrt_in"), Grafted(polar, Identity())), step_size=Constant(self.scale))
 
 
 class SinkGD(FixedStepMatrixOptimizer):
     """Rows and columns of a root mean square of 1 at once, without any state (arXiv 2502.06742).
 
-    ``w <- (1 - lr weight_decay) w - lr lr_ratio sinkhorn(g)``, which divides each row by its root mean square, then
+    ``w <- (1 - lr weight_decay) w - lr scale sinkhorn(g)``, which divides each row by its root mean square, then
     each column, ``iterations`` times (:class:`~normopt.Sinkhorn`). Defaults are the paper's, which has no weight decay.
     """
 
     lr: float | Tensor = arg(default=0.02, doc="learning rate, of AdamW too.")
     weight_decay: float = 0.0
     iterations: int = arg(default=5, doc="how often rows and columns are normalized.")
-    lr_ratio: float = 0.05
+    scale: float = arg(default=0.05, doc="length of this rule's steps over ``lr``.")
 
     def rule(self) -> Rule:
-        return Rule(Sinkhorn(self.iterations), step_size=Constant(self.lr_ratio))
+        return Rule(Sinkhorn(self.iterations), step_size=Constant(self.scale))
 
 
 class ARO(FixedStepMatrixOptimizer):

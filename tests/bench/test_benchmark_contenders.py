@@ -201,13 +201,13 @@ def test_statistics_of_inputs_are_kept_for_those_that_read_them(
 def test_averaged_iterates_are_evaluated(
     name: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = f"sf={name}(averaged={{'decay':0.5,'start':2,'interpolation':0.0}})"
+    given = f"sf={name}(averaged={{'beta':0.5,'start':2,'interpolation':0.0}})"
     (run,) = planned(["--optimizers", given, "--lr", "sf=0.1"], corpus, monkeypatch)
     settings = replace(config(corpus, "sf", run.lr), options=run.options)
     plain = replace(settings, options={key: value for key, value in run.options.items() if key != "averaged"})
     assert resumed(settings, tmp_path, monkeypatch)["final_loss"] != finish(plain)["final_loss"]
     made = make_optimizer(settings, GPT(256, 16, 1, 2))
-    assert isinstance(made, normopt.Averaged) and made.decay == 0.5
+    assert isinstance(made, normopt.Averaged) and made.beta == 0.5
 
 
 def resumed(settings: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Row:

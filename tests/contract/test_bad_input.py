@@ -501,9 +501,7 @@ NAME = ["nonsense"]
 #: What every argument of that name must not be.
 OUT_OF_RANGE: dict[str, list[Any]] = {
     **dict.fromkeys(["lr", "weight_decay", "eps", "delta", "wd_ratio", "gamma", "lr_decay"], ABOVE),
-    **dict.fromkeys(
-        ["aux_lr", "aux_eps", "aux_weight_decay", "graft_eps", "momentum_decay", "scale", "lr_ratio"], ABOVE
-    ),
+    **dict.fromkeys(["aux_lr", "aux_eps", "aux_weight_decay", "graft_eps", "momentum_decay", "scale"], ABOVE),
     **dict.fromkeys(["initial_accumulator_value", "trust_coefficient", "init_factor", "alpha", "exponent"], ABOVE),
     "momentum": [*ABOVE, 1.5],  # as in torch.optim.Muon, an average of 1 stays 0
     **dict.fromkeys(["momentum_2", "beta2", "mu", "beta3", "graft_beta2", "rms_beta"], BELOW_ONE),

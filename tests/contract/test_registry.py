@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 from torch import nn
@@ -55,6 +56,19 @@ def test_ingredients_are_not_taken_for_optimizers(ingredient: type) -> None:
             ingredient(params, lr=0.1)
     with pytest.raises(TypeError, match="parameters or a model"):
         ingredient(params=model.parameters())
+
+
+@pytest.mark.parametrize("ingredient", CONCRETE, ids=lambda each: each.__name__)
+def test_ingredients_have_one_name_for_one_number(ingredient: type) -> None:
+    """A decay rate is ``beta``, part of the rank ``rank_fraction``, a polar factor's ``method``."""
+    names = {each.name for each in dataclasses.fields(ingredient)}
+    assert not names & {"decay", "mu", "fraction", "orthogonalize", "lr_ratio"}
+
+
+def test_no_argument_of_an_optimizer_is_called_as_the_ratio_of_a_group() -> None:
+    for name in zoo.__all__:
+        if name.lower() in normopt.list_optimizers():
+            assert "lr_ratio" not in inspect.signature(getattr(zoo, name)).parameters, name
 
 
 def test_one_name_is_one_thing() -> None:

@@ -157,7 +157,7 @@ def test_adagrads_decay_is_a_step_size() -> None:
     zoo.Adagrad(weights(), step_size="constant")
     with pytest.raises(ValueError, match="Adagrad: lr_decay is a step size"):
         zoo.Adagrad(weights(), lr_decay=0.1, step_size="constant")
-    with pytest.raises(ValueError, match="InverseTime: decay must lie in"):
+    with pytest.raises(ValueError, match="InverseTime: lr_decay must lie in"):
         zoo.Adagrad(weights(), lr_decay=-0.1)
 
 
@@ -187,7 +187,7 @@ def test_adafactors_numbers_are_where_torch_has_them() -> None:
     ours, theirs = (cls(weights()).param_groups[0] for cls in (zoo.Adafactor, torch.optim.Adafactor))
     names = ("lr", "beta2_decay", "eps", "d", "weight_decay")
     assert [ours[name] for name in names] == [theirs[name] for name in names]
-    with pytest.raises(ValueError, match="Factored: decay must lie in"):
+    with pytest.raises(ValueError, match="Factored: exponent must lie in"):
         zoo.Adafactor(weights(), beta2_decay=0.1)
     with pytest.raises(ValueError, match="Relative: eps must lie in"):
         zoo.Adafactor(weights(), eps=(None, -1.0))

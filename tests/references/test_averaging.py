@@ -90,7 +90,7 @@ def test_schedule_free(base: Any, reference: Any, options: dict[str, float], dty
 def test_tail_average_is_torchs_ema() -> None:
     model = nn.Linear(5, 4)
     twin = copy.deepcopy(model)
-    averaged = Averaged(zoo.Muon(model, 0.1), 0.0, decay=0.9)
+    averaged = Averaged(zoo.Muon(model, 0.1), 0.0, beta=0.9)
     plain, ema = zoo.Muon(twin, 0.1), AveragedModel(twin, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     ema.update_parameters(twin)  # its first call copies the start
     for i in range(20):
@@ -107,7 +107,7 @@ def test_tail_average_is_torchs_ema() -> None:
 
 def test_a_tail_starts_late_and_is_mixed_in() -> None:
     (w,) = tensors([(4, 3)])
-    averaged = Averaged(torch.optim.SGD([w], 0.1), 0.0, decay=0.8, start=6, share=0.6)
+    averaged = Averaged(torch.optim.SGD([w], 0.1), 0.0, beta=0.8, start=6, share=0.6)
     seen: list[Tensor] = []
     descend(averaged, [w], 12, then=lambda: seen.append(w.detach().clone()))
     x = seen[4]
@@ -120,7 +120,7 @@ def test_a_tail_starts_late_and_is_mixed_in() -> None:
 def test_ema_nesterov_by_its_recurrence() -> None:
     (w,), (theta,) = tensors([(4, 3)]), tensors([(4, 3)])
     beta, gamma = 0.6, 0.9
-    averaged = Averaged(torch.optim.SGD([w], 0.1), -beta * (1 - gamma) / gamma, decay=gamma, share=0.0, leap=True)
+    averaged = Averaged(torch.optim.SGD([w], 0.1), -beta * (1 - gamma) / gamma, beta=gamma, share=0.0, leap=True)
     theta, m = theta.detach(), torch.zeros(4, 3, dtype=torch.float64)
     for i in range(20):
         descend(averaged, [w], 1, i)
@@ -140,7 +140,7 @@ def test_amuse_and_generalized_primal_averaging_by_their_recurrences(rise: tuple
     m = torch.zeros_like(z)
     exact: dict[str, Any] = {"orthogonalize": "exact", "orthogonalize_dtype": None, "adjust_lr_fn": "original"}
     muon = zoo.Muon([w], 0.05, momentum=0.8, nesterov=False, weight_decay=0.1, **exact)
-    averaged = Averaged(muon, 0.7, power=0.0, rise=rise) if rise else Averaged(muon, 0.7, decay=0.9)
+    averaged = Averaged(muon, 0.7, power=0.0, rise=rise) if rise else Averaged(muon, 0.7, beta=0.9)
     for k in range(1, 20):
         share = 1 - (4 / (k - 1)) ** 0.7 * 0.3 if rise and k >= 5 else 0.7
         y = (1 - share) * z + share * x
@@ -185,8 +185,8 @@ def test_half_precision_averages_in_float32_and_keeps_kahans_sum() -> None:
     (w,) = tensors([(6, 5)], torch.bfloat16)
     (v,) = tensors([(6, 5)], torch.float32)
     v.data.copy_(w)
-    kahan = Averaged(normopt.SteepestDescent([w], 1e-4, "max", constraint="KahanSum()"), 0.0, decay=0.9)
-    exact = Averaged(normopt.SteepestDescent([v], 1e-4, "max"), 0.0, decay=0.9)
+    kahan = Averaged(normopt.SteepestDescent([w], 1e-4, "max", constraint="KahanSum()"), 0.0, beta=0.9)
+    exact = Averaged(normopt.SteepestDescent([v], 1e-4, "max"), 0.0, beta=0.9)
     for _ in range(50):
         w.grad, v.grad = torch.ones_like(w), torch.ones_like(v)
         kahan.step()
@@ -197,9 +197,7 @@ def test_half_precision_averages_in_float32_and_keeps_kahans_sum() -> None:
     assert torch.equal(w, state["base"]) and (w != tensors([(6, 5)], torch.bfloat16)[0]).any()
 
 
-@pytest.mark.parametrize(
-    "bound", [RowBound(0.7), FrobeniusSphere(), FrobeniusSphere(0.5), Stiefel(orthogonalize="exact")]
-)
+@pytest.mark.parametrize("bound", [RowBound(0.7), FrobeniusSphere(), FrobeniusSphere(0.5), Stiefel(method="exact")])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_bounds_hold_for_what_is_evaluated(bound: normopt.Constraint, transpose: bool) -> None:
     w = nn.Parameter(nn.init.orthogonal_(torch.empty(6, 4, dtype=torch.float64)) / 3)
@@ -252,7 +250,7 @@ def test_what_is_refused_changes_nothing() -> None:
         averaged.load_state_dict(averaged.optimizer.state_dict())
     for options, message in [
         ({"interpolation": 1.5}, "interpolation must lie in"),
-        ({"decay": 1.0}, "decay must lie in"),
+        ({"beta": 1.0}, "beta must lie in"),
         ({"share": -0.1}, "share must lie in"),
         ({"start": 0}, "start must be a whole number"),
         ({"power": -1.0}, "power must lie in"),

@@ -45,7 +45,7 @@ def test_moso_by_its_recurrence(options: dict[str, Any]) -> None:
     assert_same_path(lambda p: zoo.MOSO(p, lr, weight_decay=0.0, **options), plain, MATRICES, 1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 3, "betas": (0.8, 0.9), "gamma": 0.5, "lr_ratio": 0.2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rank": 3, "betas": (0.8, 0.9), "gamma": 0.5, "scale": 0.2}], ids=str)
 def test_cosmos_by_its_recurrence(options: dict[str, Any]) -> None:
     lr, (beta1, beta2) = 0.01, options.get("betas", (0.9, 0.95))
 
@@ -65,7 +65,7 @@ def test_cosmos_by_its_recurrence(options: dict[str, Any]) -> None:
         a = (m @ u / ((v / (1 - beta2**step)).sqrt() + 1e-8)) @ u.mT
         rest = newton_schulz(m - m @ u @ u.mT)
         d = a + options.get("gamma", 0.2) * rest / rms(rest)
-        return lr * options.get("lr_ratio", 0.1) * d / rms(d)
+        return lr * options.get("scale", 0.1) * d / rms(d)
 
     def cosmos(p: Any) -> zoo.COSMOS:
         return zoo.COSMOS(p, lr, weight_decay=0.1, **FLOAT32, **{"rank": 4, **options})

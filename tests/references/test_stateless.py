@@ -79,9 +79,9 @@ def test_scale_keeps_less_than_half_of_adams_state() -> None:
 # SWAN and SinkGD -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "lr_ratio": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "scale": 0.5}], ids=str)
 def test_swan_by_its_formula(options: dict[str, Any]) -> None:
-    lr, ratio = 0.5, options.get("lr_ratio", 0.05)
+    lr, ratio = 0.5, options.get("scale", 0.05)
 
     def update(g: Tensor, state: State, step: int) -> Tensor:
         rows = g / g.square().mean(dim=1, keepdim=True).sqrt()
@@ -103,11 +103,11 @@ def test_swan_whitens_rows_of_one_size(m: int, n: int) -> None:
     Rows of another size change nothing, for they are normalized first.
     """
     g = gaussian(m, n)
-    update = single(zoo.SWAN, g, lr_ratio=1.0, **EXACT)
+    update = single(zoo.SWAN, g, scale=1.0, **EXACT)
     assert_close(rms(update), torch.ones((), dtype=torch.float64), 1e-9)
     short = update @ update.mT if m <= n else update.mT @ update
     assert_close(short, max(m, n) * torch.eye(min(m, n), dtype=torch.float64), 1e-9)
-    assert_close(single(zoo.SWAN, torch.logspace(-3, 3, m).double()[:, None] * g, lr_ratio=1.0, **EXACT), update, 1e-8)
+    assert_close(single(zoo.SWAN, torch.logspace(-3, 3, m).double()[:, None] * g, scale=1.0, **EXACT), update, 1e-8)
 
 
 def test_swans_own_polar_factor_is_near_the_exact_one() -> None:
@@ -119,7 +119,7 @@ def test_swans_own_polar_factor_is_near_the_exact_one() -> None:
     assert ratios.max() / ratios.min() <= 1.06 / 0.77  # both updates are scaled to one length
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "lr_ratio": 0.5, "iterations": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "scale": 0.5, "iterations": 1}], ids=str)
 def test_sinkgd_by_its_formula(options: dict[str, Any]) -> None:
     """Rows to length sqrt(n), then columns to sqrt(m), L times."""
     lr = 0.5
@@ -129,7 +129,7 @@ def test_sinkgd_by_its_formula(options: dict[str, Any]) -> None:
         for _ in range(options.get("iterations", 5)):
             g = math.sqrt(n) * g / g.norm(dim=1, keepdim=True)
             g = math.sqrt(m) * g / g.norm(dim=0, keepdim=True)
-        return lr * options.get("lr_ratio", 0.05) * g
+        return lr * options.get("scale", 0.05) * g
 
     assert_same_path(
         lambda p: zoo.SinkGD(p, lr, **options),
@@ -160,10 +160,10 @@ def test_sinkhorns_limit_has_rows_and_columns_of_one_size(m: int, n: int) -> Non
 def test_sinkgd_needs_five_iterations() -> None:
     """Columns come last, so they are exact after every iteration; the rest is within 1e-4 for badly scaled ones."""
     g = torch.logspace(-2, 2, 64).double()[:, None] * gaussian(64, 256) * torch.logspace(2, -2, 256).double()
-    update = single(zoo.SinkGD, g, lr_ratio=1.0)
+    update = single(zoo.SinkGD, g, scale=1.0)
     assert_close(update.square().mean(dim=0), torch.ones(256, dtype=torch.float64), 1e-9)
     assert (update.square().mean(dim=1).sqrt() - 1).abs().max() < 1e-4
-    assert (single(zoo.SinkGD, g, lr_ratio=1.0, iterations=1).square().mean(dim=1).sqrt() - 1).abs().max() > 1e-3
+    assert (single(zoo.SinkGD, g, scale=1.0, iterations=1).square().mean(dim=1).sqrt() - 1).abs().max() > 1e-3
 
 
 def test_sinkhorn_is_no_duality_map() -> None:
@@ -272,3 +272,16 @@ def test_aro_has_one_length(base: str) -> None:
     for x in g, g.mT, from_spectrum(6, 10, spectrum(2)):
         assert_close(rms(single(zoo.ARO, x, base=base)), torch.tensor(0.2, dtype=torch.float64), 1e-9)
     assert_close(single(zoo.ARO, 1e-30 * g), single(zoo.ARO, g), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["SWAN", "SinkGD", "COSMOS"])
+def test_a_group_may_name_the_scale_and_a_ratio_of_rates(name: str) -> None:
+    def length(**said: float) -> float:
+        w = torch.nn.Parameter(torch.zeros(6, 4))
+        w.grad = torch.ones(6, 4).tril()
+        getattr(zoo, name)([{"params": [w], **said}], 0.1, weight_decay=0.0).step()
+        return float(w.detach().norm())
+
+    assert (
+        length(scale=0.5) == pytest.approx(5 * length(scale=0.1)) == pytest.approx(10 * length(scale=0.1, lr_ratio=0.5))
+    )

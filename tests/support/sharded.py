@@ -729,7 +729,7 @@ AVERAGED: dict[str, tuple[Make, dict[str, Any]]] = {
     "EMA-Nesterov": (create("muon"), {"interpolation": -0.06, "decay": 0.9, "share": 0.0, "leap": True}),
     "row bound": (descent(norm="spectral", constraint=RowBound(0.3)), {"interpolation": 0.5}),
     "Frobenius sphere": (descent(norm="spectral", constraint=FrobeniusSphere()), {"interpolation": 0.5}),
-    "Stiefel": (descent(norm="spectral", constraint=Stiefel(orthogonalize="exact")), {"interpolation": 0.5}),
+    "Stiefel": (descent(norm="spectral", constraint=Stiefel(method="exact")), {"interpolation": 0.5}),
 }
 
 

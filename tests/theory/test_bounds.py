@@ -183,7 +183,7 @@ def test_stiefel_is_the_polar_factor_at_its_radius(size: tuple[int, ...], seed: 
 
 def test_stiefel_by_the_polar_express_is_exact_in_float32() -> None:
     w = (torch.eye(9, 7) + 0.1 * noise((9, 7), 0)).float()[None]
-    torch.testing.assert_close(put(Stiefel(), w), put(Stiefel(orthogonalize="exact"), w), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(put(Stiefel(), w), put(Stiefel(method="exact"), w), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 1.0])
@@ -263,7 +263,7 @@ def test_spectral_normalization_of_any_shape(m: int, n: int, seed: int) -> None:
         (lambda: Ball(radius="one"), "Ball: radius must be a number"),
         (lambda: SpectralCap(scale="big"), "unknown scale 'big'"),
         (lambda: SoftSpectralCap(max_update=0), "max_update must be positive"),
-        (lambda: Stiefel(orthogonalize="qr"), "Stiefel: unknown orthogonalize 'qr'"),
+        (lambda: Stiefel(method="qr"), "Stiefel: unknown method 'qr'"),
         (lambda: RadialBrake(1.5), "RadialBrake: factor must lie in"),
         (lambda: RowFloor(0.0), "RowFloor: ratio must be positive"),
         (lambda: RowFloor(axis=1), "axis must be -1"),

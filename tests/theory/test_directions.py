@@ -223,7 +223,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a length": (lambda: Aligned(normopt.Identity()), "ignore the length"),
     "a rank of 0": (lambda: LowRank(0.0), "rank_fraction must lie in"),
     "more than full rank": (lambda: LowRank(1.5), "rank_fraction must lie in"),
-    "no decay": (lambda: LowRank(mu=1.0), "mu must lie in"),
+    "no decay": (lambda: LowRank(beta=1.0), "beta must lie in"),
     "no iterations": (lambda: Sinkhorn(0), "iterations must be a whole number"),
     "a negative length": (lambda: CoshScaled(-1.0), "gamma must lie in"),
     "an unknown base": (lambda: zoo.ARO([nn.Parameter(torch.zeros(2, 2))], base="rows"), "did you mean 'row'"),

@@ -706,8 +706,9 @@ def test_a_name_is_taken_once() -> None:
         (lambda: Schatten("2"), TypeError, "Schatten: p must be a number, got '2'"),
         (lambda: KyFan(0), ValueError, "KyFan: k must be a whole number from 1 up, got 0"),
         (lambda: DualKyFan(0), ValueError, "DualKyFan: k must be a whole number from 1 up, got 0"),
-        (lambda: DualKyFan(None, 0.0), ValueError, "DualKyFan: fraction must be positive, got 0.0"),
-        (lambda: DualKyFan(None, 1.5), ValueError, "DualKyFan: fraction must lie in [0, 1], got 1.5"),
+        (lambda: DualKyFan(rank_fraction=0.0), ValueError, "DualKyFan: rank_fraction must be positive, got 0.0"),
+        (lambda: DualKyFan(rank_fraction=1.5), ValueError, "DualKyFan: rank_fraction must lie in [0, 1], got 1.5"),
+        (lambda: DualKyFan(2, 0.5), ValueError, "DualKyFan: k and rank_fraction are two ways to say one number"),
         (lambda: KyFan(1.5), ValueError, "KyFan: k must be a whole number from 1 up, got 1.5"),
         (lambda: PerBlock("spectrl"), ValueError, "unknown norm 'spectrl'; did you mean 'spectral'?"),
         (lambda: PerBlock(Max(), rows=0), ValueError, "PerBlock: rows must be a whole number from 1 up, got 0"),
@@ -745,7 +746,7 @@ SPECTRAL = Spectral(scale="unit", method="exact")
         (KyFan(70, scale="unit"), Nuclear(scale="unit")),
         (DualKyFan(1, scale="unit"), Nuclear(scale="unit")),
         (DualKyFan(70, scale="unit"), SPECTRAL),
-        (DualKyFan(None, 1.0, scale="unit"), SPECTRAL),
+        (DualKyFan(rank_fraction=1.0, scale="unit"), SPECTRAL),
         (PerBlock(SPECTRAL), SPECTRAL),
         (PerBlock(Max(scale="unit"), rows=1, columns=1), Max(scale="unit")),
         (PerBlock(Euclidean(scale="unit"), rows=1), Row(scale="unit")),
@@ -821,7 +822,7 @@ def test_the_dual_of_the_dual_of_ky_fan_is_ky_fan() -> None:
 
 @pytest.mark.parametrize(("fraction", "k"), [(0.01, 1), (0.1, 3), (0.101, 4), (0.5, 15), (1.0, 30)])
 def test_a_fraction_of_the_singular_pairs_is_rounded_up(fraction: float, k: int) -> None:
-    norm, g = DualKyFan(None, fraction, scale="unit"), full_rank(30, 40)
+    norm, g = DualKyFan(rank_fraction=fraction, scale="unit"), full_rank(30, 40)
     s = torch.linalg.svdvals(norm.dualize(g))
     assert_close(s, (torch.arange(30) < k).double())
     assert norm.rms((30, 40)) == pytest.approx((k / 1200) ** 0.5)
