@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from normopt import (
     EMA,
+    L2,
     AdaScaled,
     Blocked,
     Chain,
@@ -105,7 +106,12 @@ STEP_SIZES: list[StepSize] = [
 ]
 CONSTRAINTS: list[Constraint | None] = [
     None,
-    *(cls() for cls in choices(Constraint).values() if cls.__module__.startswith("normopt.") and cls is not Transposed),
+    *(
+        cls()
+        for cls in choices(Constraint).values()
+        if cls.__module__.startswith("normopt.") and cls not in (L2, Transposed)
+    ),
+    L2(0.1),
     Transposed(RowBound()),
 ]
 
