@@ -100,6 +100,8 @@ class Averaged(Optimizer):
             check_range(self, "beta", beta, 0, 1)
         check_count(self, "start", start)
         if rise is not None:
+            if not isinstance(rise, (tuple, list)) or len(rise) != 2:
+                raise TypeError(f"Averaged: rise must be None or two numbers (T0, rho), got {rise!r}")
             check_count(self, "rise", rise[0])
             check_range(self, "rise", rise[1], 0, float("inf"))
         self.interpolation, self.beta, self.power, self.r = interpolation, beta, power, r

@@ -37,7 +37,8 @@ class PolarCoefficients(Ingredient):
     normalizer: str = "frobenius"
 
     def __post_init__(self) -> None:
-        if not self.coefficients or any(len(row) != 3 for row in self.coefficients):
+        rows = self.coefficients
+        if not rows or not isinstance(rows, tuple) or any(not isinstance(row, tuple) or len(row) != 3 for row in rows):
             raise ValueError("PolarCoefficients: coefficients must be one or more rows (a, b, c)")
         if self.steps < 1:
             raise ValueError(f"PolarCoefficients: steps must be at least 1, got {self.steps}")

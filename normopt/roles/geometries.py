@@ -12,7 +12,7 @@ from normopt.momentum.averages import EMA
 from normopt.norms.entrywise import Euclidean, Max
 from normopt.norms.rows_columns import Column, Row
 from normopt.norms.spectral import Spectral
-from normopt.roles.options import ROLES, Geometry, entry, merged
+from normopt.roles.options import ROLES, Geometry, check_table, entry, merged
 
 
 def adam_ingredients(beta1: float, beta2: float, eps: float = 1e-8) -> dict[str, Any]:
@@ -94,8 +94,10 @@ def overlaid(own: Geometry, given: str | Geometry | None) -> Geometry:
 
     Raises:
         ValueError: ``given`` is not the name of a geometry.
+        TypeError: it is no dict, or has ``None`` for a role.
     """
     if isinstance(given, str) and given not in GEOMETRIES:
         raise ValueError(f"unknown geometry {given!r}; {nearest(given, GEOMETRIES)}")
-    table = GEOMETRIES[given] if isinstance(given, str) else given or {}
+    table = GEOMETRIES[given] if isinstance(given, str) else {} if given is None else given
+    check_table(table)
     return {role: merged(entry(own, role), entry(table, role)) for role in dict.fromkeys(("*", *ROLES, *own, *table))}

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from itertools import count
 from typing import Any
 
@@ -18,7 +19,7 @@ from normopt.ingredient.view import View, is_small
 from normopt.roles.geometries import GEOMETRIES, adam_options
 from normopt.roles.infer import infer_roles
 from normopt.roles.modules import Role, kind_of
-from normopt.roles.options import ROLES, Geometry, entry, merged, relative
+from normopt.roles.options import ROLES, Geometry, check_table, entry, merged, relative
 from normopt.stepsize.base import StepSize
 from normopt.stepsize.fixed import Constant
 from normopt.stepsize.free import LearningRateFree
@@ -45,7 +46,15 @@ def param_groups(
     if isinstance(geometry, str) and geometry not in GEOMETRIES:
         raise ValueError(f"unknown geometry {geometry!r}; {nearest(geometry, GEOMETRIES)}")
     table = GEOMETRIES[geometry] if isinstance(geometry, str) else geometry
+    check_table(table)
     found = infer_roles(model, overrides)
+    for name in {role.name for role in found.values()} - {*ROLES, *table}:
+        if near := get_close_matches(name, ROLES, n=1):
+            warnings.warn(
+                f"overrides: the role {name!r} is none that the geometry names, and gets what it has for '*'; "
+                f"did you mean {near[0]!r}?",
+                stacklevel=2,
+            )
     known = {*ROLES, "*", *(role.name for role in found.values())}
     for unknown in table.keys() - known:
         hint = nearest(unknown, known)

@@ -60,6 +60,10 @@ def infer_roles(model: nn.Module, overrides: Mapping[str, Any] | None = None) ->
             parameters; a view with a number out of range.
         TypeError: a view with an unknown field or a value of another type.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, whose modules say what its parameters are, got {type(model).__name__}")
+    if not isinstance(overrides, Mapping | None):
+        raise TypeError(f"overrides must be a dict of patterns, {{'0.weight': ...}}, got {overrides!r}")
     inferred = _inferred(model)
     found = dict(inferred)
     for pattern, override in (overrides or {}).items():
@@ -88,6 +92,8 @@ def _overridden(role: Role, pattern: str, override: Any) -> Role:
         hint = f"; for the norm give {{'norm': {override!r}}}" if override.lower() in choices(Direction) else ""
         raise ValueError(f"overrides[{pattern!r}]: unknown role {override!r}{hint}; {nearest(override, ROLES)}")
     options: dict[str, Any] = {"role": override} if isinstance(override, str) else _options(override)
+    if options.get("norm", "") is None:
+        raise TypeError(f"overrides[{pattern!r}]: expected a role, a norm or a dict, got None")
     says_how = bool({"role", "view", "norm"} & options.keys())
     name = options.pop("role", role.name)
     view = _view_as(name, role, has_norm="norm" in options)

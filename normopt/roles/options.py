@@ -18,6 +18,15 @@ ROLES = ("embedding", "linear", "unembedding", "conv", "vector", "scalar", "othe
 Geometry = Mapping[str, Any]
 
 
+def check_table(table: Any) -> None:
+    """Raise a ``TypeError`` unless ``table`` is a dict with something for each role that it names."""
+    if not isinstance(table, Mapping):
+        raise TypeError(f"geometry must be the name of one or a dict of roles, {{'linear': ...}}, got {table!r}")
+    for role, spec in table.items():
+        if spec is None:
+            raise TypeError(f"geometry[{role!r}]: expected a norm or a dict, got None; {{}} stands for the own rule")
+
+
 def entry(table: Geometry, role: str) -> dict[str, Any]:
     """The param-group options of a role in a geometry; without an entry, those of ``"*"``."""
     return _options(table.get(role, table.get("*", {})))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import warnings
 from collections.abc import Iterator
 from inspect import signature
 from typing import Any
@@ -220,3 +221,33 @@ def test_wrapped_optimizers_are_described() -> None:
     for wrong in (torch.optim.AdamW(model().parameters()), model()):
         with pytest.raises(TypeError, match=f"optimizer must be one of normopt, got {type(wrong).__name__}"):
             normopt.describe(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: normopt.create("muon", model(), overrides=["0.weight"]), "overrides must be a dict of patterns"),
+        (lambda: normopt.create("muon", model(), overrides={"0.weight": None}), r"overrides\['0.weight'\]: expected"),
+        (lambda: normopt.create("muon", model(), geometry={"linear": None}), r"geometry\['linear'\]: expected a norm"),
+        (lambda: normopt.create("muon", model(), geometry=[]), "geometry must be the name of one or a dict"),
+        (lambda: normopt.param_groups(model(), 3), "geometry must be the name of one or a dict"),
+        (lambda: normopt.param_groups(model().parameters()), "expected a model"),
+        (lambda: normopt.infer_roles([nn.Linear(2, 2)]), "expected a model"),
+        (lambda: normopt.Averaged(zoo.SGD(tensors()), rise=5), r"rise must be None or two numbers \(T0, rho\), got 5"),
+        (lambda: normopt.Averaged(zoo.SGD(tensors()), rise=(5,)), "rise must be None or two numbers"),
+        (lambda: normopt.PolarCoefficients((3.4, -4.8, 2.0)), "one or more rows"),
+    ],
+)
+def test_a_table_is_a_table(make: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+def test_a_role_that_is_nearly_one_is_asked_about() -> None:
+    with pytest.warns(UserWarning, match="the role 'liner' is none that the geometry names.*did you mean 'linear'"):
+        normopt.create("muon", model(), overrides={"2.weight": {"role": "liner"}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        normopt.create("muon", model(), overrides={"2.weight": {"role": "expert"}})
+        geometry = {"liner": normopt.Spectral()}
+        normopt.create("muon", model(), overrides={"2.weight": {"role": "liner"}}, geometry=geometry)
