@@ -70,6 +70,9 @@ class Averaged(Optimizer):
         RuntimeError: ``step`` after ``eval`` without ``train``; nothing has changed.
     """
 
+    #: Whether what a step moves is in the state, so that weights that are changed afterwards are overwritten.
+    keeps_iterates = True
+
     def __init__(
         self,
         optimizer: Optimizer,

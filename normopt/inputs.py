@@ -115,7 +115,8 @@ class InputStatistics:
             return
         if module.training and torch.is_grad_enabled():
             with torch.no_grad(), _without_autocast():
-                x = whole(inputs[0]).flatten(0, -2)
+                x = whole(inputs[0])
+                x = x.reshape(-1, x.shape[-1])
                 x = x.to(torch.promote_types(p.dtype, torch.float32))
                 total, rows = self._sums.get(p, (0.0, 0))
                 self._sums[p] = total + x.mT @ x, rows + len(x)

@@ -537,6 +537,7 @@ class SteepestDescent(Optimizer):
 
     def _take(self, wave: Wave, closure: Callable[[], Any] | None) -> bool:
         """Move the parameters of a wave, or, if gradients are not finite, nothing; returns which."""
+        self._warm = None  # which is of the plans before
         with _without_autocast():
             found = prepared(wave.groups, wave.plans, wave.state, self.defaults, self.compiles)
         batches = [batch for each in found for batch in each]

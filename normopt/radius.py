@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def softmax_limited_step(
     1e-3 in float32, and the spread is the largest over all ranks, which must call together.
 
     Args:
-        optimizer: any; gradients have been computed.
+        optimizer: any but :class:`~normopt.Averaged`; gradients have been computed.
         model: the last dimension of what it returns are the logits of a softmax.
         inputs: of the model, usually those that the gradients are of; each rank may have its own.
         target: the largest ratio of step to radius, positive.
@@ -44,10 +45,16 @@ def softmax_limited_step(
         The ratio of the whole step to the radius, ``spread / pi``: above 1 without the limit the step might diverge.
 
     Raises:
-        ValueError: ``target`` is not positive, or no parameter of the optimizer is one of the model; nothing has moved.
+        ValueError: ``target`` is not positive, the optimizer keeps iterates of its own, or no parameter of the
+            optimizer is one of the model; nothing has moved.
     """
     if not 0 < target < math.inf:
         raise ValueError(f"softmax_limited_step: target must be positive and finite, got {target!r}")
+    if getattr(optimizer, "keeps_iterates", False):
+        raise ValueError(
+            f"softmax_limited_step: {type(optimizer).__name__} keeps iterates of its own, so that its next step would "
+            "undo the limit; limit the steps of the optimizer that it wraps, without it"
+        )
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
     params = {name: p for name, p in model.named_parameters() if id(p) in moved}
     if not params:
@@ -81,14 +88,21 @@ def _slopes(model: nn.Module, params: Named, before: Named, step: Named, inputs:
     def logits(weights: Named) -> Any:
         return functional_call(model, dict(weights), inputs)
 
-    was_training = model.training
+    with _evaluating(model), sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
+        slopes: Tensor = jvp(logits, (before,), (step,))[1]
+    return slopes
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in evaluation mode, and then each in its own again: some may be frozen."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
-            slopes: Tensor = jvp(logits, (before,), (step,))[1]
+        yield
     finally:
-        model.train(was_training)
-    return slopes
+        for module in training:
+            module.training = True
 
 
 def _differences(model: nn.Module, params: Named, before: Named, step: Named, inputs: tuple[Any, ...]) -> Tensor:
@@ -100,16 +114,12 @@ def _differences(model: nn.Module, params: Named, before: Named, step: Named, in
     eps = max(torch.finfo(p.dtype).eps for p in params.values())
     length, travelled = (sum(float(whole(x.double().square().sum())) for x in each.values()) for each in (before, step))
     share = min(1.0, eps ** (1 / 3) * math.sqrt(length / travelled)) if travelled else 1.0
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         found = []
         for way in (share, -share):
             _put(params, before, step, way)
             found.append(whole(model(*inputs)).clone())
             _reshard(model)
-    finally:
-        model.train(was_training)
     return (found[0] - found[1]).double() / (2 * share)
 
 

@@ -65,11 +65,12 @@ class Rule(Ingredient):
         values, known = tuple([group.get(name) for name in self._names]), self._resolved
         if not all(map(is_plain, values)):
             return self.resolve(group)
-        if values not in known:
+        key = values, tuple(map(type, values))  # True is equal to 1.0, and another Nesterov
+        if key not in known:
             if len(known) >= REMEMBERED:
                 known.clear()
-            known[values] = self.resolve(group)
-        return known[values]
+            known[key] = self.resolve(group)
+        return known[key]
 
     def bounded(self, bounds: Any) -> Rule:
         """This rule with more constraints, given as those of ``updated`` but for parameters as they are stored."""

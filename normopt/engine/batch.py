@@ -243,7 +243,8 @@ class Batch:
 
     def scatter(self, x: Tensor) -> list[Tensor]:
         """The inverse of ``Plan.gather``: views of ``x`` (or of a copy), one like each parameter."""
-        if len(self.params) == 1 and x.shape == self.params[0].shape:
+        as_stored = self.flat or not self.rule.view.transpose  # a stack of square matrices has one shape both ways
+        if as_stored and len(self.params) == 1 and x.shape == self.params[0].shape:
             return [x]
         if self.flat and self.plan.is_uniform:  # which is faster for many small ones
             return [*x.view(len(self.params), *self.params[0].shape).unbind()]

@@ -46,7 +46,11 @@ def accepted(groups: Sequence[dict[str, Any]], saved: Mapping[str, Any]) -> dict
     own = [{name: group.get(name, ADDED.get(name)) for name in _numbers(group)} for group in groups]
     upgraded = [{**mine, **group} for mine, group in zip(own, saved["param_groups"], strict=True)]
     state = {key: _counted(held) for key, held in saved["state"].items()}
+    homes = {name: i for i, group in enumerate(upgraded) for name in group.get("param_names") or ()}
     for i, (mine, theirs) in enumerate(zip(groups, upgraded, strict=True)):
+        for name in mine.get("param_names") or ():
+            if homes.get(name, i) != i:
+                raise ValueError(f"parameter {name!r} is in param group {i} here, and in group {homes[name]} there")
         _check_group(i, mine, theirs)
         for p, key in zip(mine["params"], theirs["params"], strict=True):
             _check_state(name_of(mine, p), p, rule_of(mine).resolve(theirs), state.get(key, {}))

@@ -67,6 +67,8 @@ def _each(x: Tensor, where: Tensor) -> Tensor:
     """A place for each entry of ``x``: those given, or the first that each entry stands for."""
     if where.shape == x.shape:
         return where
+    if not where.numel():  # sums over no entries
+        return torch.zeros(x.shape, dtype=torch.int32, device=x.device)
     if where.ndim == x.ndim and all(a in (1, b) for a, b in zip(x.shape, where.shape, strict=True)):
         for dim, size in enumerate(x.shape):
             where = where.narrow(dim, 0, min(size, where.shape[dim]))
