@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -201,12 +201,19 @@ class Averaged(Optimizer):
             self._put_base()
             self.optimizer.step()
         except BaseException:
-            for p, y in shown:
-                p.copy_(y)
+            self._put(shown)
             raise
+        if not getattr(self.optimizer, "took_step", True):  # left out for gradients that are not finite
+            self._put(shown)
+            return loss
         self._average()
         self._show_training()
         return loss
+
+    @staticmethod
+    def _put(shown: Iterable[tuple[Tensor, Tensor]]) -> None:
+        for p, y in shown:
+            p.copy_(y)
 
     def _put_base(self) -> None:
         """Let the parameters be what the optimizer is to move."""

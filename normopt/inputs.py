@@ -47,6 +47,9 @@ class InputStatistics:
     average. Ranks that see the same input, as in tensor parallelism, count it several times, which no average shows;
     an input that is cut along its features, as that of a row-wise layer is, is gathered for it.
 
+    What has been seen counts although the step is left out or refused for its gradients: inputs that are not finite are
+    left out by themselves.
+
     Args:
         model: whose layers are watched; sharded before.
         optimizer: with rules that read inputs.

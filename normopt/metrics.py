@@ -39,10 +39,11 @@ class Metrics:
     """What ``step`` does to each tensor, as a context manager around it; ``optimizer.metrics()`` makes one.
 
     ``with optimizer.metrics() as measured: optimizer.step()``, then ``measured.rows()``. The block may hold more than
-    the step: a closure's backward, a ``GradScaler``, ``zero_grad``. Of several steps the last one counts; of a step
-    that was not taken there are no rows. Before the step every weight is copied, after it the numbers are computed and
-    the copies are gone; outside of the block nothing is done and nothing is held. Results of the step are the same to
-    the bit.
+    the step: a closure's backward, a ``GradScaler``, ``zero_grad``. Of several steps the last one counts. Of
+    a step that nobody takes, as under a ``GradScaler`` that has found Inf, there are no rows, and one that
+    ``nonfinite="skip"`` leaves out has updates of 0. Before the step every weight is copied, after it the numbers are
+    computed and the copies are gone; outside of the block nothing is done and nothing is held. Results of the step are
+    the same to the bit.
 
     The update is the difference of the weights as they are stored, after the step and before it: decay, projections
     and rounding included. With ``W`` the weights after the step, ``U`` the update, ``G`` the gradient, seen as the

@@ -147,6 +147,9 @@ class SteepestDescent(Optimizer):
     _process_group: Any = None
     #: Whether products are chosen by a rule, not measured.
     is_deterministic: bool = False
+    #: Whether the last step was taken, and not left out by ``nonfinite="skip"``. On accelerators the host does not know
+    #: of gradients that are not finite, and this stays True.
+    took_step: bool = True
     #: Every subclass by its lower-case name, for :func:`normopt.create`; of two with one name the first.
     registry: ClassVar[dict[str, type[SteepestDescent]]] = {}
 
@@ -470,6 +473,7 @@ class SteepestDescent(Optimizer):
         check_capture(self.param_groups)
         self._guard.settle(self.param_groups)
         self._guard.raise_late()
+        self.took_step = True
         if closure is None and not self._learners and self._step_warm():
             return None
         if closure is None:
@@ -483,7 +487,7 @@ class SteepestDescent(Optimizer):
             learn(layout)
         if layout is None:
             self._check(None)
-            self._take(Wave(self.param_groups, self.state, self._plans), closure)
+            self.took_step = self._take(Wave(self.param_groups, self.state, self._plans), closure)
             return loss
         layout.agree_on_products(self.is_deterministic)
         refusal: ValueError | None = None
@@ -491,9 +495,11 @@ class SteepestDescent(Optimizer):
             self._check(layout)
         except ValueError as error:  # of this rank; all raise it together
             refusal = error
-        if layout.may_go(self._guard, refusal):
+        self.took_step = layout.may_go(self._guard, refusal)
+        if self.took_step:
             for wave in layout.waves(self._guard, self.state):
                 if not self._take(wave, closure):
+                    self.took_step = False
                     break
         return loss
 

@@ -148,7 +148,8 @@ class WarmNesterov(Momentum):
     """NAdam's Nesterov momentum, with a weight ``mu`` that grows from ``beta / 2`` to ``beta`` (Dozat 2016).
 
     ``m <- beta m + (1 - beta) g``; with ``mu_t = beta (1 - 0.96^(t momentum_decay) / 2)`` and ``P_t = mu_1 ... mu_t``
-    it returns ``(1 - mu_t) / (1 - P_t) g + mu_(t+1) / (1 - P_(t+1)) m``.
+    it returns ``(1 - mu_t) / (1 - P_t) g + mu_(t+1) / (1 - P_(t+1)) m``. ``P_t`` is that of today's ``beta``: where a
+    schedule changes it, early updates differ by about a percent from torch's, which keeps the product.
 
     Args:
         beta: decay rate of the average, in [0, 1).

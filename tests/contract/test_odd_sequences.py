@@ -121,3 +121,24 @@ def test_statistics_of_a_single_input() -> None:
     layer(x).sum().backward()
     optimizer.step()
     torch.testing.assert_close(optimizer.state[layer.weight]["inputs"].squeeze(0), torch.outer(x, x))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon", "prodigy"])
+def test_a_step_that_is_left_out_changes_no_average(name: str, weight_decay: float) -> None:
+    params = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2, 2))]
+    inner = normopt.create(name, params, lr=0.1, nonfinite="skip")
+    optimizer = normopt.Averaged(inner, weight_decay=weight_decay)
+
+    def step(value: float) -> None:
+        for i, p in enumerate(params):
+            p.grad = torch.full_like(p, value + i)
+        optimizer.step()
+
+    for _ in range(3):
+        step(1.0)
+    before = str((params, optimizer.state_dict()))
+    step(float("inf"))
+    assert not inner.took_step and str((params, optimizer.state_dict())) == before
+    step(1.0)
+    assert inner.took_step and str((params, optimizer.state_dict())) != before
