@@ -114,7 +114,7 @@ def _convert(transformer: Any, compressed: bool) -> None:
             if isinstance(norm, nn.LayerNorm):
                 setattr(module, name, StreamNorm(norm, compressed))
     if isinstance(transformer, nn.TransformerEncoder):
-        transformer.register_forward_pre_hook(_entrance(compressed))
+        transformer.register_forward_pre_hook(_entrance(compressed), with_kwargs=True)
         for layer in transformer.layers:
             layer.activation_relu_or_gelu = 0  # torch's fast path in evaluation computes LayerNorms whatever is there
 
@@ -135,11 +135,13 @@ def _writers(transformer: Any) -> Iterator[tuple[nn.Module, str, int]]:
                 yield linear, "bias", 0
 
 
-def _entrance(compressed: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Take the mean out of what comes into an encoder."""
+def _entrance(compressed: bool) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+    """Take the mean out of what comes into an encoder, by its place or as ``src``."""
 
-    def centre(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = inputs[0] - inputs[0].mean(dim=-1, keepdim=True)
-        return (x[..., :-1] if compressed else x, *inputs[1:])
+    def centre(module: nn.Module, inputs: tuple[Any, ...], words: dict[str, Any]) -> Any:
+        x = inputs[0] if inputs else words["src"]
+        x = x - x.mean(dim=-1, keepdim=True)
+        x = x[..., :-1] if compressed else x
+        return ((x, *inputs[1:]), words) if inputs else ((), {**words, "src": x})
 
     return centre

@@ -108,3 +108,13 @@ def test_what_is_not_pre_ln_is_refused_and_stays() -> None:
         with pytest.raises(ValueError, match=message):
             to_rmsnorm(model)
         assert str(model) == before
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_an_encoder_takes_its_input_by_name(compressed: bool) -> None:
+    model = to_rmsnorm(disturbed(encoder()), compressed)
+    x, padding = sample("encoder"), torch.zeros(2, 7, dtype=torch.bool)
+    for training in (True, False):
+        model.train(training)
+        expected = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(model(src=x, src_key_padding_mask=padding), expected)
