@@ -266,8 +266,9 @@ def way(name: str, power: int, exact: bool) -> list[tuple[str, int | None, Tenso
     """
     params, optimizer = start(name)
     for group in optimizer.param_groups if exact else ():
-        eps = group.get("eps", 0.0)
-        group["eps"] = (0.0, *eps[1:]) if isinstance(eps, tuple) else 0.0
+        if "eps" in group:
+            eps = group["eps"]
+            group["eps"] = (0.0, *eps[1:]) if isinstance(eps, tuple) else 0.0
     before = copies(optimizer)
     for i in range(3):
         give(params, 1.0, i)
