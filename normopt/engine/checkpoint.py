@@ -50,7 +50,10 @@ def accepted(groups: Sequence[dict[str, Any]], saved: Mapping[str, Any]) -> dict
     for i, (mine, theirs) in enumerate(zip(groups, upgraded, strict=True)):
         for name in mine.get("param_names") or ():
             if homes.get(name, i) != i:
-                raise ValueError(f"parameter {name!r} is in param group {i} here, and in group {homes[name]} there")
+                raise ValueError(
+                    f"parameter {name!r} is in param group {i} here, and in group {homes[name]} of the saved state; "
+                    "make the optimizer with its groups in the order in which they were saved"
+                )
         _check_group(i, mine, theirs)
         for p, key in zip(mine["params"], theirs["params"], strict=True):
             _check_state(name_of(mine, p), p, rule_of(mine).resolve(theirs), state.get(key, {}))

@@ -96,7 +96,7 @@ def test_names_that_change_groups() -> None:
     a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
     here = zoo.Lion([{"params": [("a", a)]}, {"params": [("b", b)]}])
     there = zoo.Lion([{"params": [("b", b)]}, {"params": [("a", a)]}])
-    with pytest.raises(ValueError, match="parameter 'b' is in param group 0 here, and in group 1 there"):
+    with pytest.raises(ValueError, match="parameter 'b' is in param group 0 here, and in group 1 of the saved state"):
         there.load_state_dict(here.state_dict())
 
 
