@@ -49,7 +49,7 @@ def param_groups(
     check_table(table)
     found = infer_roles(model, overrides)
     for name in {role.name for role in found.values()} - {*ROLES, *table}:
-        if near := get_close_matches(name, ROLES, n=1):
+        if near := get_close_matches(name, ROLES, n=1, cutoff=0.75):
             warnings.warn(
                 f"overrides: the role {name!r} is none that the geometry names, and gets what it has for '*'; "
                 f"did you mean {near[0]!r}?",
