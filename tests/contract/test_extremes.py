@@ -23,6 +23,7 @@ from normopt.directions.algebra import Chain
 from normopt.directions.coordinates import Blocked, Rotated
 from normopt.directions.factored import Factored
 from normopt.directions.pairs import Grafted
+from normopt.directions.scaled import AdaScaled
 from normopt.directions.smoothed import Smoothed
 from normopt.directions.subspace import LeadingSubspace
 from normopt.directions.whitening import KLWhitened
@@ -59,7 +60,9 @@ TOO_SHORT_FOR_HALF = {
 
 def degree(stage: Stage, x: int | None = 1) -> int | None:
     """``k`` if the result grows by ``c^k`` where its input grows by ``c^x`` at all steps; ``None`` if there is none."""
-    if x in (0, None):
+    if isinstance(stage, AdaScaled):  # it sees the raw gradient, whatever comes before it
+        return None
+    if x in (0, None) and not isinstance(stage, Chain):
         return x
     match stage:
         case Chain(stages=stages):
