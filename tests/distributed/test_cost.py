@@ -62,7 +62,7 @@ def test_collectives_do_not_depend_on_the_number_of_ranks(ranks_of: RanksOf) -> 
         assert two[name]["collectives"] == four[name]["collectives"]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("options", "carried"), [({}, 2), (BOUNDED, 3)])
 def test_bytes_are_the_least(ranks_of: RanksOf, ranks: int, options: dict[str, Any], carried: int) -> None:
     """Of P entries on N ranks that divide everything each sends 2 P (N-1) / N^2 on average, with weights 3."""

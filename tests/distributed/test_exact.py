@@ -19,7 +19,7 @@ FLIPS = 5
 Of = Callable[[int], Ranks]
 
 
-@pytest.mark.parametrize("layout", ["fsdp 2", "fsdp 4"])
+@pytest.mark.parametrize("layout", ["fsdp 2", pytest.param("fsdp 4", marks=pytest.mark.slow)])
 def test_every_optimizer(ranks_of: Of, layout: str) -> None:
     check(NAMES, ranks_of(LAYOUTS[layout]).run(of_optimizers, NAMES, layout, 2))
 
