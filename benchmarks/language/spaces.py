@@ -10,6 +10,10 @@ another unit: by how many factors of e it alone would shrink the weights over a 
 the schedule, `lr weight_decay steps`. `rest_ratio` is the learning rate of all tensors that are no hidden matrices over
 `lr`, and `rest_beta2` their second beta, of optimizers whose arguments have no rate and no betas for these. `warmup`
 and `decay` are the schedule's, in shares of a run of the full length; shorter runs have as many steps of warm-up.
+
+Beside the trials stand the *usual options*, which nobody has searched for: the preset's schedule, the learning rate in
+the middle of its range, and in all else the default of the argument, or the middle of the range where that has none. A
+second beta of 0.999 or more averages over more steps than a run has; it is 0.95, as is customary for language models.
 """
 
 import math
@@ -54,6 +58,9 @@ class Range:
 
 #: A range by hyperparameter.
 Space = dict[str, Range]
+
+#: The second beta of the usual options where the default is `LONG_BETA2` or more.
+USUAL_BETA2, LONG_BETA2 = 0.95, 0.999
 
 AVERAGE = Range(0.8, 0.99, "near 1", "averages over 5 to 100 gradients; published defaults are 0.9 and 0.95")
 FIRST = Range(0.8, 0.98, "near 1", "averages over 5 to 50 gradients; published defaults are 0.9 and 0.95")

@@ -2,8 +2,9 @@
 
 Every optimizer gets as many quasi-random trials over its own hyperparameters, whose ranges are those of
 `benchmarks.language.spaces`: short annealed runs with one seed, judged on the validation text. The three best are run
-again at full length with two other seeds, and the lowest mean loss is chosen. A sweep of more trials begins with the
-trials of a sweep of fewer, so that runs on file are not done again.
+again at full length with two other seeds, and the usual options, which nobody has searched for, beside them; the lowest
+mean loss is chosen. A sweep of more trials begins with the trials of a sweep of fewer, so that runs on file are not
+done again.
 """
 
 import itertools
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.language.plan import TUNING_SEED, Plan
 from benchmarks.language.presets import RunConfig
-from benchmarks.language.trials import Subject, Trial, at_edges, inclusion_of, trials
+from benchmarks.language.trials import USUAL, Subject, Trial, at_edges, inclusion_of, trials, usual
 from benchmarks.language.workers import Pool
 from benchmarks.output.plots import plot_best
 from benchmarks.output.records import Row, replacing
@@ -30,7 +31,10 @@ TRIAL_SEED, FINAL_SEEDS = TUNING_SEED, (TUNING_SEED + 1, TUNING_SEED + 2)
 #: What is written beside `sweep.md`.
 TABLES = ("sweep", "chosen", "inclusions", "trials")
 FILES = ("sweep.png", "chosen.json", *(f"{name}.{kind}" for name in TABLES for kind in ("csv", "tex")))
-EDGES = "* the chosen value is within 5% of an end of its range: the range may be too narrow."
+EDGES = (
+    "usual: the loss of the usual options, which were not searched for. "
+    "* the chosen value is within 5% of an end of its range: the range may be too narrow."
+)
 BEST_OF = (
     "Best of k: the expected lowest loss of k of the trials, over all choices of k of them; what so much tuning is "
     "expected to get."
@@ -48,6 +52,7 @@ class Search:
     cell: str
     subject: Subject
     trials: list[Trial]
+    usual: Trial
     rows: list[Row] = field(default_factory=list)
     finals: dict[int, list[Row]] = field(default_factory=dict)
 
@@ -58,12 +63,13 @@ class Search:
 
     @property
     def finalists(self) -> list[Trial]:
-        """The best trials, the best first."""
-        return sorted(self.trials, key=lambda trial: (self.losses[trial.number], trial.number))[:FINALISTS]
+        """The best trials, the best first, and the usual options."""
+        best = sorted(self.trials, key=lambda trial: (self.losses[trial.number], trial.number))[:FINALISTS]
+        return [*best, self.usual]
 
     @property
     def chosen(self) -> Trial:
-        """The finalist with the lowest mean loss at full length; of equals the better trial."""
+        """The finalist with the lowest mean loss at full length; of equals the better trial, the usual options last."""
         return min(self.finalists, key=lambda trial: math.fsum(self.final_losses(trial)))
 
     def final_losses(self, trial: Trial) -> list[float]:
@@ -81,7 +87,7 @@ def sweep(arguments: Namespace) -> int:
     plan = Plan(arguments)
     pool = Pool(arguments.out, plan.workers)
     short = arguments.trial_steps or max(1, plan.preset.steps // 4)
-    searches = [Search(c, Subject(plan, c), trials(plan, c, arguments.trials)) for c in plan.cells]
+    searches = [Search(c, Subject(plan, c), trials(plan, c, arguments.trials), usual(plan, c)) for c in plan.cells]
     # One trial of each, then the next of each: whatever ends a sweep early, all have had as many.
     asked = [(search, search.trials[i]) for i in range(arguments.trials) for search in searches]
     rows = _run(pool, [config_of(plan, trial, TRIAL_SEED, short) for _, trial in asked])
@@ -128,7 +134,7 @@ def write_sweep(searches: Sequence[Search], out: Path) -> None:
         "sweep": [best_line(search, budgets) for search in searches],
         "chosen": [chosen_line(search) for search in searches],
         "inclusions": inclusion_lines(searches),
-        "trials": [trial_line(search, trial) for search in searches for trial in search.trials],
+        "trials": [trial_line(search, trial) for search in searches for trial in [*search.trials, search.usual]],
     }
     for name, table in tables.items():
         if table:
@@ -165,6 +171,7 @@ def chosen_line(search: Search) -> dict[str, str]:
     trial, values = search.chosen, search.chosen.values
     edges = at_edges(search.subject.space(), values)
     losses, rows = search.final_losses(trial), search.finals[trial.number]
+    usual_loss = estimate(search.final_losses(search.usual)).mean
     # What is said in other units than it was searched in.
     meant = {
         "shrinkage": trial.entry.get("weight_decay"),
@@ -175,6 +182,7 @@ def chosen_line(search: Search) -> dict[str, str]:
         "optimizer": search.cell,
         f"{SHORT[split_of(rows[0])]} {unit(rows)}": estimate(losses).cell(),
         "n": Cell(str(len(losses)), value=len(losses)),
+        "usual": Cell(f"{usual_loss:.4f}", value=usual_loss),
     }
     others = dict(values)
     for column, names in COLUMNS.items():
@@ -196,7 +204,7 @@ COLUMNS = {
     "beta1": ("momentum", "mu", "betas[0]"),
     "beta2": ("betas[1]", "beta2"),
     "rest lr": ("aux_lr", "rest_ratio"),
-    "rest beta2": ("aux_betas[1]", "rest_beta2"),
+    "rest b2": ("aux_betas[1]", "rest_beta2"),
     "warm-up": ("warmup",),
     "lr decay": ("decay",),
 }
@@ -232,8 +240,12 @@ def inclusion_lines(searches: Sequence[Search]) -> list[dict[str, str]]:
 def trial_line(search: Search, trial: Trial) -> dict[str, str]:
     """One line of the table of all trials."""
     losses = {f"loss {seed}": loss_of(row) for row in search.finals.get(trial.number, []) for seed in [_seed(row)]}
-    numbers = {"trial": trial.number, "loss": search.losses[trial.number], **losses, **trial.values}
-    return {"optimizer": search.cell, **{name: Cell(f"{value:.6g}", value=value) for name, value in numbers.items()}}
+    if trial.number == USUAL:
+        numbers, first = {**losses, **trial.values}, {"trial": "usual", "loss": ""}
+    else:
+        numbers, first = {"trial": trial.number, "loss": search.losses[trial.number], **losses, **trial.values}, {}
+    cells = {name: Cell(f"{value:.6g}", value=value) for name, value in numbers.items()}
+    return {"optimizer": search.cell, **first, **cells}
 
 
 def _seed(row: Row) -> int:

@@ -25,6 +25,8 @@ from normopt.stepsize import LearningRateFree, StepSize
 
 #: Values this near to an end of a range, as a share of it, are at its edge.
 EDGE = 0.05
+#: The number of the usual options, which are tried beside the trials.
+USUAL = -1
 #: Hyperparameters of `benchmarks.language.spaces` that are no arguments of optimizers.
 NO_ARGUMENTS = ("lr", "shrinkage", "rest_ratio", "rest_beta2", "warmup", "decay")
 
@@ -50,6 +52,13 @@ def trials(plan: Plan, cell: str, count: int) -> list[Trial]:
     return found
 
 
+def usual(plan: Plan, cell: str) -> Trial:
+    """The usual options of a cell, as `benchmarks.language.spaces` has them."""
+    subject = Subject(plan, cell)
+    values = subject.usual()
+    return Trial(cell, USUAL, values, subject.entry(values))
+
+
 def points(name: str, dimensions: int, count: int) -> NDArray[np.float64]:
     """The first points of the scrambled Sobol sequence that belongs to a name: (count, dimensions), in [0, 1).
 
@@ -73,7 +82,8 @@ class Subject:
     def __init__(self, plan: Plan, cell: str) -> None:
         self.name, self.model = plan.cells[cell]
         contender = plan.contenders[self.name]
-        self.given, self.steps, self.schedule = dict(plan.entry(cell)), plan.preset.steps, plan.arguments
+        self.given, self.schedule = dict(plan.entry(cell)), plan.arguments
+        self.preset, self.steps = plan.preset, plan.preset.steps
         self.base, self.fixed = contender.base, contender.options
         self.made_of = str(self.given.get("optimizer", contender.base))
         self.made_of = controls.BASE if self.made_of in controls.NAMES else self.made_of
@@ -132,6 +142,24 @@ class Subject:
         factor = 2 ** (spaces.OCTAVES if swept else spaces.UNKNOWN_OCTAVES)
         low, high = (float(f"{rate:.2g}") for rate in (middle / factor, middle * factor))
         return Range(low, high, "log", f"around {'the best of earlier sweeps' if swept else 'the default'}, {middle:g}")
+
+    def usual(self) -> dict[str, float]:
+        """The value of every hyperparameter that is searched in the usual options."""
+        schedule = {"warmup": self.preset.warmup / self.steps, "decay": self.preset.decay}
+        known = {**schedule, **dict.fromkeys(("rest_beta2", "aux_betas[1]"), spaces.USUAL_BETA2)}
+        found = {}
+        for name, span in self.space().items():
+            value = known.get(name, None if name == "lr" else self._default(name))
+            if value is not None and name.endswith("[1]") and value >= spaces.LONG_BETA2:
+                value = spaces.USUAL_BETA2
+            found[name] = value if value is not None and 0 <= span.share(value) <= 1 else span.at(0.5)
+        return found
+
+    def _default(self, name: str) -> float | None:
+        """The default of an argument, or of one of its entries."""
+        argument, index = _split(name)
+        default = self._defaults().get(argument)
+        return default if index is None or default is None else default[index]
 
     def _finds_its_rate(self) -> bool:
         """Whether a step size that finds the learning rate is the optimizer's own, or is given."""

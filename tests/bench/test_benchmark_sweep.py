@@ -26,7 +26,7 @@ from benchmarks.language.plan import Plan
 from benchmarks.language.presets import RunConfig
 from benchmarks.language.spaces import INCLUSIONS, Range
 from benchmarks.language.train import make_optimizer
-from benchmarks.language.trials import Subject, at_edges, points, trials
+from benchmarks.language.trials import Subject, at_edges, points, trials, usual
 from benchmarks.output.records import Row
 from benchmarks.output.statistics import expected_best
 from normopt.nn import GPT
@@ -105,7 +105,8 @@ def test_every_optimizer_has_a_space_whose_values_reach_it(corpus: Corpus) -> No
             expected = trial.values["shrinkage"] / (config.lr * made.preset.steps)
             assert hidden["weight_decay"] == pytest.approx(expected, rel=0.01), cell
             assert head.get("weight_decay", 0) == 0, cell
-        for other in others:
+        for other in [*others, usual(made, cell)]:
+            assert other.values.keys() == space.keys(), cell
             make_optimizer(made.config(cell, 0, entry=other.entry), model)
         schedule = (round(trial.values["warmup"] * made.preset.steps), trial.values["decay"])
         assert (config.preset.warmup, config.preset.decay) == schedule, cell
@@ -150,10 +151,22 @@ def test_spaces_and_trials_do_not_follow_what_a_sweep_has_chosen(corpus: Corpus)
     """So that a sweep can be extended after its choices have become those of the file of tuned options."""
     names = "adamw,muon,prodigy,ademamix,torch:AdamW,torch:Muon"
     before = plan(corpus, names)
-    first = {cell: trials(before, cell, 4) for cell in before.cells}
+    first = {cell: [*trials(before, cell, 4), usual(before, cell)] for cell in before.cells}
     Path("chosen.json").write_text(json.dumps({cell: found[3].entry for cell, found in first.items()}))
     after = plan(corpus, names, "--tuned", "chosen.json")
-    assert {cell: trials(after, cell, 4) for cell in after.cells} == first
+    assert {cell: [*trials(after, cell, 4), usual(after, cell)] for cell in after.cells} == first
+
+
+def test_the_usual_options_are_defaults_and_middles(corpus: Corpus) -> None:
+    made = plan(corpus, "adamw,torch:AdamW,sgd,prodigy,fixed=adamw(betas=[0.8,0.9])", "--warmup", "6")
+    of = {cell: usual(made, cell) for cell in made.cells}
+    middle = Subject(made, "adamw").space()["lr"].at(0.5)
+    expected = {"lr": middle, "shrinkage": 0.5, "betas[0]": 0.9, "betas[1]": 0.95, "rest_ratio": 1.0, "decay": 0.4}
+    assert of["adamw"].values == {**expected, "rest_beta2": 0.95} == of["torch:AdamW"].values
+    assert of["adamw"].entry["weight_decay"] == pytest.approx(0.5 / (middle * 600), rel=0.01)
+    assert 0.95 < of["sgd"].values["momentum"] < 0.96, "the default, 0, is not in the range"
+    assert (of["prodigy"].values["lr"], of["prodigy"].values["weight_decay"]) == (1.0, 0.1)
+    assert "betas[1]" not in of["fixed"].values and of["fixed"].entry["betas"] == [0.8, 0.9]
 
 
 def test_spaces_are_of_optimizers_and_arguments_that_exist() -> None:
@@ -219,7 +232,7 @@ def lines(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(Path("out", name).read_text().splitlines()))
 
 
-def test_every_optimizer_gets_the_same_trials_and_three_finalists(
+def test_every_optimizer_gets_the_same_trials_three_finalists_and_the_usual_options(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Losses fall with the distance of the rate to the best one; one trial of AdamW diverges."""
@@ -234,7 +247,7 @@ def test_every_optimizer_gets_the_same_trials_and_three_finalists(
 
     runs = swept(["--optimizers", "adamw,muon,lion,signum", "--trials", "8"], corpus, monkeypatch, loss)
     short, full = ([run for run in runs if run.preset.steps == steps] for steps in (150, 600))
-    assert len(short) == 4 * 8 and len(full) == 4 * 3 * 2
+    assert len(short) == 4 * 8 and len(full) == 4 * (3 + 1) * 2
     assert [run.optimizer for run in short[:5]] == ["adamw", "muon", "lion", "signum", "adamw"]
     assert {run.seed for run in short} == {1000} and {run.seed for run in full} == {1001, 1002}
     assert {run.split for run in runs} == {"validation"}
@@ -242,11 +255,13 @@ def test_every_optimizer_gets_the_same_trials_and_three_finalists(
     for name in best:
         ranked = sorted((r for r in short if r.optimizer == name), key=lambda r: loss(r) or math.inf)
         finalists = [run.lr for run in full if run.optimizer == name]
-        assert finalists == [run.lr for run in ranked[:3] for _ in range(2)]
+        rates = [*(run.lr for run in ranked[:3]), Subject(plan(corpus, name), name).usual()["lr"]]
+        assert finalists == [lr for lr in rates for _ in range(2)]
     chosen: dict[str, Any] = json.loads(Path("out/chosen.json").read_text())
     assert chosen.keys() == best.keys() and {n: e["lr"] for n, e in chosen.items()} == {
-        n: min((r.lr for r in short if r.optimizer == n), key=lambda lr: abs(math.log2(lr / best[n]))) for n in best
+        n: min((r.lr for r in full if r.optimizer == n), key=lambda lr: abs(math.log2(lr / best[n]))) for n in best
     }
+    assert chosen["lion"]["lr"] == usual(plan(corpus, "lion"), "lion").entry["lr"], "it is near the middle of the range"
     adamw, *_, signum = lines("sweep.csv")
     losses = [loss(run) or math.inf for run in short if run.optimizer == "signum"]
     for k in (1, 2, 4, 8):
@@ -255,13 +270,14 @@ def test_every_optimizer_gets_the_same_trials_and_three_finalists(
     (inclusion,) = lines("inclusions.csv")
     assert (inclusion["optimizer"], inclusion["contains"], inclusion["in the space"]) == ("lion", "signum", "yes")
     assert inclusion["check"].startswith("loses") and float(inclusion["difference mean"]) > 0.05
-    assert len(lines("trials.csv")) == 32 and Path("out/sweep.png").stat().st_size > 10_000
+    assert len(lines("trials.csv")) == 4 * 9 and Path("out/sweep.png").stat().st_size > 10_000
     table = next(line for line in lines("chosen.csv") if line["optimizer"] == "muon")
     assert float(table["warm-up"]) == chosen["muon"]["schedule"]["warmup"]
     assert float(table["lr"]) == chosen["muon"]["lr"] and table["val nats/byte n"] == "2"
     assert (
         float(table["decay"]) == chosen["muon"]["weight_decay"] and float(table["rest lr"]) == chosen["muon"]["aux_lr"]
     )
+    assert float(table["usual"]) == pytest.approx(2 + abs(math.log2(0.0404 / 0.05)) / 10 + 0.015, abs=1e-3)
     printed = capsys.readouterr().out
     assert "best of 8" in printed and "Inclusions" in printed
     assert max(map(len, printed.splitlines())) <= 120
