@@ -27,7 +27,7 @@ def _compare(arguments: Namespace) -> int:
         print(f"Not tuned for {plan.preset.name}: {named}. Set learning rates with --lr NAME=RATE.")
     full = [plan.config(cell, seed, rates.get(cell)) for seed in range(arguments.seeds) for cell in plan.cells]
     lengths = sorted({plan.preset.steps, *(arguments.horizons or [])}, reverse=True)
-    configs = [replace(config, preset=replace(config.preset, steps=steps)) for steps in lengths for config in full]
+    configs = [replace(config, preset=config.preset.of_length(steps)) for steps in lengths for config in full]
     ours = team(arguments.parallel, plan.device)
     if isinstance(ours, Together):
         ours.check(arguments.model, plan.preset.batch)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Preset:
         """The learning rate of step 0 .. steps - 1, as a fraction of its peak."""
         decay = (self.steps - step) / max(1.0, self.decay * self.steps)
         return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, decay))
+
+    def of_length(self, steps: int) -> "Preset":
+        """The preset with another number of steps, and the same schedule: warm-up in proportion."""
+        return replace(self, steps=steps, warmup=round(self.warmup * steps / self.steps))
 
     @property
     def schedule(self) -> str:

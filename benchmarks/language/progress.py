@@ -43,7 +43,7 @@ class Progress:
 
 
 def clock(device: str) -> float:
-    """CPU seconds of this single-threaded process, independent of other load; on a GPU, wall seconds."""
+    """CPU seconds of this single-threaded process, of which other load makes more; on a GPU, wall seconds."""
     if device == "cpu":
         return time.process_time()
     torch.accelerator.synchronize()

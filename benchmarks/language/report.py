@@ -10,7 +10,7 @@ from benchmarks.language.data import load_or_fall_back
 from benchmarks.language.ngram import counting
 from benchmarks.output.comparison import write_comparison
 from benchmarks.output.records import RESULTS, Row, read_rows, replacing, unreadable
-from benchmarks.output.rows import cell_of, check_corpus, group, mean_loss, split_of, steps_of
+from benchmarks.output.rows import cell_of, check_corpus, check_settings, group, mean_loss, split_of, steps_of
 from benchmarks.output.tables import Table, drawn
 from benchmarks.output.targets import Target
 
@@ -31,6 +31,7 @@ def report(arguments: Namespace) -> int:
         raise PlanError(f"no runs in {', '.join(map(str, arguments.runs))}: give folders that hold a {RESULTS}")
     try:
         check_corpus(rows)
+        check_settings(rows)
     except ValueError as error:
         raise PlanError(str(error)) from None
     if arguments.readme:

@@ -11,9 +11,8 @@ the schedule, `lr weight_decay steps`. `rest_ratio` is the learning rate of all 
 `lr`, and `rest_beta2` their second beta, of optimizers whose arguments have no rate and no betas for these. `warmup`
 and `decay` are the schedule's, in shares of a run of the full length; shorter runs have as many steps of warm-up.
 
-Beside the trials stand the *usual options*, which nobody has searched for: the preset's schedule, the learning rate in
-the middle of its range, and in all else the default of the argument, or the middle of the range where that has none. A
-second beta of 0.999 or more averages over more steps than a run has; it is 0.95, as is customary for language models.
+Beside the trials stand the *usual options*: the preset's schedule, the learning rate in the middle of its range, and in
+all else the optimizer's own defaults, but for those that nobody trains language models with (`CUSTOMARY`).
 """
 
 import math
@@ -59,8 +58,15 @@ class Range:
 #: A range by hyperparameter.
 Space = dict[str, Range]
 
-#: The second beta of the usual options where the default is `LONG_BETA2` or more.
-USUAL_BETA2, LONG_BETA2 = 0.95, 0.999
+#: Values of the usual options in the place of defaults: a second beta of 0.999 averages over more steps than a run has,
+#: and a weight decay of 0.01 does nothing in so few.
+CUSTOMARY: dict[str, dict[float, float]] = {
+    "betas[1]": {0.999: 0.95, 1.0: 0.95},
+    "aux_betas[1]": {0.999: 0.95},
+    "beta2": {0.999: 0.95},
+    "weight_decay": {0.01: 0.1},
+    "momentum": {0.0: 0.9},
+}
 
 AVERAGE = Range(0.8, 0.99, "near 1", "averages over 5 to 100 gradients; published defaults are 0.9 and 0.95")
 FIRST = Range(0.8, 0.98, "near 1", "averages over 5 to 50 gradients; published defaults are 0.9 and 0.95")

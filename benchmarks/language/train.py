@@ -186,6 +186,7 @@ def train(config: RunConfig, checkpoint: Path, report: Report) -> Row:
     corpus = load(config.source)
     if corpus.digest != config.corpus:
         raise ValueError(f"{config.source} has changed since this run was planned")
+    started = origin(config.device)  # before anything of the checkout can change
     run = Run(config, corpus)
     if run.team.exists(checkpoint):
         _restore(run, checkpoint)
@@ -200,7 +201,7 @@ def train(config: RunConfig, checkpoint: Path, report: Report) -> Row:
             run.save(checkpoint)
     with run.progress.timed():
         final = math.nan if run.progress.diverged else run.evaluate(config.preset.final_tokens)
-    return result_row(run, final)
+    return {**result_row(run, final), **started}
 
 
 def _restore(run: Run, checkpoint: Path) -> None:
@@ -237,7 +238,6 @@ def result_row(run: Run, final: float) -> Row:
         "init_hash": run.init_hash,
         "order_hash": hashlib.sha256(run.order.tobytes()).hexdigest()[:16],
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        **origin(run.config.device),
     }
 
 

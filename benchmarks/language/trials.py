@@ -56,7 +56,9 @@ def usual(plan: Plan, cell: str) -> Trial:
     """The usual options of a cell, as `benchmarks.language.spaces` has them."""
     subject = Subject(plan, cell)
     values = subject.usual()
-    return Trial(cell, USUAL, values, subject.entry(values))
+    defaults = {_split(name)[0] for name in subject.space().keys() - values.keys()}
+    entry = {name: value for name, value in subject.entry(values).items() if name not in defaults}
+    return Trial(cell, USUAL, values, entry)
 
 
 def points(name: str, dimensions: int, count: int) -> NDArray[np.float64]:
@@ -144,22 +146,27 @@ class Subject:
         return Range(low, high, "log", f"around {'the best of earlier sweeps' if swept else 'the default'}, {middle:g}")
 
     def usual(self) -> dict[str, float]:
-        """The value of every hyperparameter that is searched in the usual options."""
-        schedule = {"warmup": self.preset.warmup / self.steps, "decay": self.preset.decay}
-        known = {**schedule, **dict.fromkeys(("rest_beta2", "aux_betas[1]"), spaces.USUAL_BETA2)}
-        found = {}
-        for name, span in self.space().items():
-            value = known.get(name, None if name == "lr" else self._default(name))
-            if value is not None and name.endswith("[1]") and value >= spaces.LONG_BETA2:
-                value = spaces.USUAL_BETA2
-            found[name] = value if value is not None and 0 <= span.share(value) <= 1 else span.at(0.5)
-        return found
+        """The hyperparameters that are searched, in the usual options, without those whose default is no number."""
+        space, rest = self.space(), peers.REST if "rest" in self.given else {}
+        rate, decay = space["lr"].at(0.5), self._customary("weight_decay")
+        known: dict[str, float | None] = {
+            "lr": rate,
+            "shrinkage": None if decay is None else decay * rate * self.steps,
+            "rest_ratio": 1.0,
+            "rest_beta2": self._customary("betas[1]"),
+            "warmup": self.preset.warmup / self.steps,
+            "decay": self.preset.decay,
+            **({"aux_lr": _rounded(rate * rest["lr_ratio"]), "aux_betas[1]": rest["betas"][1]} if rest else {}),
+        }
+        found = {name: known[name] if name in known else self._customary(name) for name in space}
+        return {name: value for name, value in found.items() if value is not None}
 
-    def _default(self, name: str) -> float | None:
-        """The default of an argument, or of one of its entries."""
+    def _customary(self, name: str) -> float | None:
+        """The default of an argument, or of one of its entries, or what is customary in its place."""
         argument, index = _split(name)
         default = self._defaults().get(argument)
-        return default if index is None or default is None else default[index]
+        default = default if index is None or default is None else default[index]
+        return spaces.CUSTOMARY.get(name, {}).get(default, default)
 
     def _finds_its_rate(self) -> bool:
         """Whether a step size that finds the learning rate is the optimizer's own, or is given."""

@@ -8,9 +8,11 @@ from benchmarks.output.palette import BASELINE
 from benchmarks.output.plots import plot_curves, plot_horizons
 from benchmarks.output.records import Row
 from benchmarks.output.rows import (
+    at_one_speed,
     bits_cell,
     cell_of,
     check_corpus,
+    check_settings,
     group,
     loss_cells,
     mean,
@@ -32,7 +34,9 @@ COSTS = ("lr", "bits/byte", "tok/s", "fwd+bwd ms", "opt ms", "opt %", "state B/p
 NOTE = (
     "± is half of the 95% interval of Student's t over n seeds. Differences are paired by seed; p is that of their t "
     "test, corrected by Holm's method over the rows. A rank is a range where places are not told apart at 5%, by his "
-    "method over all pairs. Brackets hold the interval of a bootstrap over seeds, paired with those of the target."
+    "method over all pairs. Both are of the options that were chosen: what luck in choosing them is worth is not in "
+    "them. Brackets hold the interval of a bootstrap over five seeds or more, paired with those of the target. Times: "
+    "forward and backward pass, the same work for all, count with their median, what an optimizer adds in proportion."
 )
 
 
@@ -46,6 +50,8 @@ def write_comparison(rows: list[Row], out: Path, targets: Sequence[Target] = ())
     if not rows:
         return []
     check_corpus(rows)
+    check_settings(rows)
+    rows = at_one_speed(rows)
     set_aside(out / "compare.md", *FILES)
     lengths = sorted({steps_of(row) for row in rows})
     full = [row for row in rows if steps_of(row) == lengths[-1]]

@@ -11,6 +11,8 @@ from benchmarks.output.tables import Cell
 
 Key = TypeVar("Key", bound=Hashable)
 
+#: The columns of times of training.
+TIMES = ("gradient_ms", "optimizer_ms", "train_seconds", "cpu_seconds")
 #: The held-out texts in the names of columns.
 SHORT = {"validation": "val", "test": "test"}
 
@@ -43,6 +45,37 @@ def check_corpus(rows: list[Row]) -> None:
     if len(corpora) > 1:
         names = ", ".join(f"{source} ({digest[:8]}, {split})" for (digest, split), source in corpora.items())
         raise ValueError(f"rows of different corpora cannot be compared: {names}; report those of one at a time")
+
+
+def check_settings(rows: list[Row]) -> None:
+    """Raise `ValueError` if an optimizer has two rows of one length and seed, which are of several settings of it."""
+    seen: dict[Hashable, Row] = {}
+    for row in rows:
+        first = seen.setdefault((cell_of(row), steps_of(row), row["config"]["seed"]), row)
+        if first is not row:
+            both = [f"lr {each['config']['lr']:g} ({each['key']})" for each in (first, row)]
+            raise ValueError(
+                f"two runs of {cell_of(row)} with {steps_of(row)} steps and seed {row['config']['seed']}, at other "
+                f"options: {' and '.join(both)}; report the rows of one choice of options at a time"
+            )
+
+
+def at_one_speed(rows: list[Row]) -> list[Row]:
+    """The rows with the times of one machine at one load.
+
+    Forward and backward pass are the same work in all runs of a model, but took what else the machine did into their
+    time: they count with their median over the model's runs, and all other times of a run in proportion to its own.
+    """
+    found = []
+    same = group(rows, lambda row: str([row["config"]["model"], row["config"].get("model_options")]))
+    medians = {work: statistics.median(row["gradient_ms"] for row in members) for work, members in same.items()}
+    for row in rows:
+        median = medians[str([row["config"]["model"], row["config"].get("model_options")])]
+        factor = median / row["gradient_ms"] if row["gradient_ms"] else 1.0
+        scaled = {name: row[name] * factor for name in TIMES}
+        curve = [[step, seconds * factor, loss] for step, seconds, loss in row["curve"]]
+        found.append({**row, **scaled, "curve": curve, "tokens_per_second": row["tokens_per_second"] / factor})
+    return found
 
 
 def group(rows: list[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
@@ -104,5 +137,11 @@ def setting(rows: list[Row]) -> str:
     return (
         f"{models}, {preset['steps']} steps of "
         f"{preset['batch']} x {preset['context']} tokens of {config['source']}, seeds {seeds}, {hardware}, "
-        f"torch {row['torch']}. Final loss on the {split_of(row)} text, {config['corpus'][:8]}."
+        f"torch {row['torch']}{_commits(rows)}. Final loss on the {split_of(row)} text, {config['corpus'][:8]}."
     )
+
+
+def _commits(rows: list[Row]) -> str:
+    """The commits that the rows are of, as the end of a sentence; rows of the first versions do not say."""
+    found = sorted({str(row["commit"])[:7] for row in rows if "commit" in row})
+    return f", commit{'s' if len(found) > 1 else ''} {', '.join(found)}" if found else ""

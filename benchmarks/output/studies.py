@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output.records import Row
-from benchmarks.output.rows import cell_of, group, steps_of
+from benchmarks.output.rows import at_one_speed, cell_of, group, steps_of
 from benchmarks.output.transfer import AXES, axis_rows, is_coordinates, size_of
 
 
@@ -76,7 +76,7 @@ def studies(folders: Iterable[Folder]) -> list[Study]:
             found.setdefault(key, {}).setdefault(row["key"], row)
             if folder not in parts.setdefault(key, []):
                 parts[key].append(folder)
-    return [Study(_title(rows), list(rows.values()), parts[key]) for key, rows in found.items()]
+    return [Study(_title(rows), at_one_speed(list(rows.values())), parts[key]) for key, rows in found.items()]
 
 
 def _setting(row: Row) -> tuple[Any, ...]:

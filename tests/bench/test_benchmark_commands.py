@@ -234,6 +234,7 @@ def test_horizons_are_runs_of_other_lengths(corpus: Corpus, monkeypatch: pytest.
     assert [(run.preset.steps, run.optimizer) for run in runs] == [
         (steps, name) for steps in (40, 20, 10) for name in ("adamw", "muon")
     ]
+    assert [run.preset.warmup for run in runs[::2]] == [20, 10, 5], "the same schedule at every length"
 
 
 def test_the_grid_has_factors_of_two_and_fresh_seeds(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,5 +64,6 @@ def row(optimizer: str, seed: int, loss: float | None, lr: float = 0.1, **values
         "bits_per_byte": None if loss is None else loss / math.log(2),
         "curve": [[0, 0.0, 5.0], [6, 1.0, 3.0], [12, 2.0, 2.0]],
         **{"gradient_ms": 90.0, "optimizer_ms": 10.0, "tokens_per_second": 1234.0, "cpu_seconds": 50.0},
+        "train_seconds": 0.3,
         **{"state_bytes_per_parameter": 8.0, "parameters": 100, "torch": "2", "source": "x", **values},
     }
