@@ -7,6 +7,7 @@ from normopt.directions.complement import Complement
 from normopt.directions.coordinates import Blocked, Rotated
 from normopt.directions.equal_rows import EqualRows
 from normopt.directions.factored import Factored
+from normopt.directions.innovation import Innovated, NoiseScaled
 from normopt.directions.inputs import InputWhitened
 from normopt.directions.pairs import Conjugated, Grafted, Normalized, Sum
 from normopt.directions.scaled import AdaScaled
@@ -32,10 +33,12 @@ __all__ = [
     "Factored",
     "Grafted",
     "Identity",
+    "Innovated",
     "InputWhitened",
     "KLWhitened",
     "LeadingSubspace",
     "LowRank",
+    "NoiseScaled",
     "Normalized",
     "Rotated",
     "SingularPower",

@@ -41,6 +41,7 @@ from normopt import (
     LeadingSubspace,
     Max,
     Momentum,
+    NoiseScaled,
     Norm,
     Normalized,
     Nuclear,
@@ -241,7 +242,9 @@ def sensible(direction: Direction, momentum: Momentum, step_size: StepSize, cons
 
 def bounded(direction: Direction) -> bool:
     """Whether the result has at most norm 1 in some norm: not if it is as long as the gradient."""
-    return not isinstance(direction, (AdaScaled, CoshScaled, Identity, InputWhitened, LeadingSubspace, Tangent))
+    return not isinstance(
+        direction, (AdaScaled, CoshScaled, Identity, InputWhitened, LeadingSubspace, NoiseScaled, Tangent)
+    )
 
 
 def check_sensible(combinations: Iterable[tuple[Direction, Momentum, StepSize, Constraint | None]]) -> None:
