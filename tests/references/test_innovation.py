@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -103,6 +105,6 @@ def test_a_steady_gradient_has_no_noise() -> None:
         (lambda: Innovated(Smoothed("max")), "Innovated"),
     ],
 )
-def test_numbers_out_of_range_are_refused(make, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_numbers_out_of_range_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         make()
