@@ -15,5 +15,8 @@ def page(arguments: Namespace) -> int:
     for folder in arguments.runs:
         if lost := unreadable(folder / RESULTS):
             print(lost, file=sys.stderr)
-    print(f"Written: {write_page(arguments.runs, arguments.out)}")
+    try:
+        print(f"Written: {write_page(arguments.runs, arguments.out)}")
+    except ValueError as error:
+        raise PlanError(str(error)) from None
     return 0

@@ -59,7 +59,7 @@ class Range:
 Space = dict[str, Range]
 
 #: Values of the usual options in the place of defaults: a second beta of 0.999 averages over more steps than a run has,
-#: and a weight decay of 0.01 does nothing in so few.
+#: Shampoo's 1 sums all of them, a weight decay of 0.01 does nothing in so few, and SGD's momentum of 0 is none.
 CUSTOMARY: dict[str, dict[float, float]] = {
     "betas[1]": {0.999: 0.95, 1.0: 0.95},
     "aux_betas[1]": {0.999: 0.95},

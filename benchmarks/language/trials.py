@@ -85,7 +85,7 @@ class Subject:
         self.name, self.model = plan.cells[cell]
         contender = plan.contenders[self.name]
         self.given, self.schedule = dict(plan.entry(cell)), plan.arguments
-        self.preset, self.steps = plan.preset, plan.preset.steps
+        self.preset = plan.preset
         self.base, self.fixed = contender.base, contender.options
         self.made_of = str(self.given.get("optimizer", contender.base))
         self.made_of = controls.BASE if self.made_of in controls.NAMES else self.made_of
@@ -151,10 +151,10 @@ class Subject:
         rate, decay = space["lr"].at(0.5), self._customary("weight_decay")
         known: dict[str, float | None] = {
             "lr": rate,
-            "shrinkage": None if decay is None else decay * rate * self.steps,
+            "shrinkage": None if decay is None else decay * rate * self.preset.steps,
             "rest_ratio": 1.0,
             "rest_beta2": self._customary("betas[1]"),
-            "warmup": self.preset.warmup / self.steps,
+            "warmup": self.preset.warmup / self.preset.steps,
             "decay": self.preset.decay,
             **({"aux_lr": _rounded(rate * rest["lr_ratio"]), "aux_betas[1]": rest["betas"][1]} if rest else {}),
         }
@@ -188,9 +188,9 @@ class Subject:
         for name, value in values.items():
             argument, index = _split(name)
             if name == "shrinkage":
-                entry["weight_decay"] = _rounded(value / (entry["lr"] * self.steps))
+                entry["weight_decay"] = _rounded(value / (entry["lr"] * self.preset.steps))
             elif name in ("warmup", "decay"):
-                schedule[name] = round(value * self.steps) if name == "warmup" else value
+                schedule[name] = round(value * self.preset.steps) if name == "warmup" else value
             elif index is not None:
                 entry[argument] = [
                     value if i == index else old for i, old in enumerate(entry.get(argument, self.arguments[argument]))

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from benchmarks.output import figures, sections
 from benchmarks.output.palette import BASELINE, BLACK, color, family
 from benchmarks.output.records import RESULTS, Row, read_rows, replacing
-from benchmarks.output.rows import cell_of
+from benchmarks.output.rows import cell_of, check_settings
 from benchmarks.output.sheets import Part
 from benchmarks.output.studies import Folder, Study, studies, transfers
 from benchmarks.output.tables import command_line
@@ -34,7 +34,11 @@ class Section:
 
 
 def write_page(folders: Sequence[Path], out: Path) -> Path:
-    """Write `report.html` of the runs in the folders; returns its path."""
+    """Write `report.html` of the runs in the folders; returns its path.
+
+    Raises:
+        ValueError: two folders of comparisons have one optimizer at several options, see `check_settings`.
+    """
     found = [Folder(path, list(read_rows(path / RESULTS).values())) for path in folders]
     with figures.styled():
         text = render([folder for folder in found if folder.rows])
@@ -47,6 +51,8 @@ def render(folders: Sequence[Folder]) -> str:
     """The page as text."""
     of_kind = {kind: [folder for folder in folders if folder.kind == kind] for kind in ("compare", "sweep", "transfer")}
     compared, tuned = studies(of_kind["compare"]), studies(of_kind["sweep"])
+    for study in compared:
+        check_settings(study.rows)
     compare = "python -m benchmarks compare --optimizers adamw,muon,scion --seeds 3"
     horizons, sweep = f"{compare} --horizons 150,300", "python -m benchmarks sweep --optimizers adamw,muon,scion"
     grown = "python -m benchmarks transfer --geometries adam,muon-max1,scion"

@@ -67,15 +67,19 @@ def at_one_speed(rows: list[Row]) -> list[Row]:
     time: they count with their median over the model's runs, and all other times of a run in proportion to its own.
     """
     found = []
-    same = group(rows, lambda row: str([row["config"]["model"], row["config"].get("model_options")]))
-    medians = {work: statistics.median(row["gradient_ms"] for row in members) for work, members in same.items()}
+    medians = {work: statistics.median(row["gradient_ms"] for row in same) for work, same in group(rows, _work).items()}
     for row in rows:
-        median = medians[str([row["config"]["model"], row["config"].get("model_options")])]
+        median = medians[_work(row)]
         factor = median / row["gradient_ms"] if row["gradient_ms"] else 1.0
         scaled = {name: row[name] * factor for name in TIMES}
         curve = [[step, seconds * factor, loss] for step, seconds, loss in row["curve"]]
         found.append({**row, **scaled, "curve": curve, "tokens_per_second": row["tokens_per_second"] / factor})
     return found
+
+
+def _work(row: Row) -> str:
+    """What forward and backward pass depend on, of runs of one size."""
+    return cell_name("", row["config"]["model"], row["config"].get("model_options"))
 
 
 def group(rows: list[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:

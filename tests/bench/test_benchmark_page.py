@@ -140,6 +140,16 @@ def test_texts_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert Page(written([folder("one", made)])).sections["final"]["svg"] == 3
 
 
+def test_two_settings_of_one_optimizer_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [folder("one", [row("muon", 0, 3.0, lr=0.1)]), folder("two", [row("muon", 0, 2.0, lr=0.2)])]
+    with pytest.raises(SystemExit):
+        written(folders)
+    assert "two runs of muon" in capsys.readouterr().err and not Path("out", PAGE).exists()
+
+
 def test_curves_of_other_evaluations_or_none_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fewer, none = row("muon", 2, 2.0), row("muon", 3, 2.0, curve=[])
